@@ -1,0 +1,439 @@
+"""The config tree: every key with its published default, and how files, options and flags are merged into it.
+
+`load_config` is the way in; `get_config` adds the command line's flags. The tree that comes out is checked and frozen:
+values derived at run time (scaled learning rates, rank, output folder) are local values elsewhere.
+"""
+
+import ast
+import difflib
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+
+class ConfigError(ValueError):
+    """A config key, value or flag that cannot work; the message says what to write."""
+
+
+_C = CfgNode()
+
+# Config files this one starts from, relative to it
+_C.BASE = ['']
+# Mixed precision: O0 none, O1 autocast, O2 Apex's half-precision model; '' is O1 on a GPU and O0 on a CPU
+_C.AMP_OPT_LEVEL = ''
+# Half-precision type of O1: float16 (published; with a loss scaler) or bfloat16
+_C.AMP_DTYPE = 'float16'
+# Device: auto (a GPU where there is one), cuda or cpu
+_C.DEVICE = 'auto'
+# Folder of all runs; '' is output. A run writes into <OUTPUT>/<MODEL.NAME>/<TAG>
+_C.OUTPUT = ''
+# Name of this run among those of its model
+_C.TAG = 'default'
+# Epochs between checkpoints
+_C.SAVE_FREQ = 1
+# Updates (batches, in an evaluation) between log lines
+_C.PRINT_FREQ = 100
+# Random seed; rank r uses SEED + r
+_C.SEED = 0
+# Evaluate MODEL.RESUME or MODEL.PRETRAINED and stop
+_C.EVAL_MODE = False
+# Measure images/s of the network and stop
+_C.THROUGHPUT_MODE = False
+# GPU to use where no launcher sets the LOCAL_RANK variable
+_C.LOCAL_RANK = 0
+
+_C.DATA = CfgNode()
+# Images a process and step
+_C.DATA.BATCH_SIZE = 128
+# Folder with train/<class>/ and val/<class>/
+_C.DATA.DATA_PATH = ''
+# Layout of DATA_PATH: imagenet, a tree of class folders
+_C.DATA.DATASET = 'imagenet'
+# Side of the square images the network sees, in pixels
+_C.DATA.IMG_SIZE = 224
+# Resampling of images: nearest, bilinear, bicubic or lanczos
+_C.DATA.INTERPOLATION = 'bicubic'
+# Load into page-locked memory, for faster copies to a GPU
+_C.DATA.PIN_MEMORY = True
+# Loader processes a rank; 0 loads in the training process
+_C.DATA.NUM_WORKERS = 8
+
+_C.MODEL = CfgNode()
+# Architecture: msg
+_C.MODEL.TYPE = 'msg'
+# Name of the model: the run's folder and log lines carry it
+_C.MODEL.NAME = 'msg_tiny_p4_win7_224'
+# Checkpoint to continue or evaluate; goes before TRAIN.AUTO_RESUME
+_C.MODEL.RESUME = ''
+# Checkpoint whose weights start a new run; the head may have other classes
+_C.MODEL.PRETRAINED = ''
+# Classes; 0 gives features
+_C.MODEL.NUM_CLASSES = 1000
+# Dropout after the position embedding, the attention's projection and in the MLPs
+_C.MODEL.DROP_RATE = 0.0
+# Dropout after the attention's softmax
+_C.MODEL.ATTN_DROP_RATE = 0.0
+# Stochastic depth of the last block, rising linearly from 0 at the first
+_C.MODEL.DROP_PATH_RATE = 0.1
+# Label smoothing
+_C.MODEL.LABEL_SMOOTHING = 0.1
+
+_C.MODEL.MSG = CfgNode()
+# Side of a patch, in pixels
+_C.MODEL.MSG.PATCH_SIZE = 4
+# Image channels: 3 (RGB) or 1 (grey)
+_C.MODEL.MSG.IN_CHANS = 3
+# Channels of the first stage; they double with each stage
+_C.MODEL.MSG.EMBED_DIM = 96
+# Blocks per stage
+_C.MODEL.MSG.DEPTHS = [2, 2, 6, 2]
+# Attention heads per stage
+_C.MODEL.MSG.NUM_HEADS = [3, 6, 12, 24]
+# Side of a window, in patches
+_C.MODEL.MSG.WINDOW_SIZE = 7
+# Hidden channels of the MLPs, over the stage's channels
+_C.MODEL.MSG.MLP_RATIO = 4.0
+# Learned bias on query, key and value
+_C.MODEL.MSG.QKV_BIAS = True
+# Factor on query times key; None is (channels a head)^-0.5
+_C.MODEL.MSG.QK_SCALE = None
+# Absolute position embedding
+_C.MODEL.MSG.APE = False
+# Norm after the patch embedding
+_C.MODEL.MSG.PATCH_NORM = True
+# Side of a shuffle region per stage, in windows
+_C.MODEL.MSG.SHUF_SIZE = [4, 4, 2, 1]
+# Exchange of MSG tokens: shuf or none
+_C.MODEL.MSG.MANIP_TYPE = 'shuf'
+# Patch embedding: patch (v1) or overlap (v2)
+_C.MODEL.MSG.EMBED_TYPE = 'patch'
+# Merging between stages: patch (v1) or overlap (v2)
+_C.MODEL.MSG.MERGE_TYPE = 'patch'
+
+_C.TRAIN = CfgNode()
+# First epoch, where no checkpoint says another
+_C.TRAIN.START_EPOCH = 0
+# Epoch the run ends before
+_C.TRAIN.EPOCHS = 300
+# Epochs of linear warm-up
+_C.TRAIN.WARMUP_EPOCHS = 20
+# Weight decay, except of norms, biases and position parameters
+_C.TRAIN.WEIGHT_DECAY = 0.05
+# Peak learning rate for 512 images an update; scaled with their number, like the next two
+_C.TRAIN.BASE_LR = 5e-4
+# Learning rate at the first update
+_C.TRAIN.WARMUP_LR = 5e-7
+# Learning rate the cosine ends at
+_C.TRAIN.MIN_LR = 5e-6
+# Largest norm of the gradient; 0 leaves it alone
+_C.TRAIN.CLIP_GRAD = 5.0
+# Continue from the newest checkpoint in the run's folder
+_C.TRAIN.AUTO_RESUME = True
+# Batches whose gradients make one update; 0 and 1 are the same
+_C.TRAIN.ACCUMULATION_STEPS = 0
+# Recompute activations in the backward pass, for memory
+_C.TRAIN.USE_CHECKPOINT = False
+
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+# Learning rate after warm-up: cosine, linear or step
+_C.TRAIN.LR_SCHEDULER.NAME = 'cosine'
+# Epochs between the drops of step
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+# Factor at each drop of step
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+_C.TRAIN.OPTIMIZER = CfgNode()
+# Optimizer: adamw or sgd
+_C.TRAIN.OPTIMIZER.NAME = 'adamw'
+# AdamW's epsilon
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+# AdamW's betas
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
+# SGD's momentum
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+
+_C.AUG = CfgNode()
+# Area of the random crop, smallest and largest part of the image
+_C.AUG.SCALE = (0.08, 1.0)
+# Width over height of the random crop, smallest and largest
+_C.AUG.RATIO = (3 / 4, 4 / 3)
+# Probability of a horizontal flip
+_C.AUG.HFLIP = 0.5
+# Strength of colour jitter, where AUTO_AUGMENT is none; 0 is off
+_C.AUG.COLOR_JITTER = 0.4
+# Augmentation policy in timm's notation (rand-..., augmix-..., original, v0), or none
+_C.AUG.AUTO_AUGMENT = 'rand-m9-mstd0.5-inc1'
+# Probability of random erasing
+_C.AUG.REPROB = 0.25
+# What random erasing fills with: pixel, rand or const
+_C.AUG.REMODE = 'pixel'
+# Most rectangles random erasing erases
+_C.AUG.RECOUNT = 1
+# Mixup's alpha; 0 is off
+_C.AUG.MIXUP = 0.8
+# CutMix's alpha; 0 is off
+_C.AUG.CUTMIX = 1.0
+# Smallest and largest part of the side CutMix cuts, in place of its alpha
+_C.AUG.CUTMIX_MINMAX = None
+# Probability that a batch is mixed
+_C.AUG.MIXUP_PROB = 1.0
+# Probability of CutMix, where both are on
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+# One mix for each batch, pair or elem
+_C.AUG.MIXUP_MODE = 'batch'
+
+_C.TEST = CfgNode()
+# Evaluate on the centre crop of an image resized to 256/224 of the size; False resizes the whole image
+_C.TEST.CROP = True
+
+# Keys whose default is None: the type of their other values.
+_OPTIONAL = {'MODEL.MSG.QK_SCALE': float, 'AUG.CUTMIX_MINMAX': list}
+
+_CHOICES = {
+    'AMP_OPT_LEVEL': ('', 'O0', 'O1', 'O2'),
+    'AMP_DTYPE': ('float16', 'bfloat16'),
+    'DEVICE': ('auto', 'cuda', 'cpu'),
+    'DATA.DATASET': ('imagenet',),
+    'DATA.INTERPOLATION': ('nearest', 'bilinear', 'bicubic', 'lanczos'),
+    'MODEL.TYPE': ('msg',),
+    'MODEL.MSG.MANIP_TYPE': ('shuf', 'none'),
+    'MODEL.MSG.EMBED_TYPE': ('patch', 'overlap'),
+    'MODEL.MSG.MERGE_TYPE': ('patch', 'overlap'),
+    'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'linear', 'step'),
+    'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd'),
+    'AUG.REMODE': ('pixel', 'rand', 'const'),
+    'AUG.MIXUP_MODE': ('batch', 'pair', 'elem'),
+}
+
+# Smallest and largest value of a number, or of every number in a list.
+_INF = float('inf')
+_RANGES = {
+    'SAVE_FREQ': (1, _INF),
+    'PRINT_FREQ': (1, _INF),
+    'SEED': (0, _INF),
+    'LOCAL_RANK': (0, _INF),
+    'DATA.BATCH_SIZE': (1, _INF),
+    'DATA.IMG_SIZE': (1, _INF),
+    'DATA.NUM_WORKERS': (0, _INF),
+    'MODEL.NUM_CLASSES': (0, _INF),
+    'MODEL.DROP_RATE': (0, 1),
+    'MODEL.ATTN_DROP_RATE': (0, 1),
+    'MODEL.DROP_PATH_RATE': (0, 0.999),
+    'MODEL.LABEL_SMOOTHING': (0, 1),
+    'MODEL.MSG.PATCH_SIZE': (1, _INF),
+    'MODEL.MSG.IN_CHANS': (1, _INF),
+    'MODEL.MSG.EMBED_DIM': (1, _INF),
+    'MODEL.MSG.DEPTHS': (1, _INF),
+    'MODEL.MSG.NUM_HEADS': (1, _INF),
+    'MODEL.MSG.WINDOW_SIZE': (1, _INF),
+    'MODEL.MSG.SHUF_SIZE': (1, _INF),
+    'TRAIN.START_EPOCH': (0, _INF),
+    'TRAIN.EPOCHS': (1, _INF),
+    'TRAIN.WARMUP_EPOCHS': (0, _INF),
+    'TRAIN.WEIGHT_DECAY': (0, _INF),
+    'TRAIN.BASE_LR': (0, _INF),
+    'TRAIN.WARMUP_LR': (0, _INF),
+    'TRAIN.MIN_LR': (0, _INF),
+    'TRAIN.CLIP_GRAD': (0, _INF),
+    'TRAIN.ACCUMULATION_STEPS': (0, _INF),
+    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (1, _INF),
+    'TRAIN.OPTIMIZER.BETAS': (0, 0.99999),
+    'AUG.SCALE': (0.001, 1),
+    'AUG.RATIO': (0.001, 1000),
+    'AUG.HFLIP': (0, 1),
+    'AUG.COLOR_JITTER': (0, _INF),
+    'AUG.REPROB': (0, 1),
+    'AUG.RECOUNT': (1, _INF),
+    'AUG.MIXUP': (0, _INF),
+    'AUG.CUTMIX': (0, _INF),
+    'AUG.CUTMIX_MINMAX': (0, 1),
+    'AUG.MIXUP_PROB': (0, 1),
+    'AUG.MIXUP_SWITCH_PROB': (0, 1),
+}
+
+# The flag of the command line behind each key; one that is not given (None) overrides nothing.
+_FLAGS = {
+    'batch_size': 'DATA.BATCH_SIZE',
+    'data_path': 'DATA.DATA_PATH',
+    'resume': 'MODEL.RESUME',
+    'pretrained': 'MODEL.PRETRAINED',
+    'accumulation_steps': 'TRAIN.ACCUMULATION_STEPS',
+    'use_checkpoint': 'TRAIN.USE_CHECKPOINT',
+    'amp_opt_level': 'AMP_OPT_LEVEL',
+    'device': 'DEVICE',
+    'output': 'OUTPUT',
+    'tag': 'TAG',
+    'eval': 'EVAL_MODE',
+    'throughput': 'THROUGHPUT_MODE',
+    'local_rank': 'LOCAL_RANK',
+}
+
+
+def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
+    """Defaults, then the file's BASE files, the file and the options, checked and frozen.
+
+    Args:
+        cfg_file: a YAML file with a part of the tree.
+        opts: keys and values in turn, such as `['TRAIN.EPOCHS', '10']`; text is read as a Python value unless the
+            key holds text.
+
+    Raises:
+        ConfigError: a file, key or value that cannot work.
+    """
+    config = _C.clone()
+    _merge_file(config, Path(cfg_file))
+    # The BASE files are merged now, so that a dump stands alone.
+    config.BASE = _C.BASE.copy()
+    if len(opts) % 2:
+        raise ConfigError(f'--opts takes pairs, KEY VALUE: {" ".join(map(str, opts))!r} has no value for {opts[-1]}')
+    for key, value in zip(opts[0::2], opts[1::2], strict=True):
+        _set(config, key, _parse(value, _get(config, key, '--opts')), '--opts')
+    _check(config)
+    config.freeze()
+    return config
+
+
+def get_config(args: Namespace) -> CfgNode:
+    """`load_config` with the command line's flags on top; see `main.parse_option` for them.
+
+    Raises:
+        ConfigError: a file, key or value that cannot work.
+    """
+    opts = list(args.opts or ())
+    for flag, key in _FLAGS.items():
+        if getattr(args, flag, None) is not None:
+            opts += [key, getattr(args, flag)]
+    return load_config(args.cfg, opts)
+
+
+def _merge_file(config: CfgNode, path: Path) -> None:
+    """Merge a YAML file's BASE files, in their order, then the file itself."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f'config file {path}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f'config file {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
+    bases = tree.get('BASE', [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base:
+            _merge_file(config, path.parent / base)
+    for key, value in _leaves(tree):
+        _set(config, key, value, str(path))
+
+
+def _leaves(tree: Mapping, prefix: str = ''):
+    """Dotted key and value of every leaf of a nested mapping."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}', value
+
+
+def _get(config: CfgNode, key: str, source: str) -> Any:
+    """The value at a dotted key.
+
+    Raises:
+        ConfigError: there is no such key; the message names the nearest.
+    """
+    node: Any = config
+    for name in str(key).split('.'):
+        if not isinstance(node, CfgNode) or name not in node:
+            near = difflib.get_close_matches(str(key), [known for known, _ in _leaves(_C)], n=1, cutoff=0.5)
+            hint = f': did you mean {near[0]}?' if near else ''
+            raise ConfigError(f'config key {key} does not exist{hint} (in {source})')
+        node = node[name]
+    if isinstance(node, CfgNode):
+        raise ConfigError(f'config key {key} is a group: write one of its keys, such as {key}.{next(iter(node))}')
+    return node
+
+
+def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
+    """Set the leaf at a dotted key to a value of its type."""
+    value = _coerce(key, value, _get(config, key, source), source)
+    *groups, name = key.split('.')
+    for group in groups:
+        config = config[group]
+    config[name] = value
+
+
+def _parse(value: Any, default: Any) -> Any:
+    """Read an option's text as a Python value, unless the key holds text."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
+    """The value as the key's type: whole numbers serve as floats, and lists and tuples as each other."""
+    if key in _OPTIONAL and value is None:
+        return None
+    kind = _OPTIONAL.get(key, type(default))
+    if kind in (list, tuple) and isinstance(value, list | tuple):
+        item = type(default[0]) if default else float
+        if all(_is_a(x, item) for x in value):
+            return kind(item(x) for x in value)
+    elif _is_a(value, kind) and kind not in (list, tuple):
+        return kind(value)
+    elif kind is float and isinstance(value, str):  # YAML reads 5e-4, without a dot, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    example = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(
+        kind, f'a list such as {list(default or [0.2, 0.8])}'
+    )
+    raise ConfigError(f'{key} is {value!r}: write {example} (in {source})')
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is str:  # YAML reads a tag such as 2024 as a number
+        return isinstance(value, str | int | float)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _check(config: CfgNode) -> None:
+    """Refuse what cannot work, before any work is done; sizes that must tile are the network's to check."""
+    for key, choices in _CHOICES.items():
+        value = _get(config, key, 'config')
+        if value not in choices:
+            near = ', '.join(choice or "''" for choice in choices)
+            raise ConfigError(f'{key} is {value!r}: write one of {near}')
+    for key, (low, high) in _RANGES.items():
+        value = _get(config, key, 'config')
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and not low <= number <= high:
+                bound = f'at least {low}' if high == _INF else f'between {low} and {high}'
+                raise ConfigError(f'{key} is {value}: write {"numbers" if value is not number else "a number"} {bound}')
+    for key in ('AUG.SCALE', 'AUG.RATIO', 'AUG.CUTMIX_MINMAX'):
+        value = _get(config, key, 'config')
+        if value is not None and not (len(value) == 2 and 0 <= value[0] <= value[1]):
+            raise ConfigError(f'{key} is {list(value)}: write two numbers, the smaller first')
+    if len(config.TRAIN.OPTIMIZER.BETAS) != 2:
+        raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
+    train = config.TRAIN
+    if train.WARMUP_EPOCHS >= train.EPOCHS:
+        raise ConfigError(
+            f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
+            f'write both for a short run'
+        )
+    if config.AMP_OPT_LEVEL == 'O2':
+        raise ConfigError('AMP_OPT_LEVEL O2 needs the apex.amp of NVIDIA Apex, which is not supported yet: write O1')
+    if config.EVAL_MODE and config.THROUGHPUT_MODE:
+        raise ConfigError('--eval and --throughput are two jobs: give one of them')
+    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        raise ConfigError('--eval needs weights: add --resume <checkpoint>')
+    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
+        raise ConfigError('--resume continues a run and --pretrained starts one: give one of them')

@@ -1,0 +1,91 @@
+"""Learning-rate schedules per update: linear warm-up, then cosine, linear or step.
+
+The schedule steps after the optimizer with the index of the update just made, so update k runs at
+schedule(max(k - 1, 0)), as in the published code.
+"""
+
+import torch
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from yacs.config import CfgNode
+
+
+def lr_scale(config: CfgNode, world_size: int) -> float:
+    """Factor on the config's learning rates, which are for 512 images an update."""
+    images = config.DATA.BATCH_SIZE * world_size * max(config.TRAIN.ACCUMULATION_STEPS, 1)
+    return images / 512.0
+
+
+def build_scheduler(
+    config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int, lr_scale: float = 1.0
+) -> Scheduler:
+    """The schedule named by `TRAIN.LR_SCHEDULER.NAME`; call its `step_update(k)` after update k.
+
+    Args:
+        config: the config tree; `TRAIN` is read.
+        optimizer: its groups hold the peak learning rate, already scaled.
+        steps_per_epoch: updates in an epoch.
+        lr_scale: factor on `WARMUP_LR` and `MIN_LR`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    train = config.TRAIN
+    total = train.EPOCHS * steps_per_epoch
+    warmup = {
+        'warmup_t': train.WARMUP_EPOCHS * steps_per_epoch,
+        'warmup_lr_init': train.WARMUP_LR * lr_scale,
+        't_in_epochs': False,
+    }
+    name = train.LR_SCHEDULER.NAME
+    if name == 'cosine':
+        # No warm-up prefix, as published: the cosine is taken at t / total, so the rate drops where warm-up ends.
+        return CosineLRScheduler(
+            optimizer, t_initial=total, lr_min=train.MIN_LR * lr_scale, cycle_limit=1, warmup_prefix=False, **warmup
+        )
+    if name == 'linear':
+        return LinearLRScheduler(optimizer, t_initial=total, lr_min_rate=0.01, **warmup)
+    if name == 'step':
+        return StepLRScheduler(
+            optimizer,
+            decay_t=train.LR_SCHEDULER.DECAY_EPOCHS * steps_per_epoch,
+            decay_rate=train.LR_SCHEDULER.DECAY_RATE,
+            **warmup,
+        )
+    raise ValueError(f'TRAIN.LR_SCHEDULER.NAME is {name!r}: write cosine, linear or step')
+
+
+class LinearLRScheduler(Scheduler):
+    """Linear warm-up, then linear decay from the peak to a fraction of it.
+
+    Args:
+        optimizer: its groups hold the peak learning rate.
+        t_initial: updates in all.
+        lr_min_rate: last learning rate, over the peak.
+        warmup_t: updates of warm-up.
+        warmup_lr_init: learning rate at the first.
+        t_in_epochs: whether t counts epochs, in place of updates.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        t_initial: int,
+        lr_min_rate: float,
+        warmup_t: int = 0,
+        warmup_lr_init: float = 0.0,
+        t_in_epochs: bool = True,
+    ):
+        super().__init__(optimizer, param_group_field='lr', t_in_epochs=t_in_epochs)
+        self.t_initial = t_initial
+        self.lr_min_rate = lr_min_rate
+        self.warmup_t = warmup_t
+        self.warmup_lr_init = warmup_lr_init
+        if warmup_t:
+            self.update_groups(warmup_lr_init)
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup_t:
+            return [self.warmup_lr_init + t * (base - self.warmup_lr_init) / self.warmup_t for base in self.base_values]
+        progress = min((t - self.warmup_t) / (self.t_initial - self.warmup_t), 1.0)
+        return [base * (1.0 - (1.0 - self.lr_min_rate) * progress) for base in self.base_values]

@@ -1,0 +1,45 @@
+"""The optimizer, with the published weight-decay groups."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, lr: float | None = None) -> Optimizer:
+    """AdamW or SGD over two groups: decayed parameters, then the others, each in the network's order.
+
+    Args:
+        config: the config tree; `TRAIN` is read.
+        model: the network, not wrapped: its own parameter names decide.
+        lr: peak learning rate; None for `TRAIN.BASE_LR`, unscaled.
+
+    Raises:
+        ValueError: an unknown `TRAIN.OPTIMIZER.NAME`.
+    """
+    options = config.TRAIN.OPTIMIZER
+    lr = config.TRAIN.BASE_LR if lr is None else lr
+    groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY)
+    if options.NAME == 'adamw':
+        return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS))
+    if options.NAME == 'sgd':
+        return torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0)
+    raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: write adamw or sgd')
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: with weight decay, and without.
+
+    Vectors and biases are not decayed, nor what the network names in `no_weight_decay` (whole names) and
+    `no_weight_decay_keywords` (parts of names).
+    """
+    names = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
+    keywords = model.no_weight_decay_keywords() if hasattr(model, 'no_weight_decay_keywords') else set()
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim <= 1 or name.endswith('.bias') or name in names
+        exempt = exempt or any(keyword in name for keyword in keywords)
+        (no_decay if exempt else decay).append(parameter)
+    return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
