@@ -351,7 +351,9 @@ def _get(config: CfgNode, key: str, source: str) -> Any:
             raise ConfigError(f'config key {key} does not exist{hint} (in {source})')
         node = node[name]
     if isinstance(node, CfgNode):
-        raise ConfigError(f'config key {key} is a group: write one of its keys, such as {key}.{next(iter(node))}')
+        raise ConfigError(
+            f'config key {key} is a group: write one of its keys, such as {key}.{next(iter(node))} (in {source})'
+        )
     return node
 
 
@@ -390,9 +392,10 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    example = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}.get(
-        kind, f'a list such as {list(default or [0.2, 0.8])}'
-    )
+    if kind in (list, tuple):
+        example = f'a list such as {list(default or [0.2, 0.8])}'
+    else:
+        example = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[kind]
     raise ConfigError(f'{key} is {value!r}: write {example} (in {source})')
 
 

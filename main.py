@@ -22,7 +22,6 @@ import yaml
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -346,6 +345,8 @@ def validate(run: Run, model: nn.Module, loader: DataLoader) -> Evaluation:
 @torch.inference_mode()
 def throughput(run: Run, model: nn.Module) -> float:
     """Log images/s of the forward pass on a random batch, the median of at least five seconds of runs."""
+    from torch.utils.benchmark import Timer  # loads PyTorch's C++ compiler support, which no other job needs
+
     model.eval()
     data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
     images = torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)

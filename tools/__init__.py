@@ -1,0 +1,1 @@
+"""Programs beside the main job; each runs as `python -m tools.<name>`."""

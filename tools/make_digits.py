@@ -26,9 +26,7 @@ def make_digits(output: Path) -> dict[str, int]:
         Images written, by split.
     """
     digits = load_digits()
-    train, val = train_test_split(
-        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
-    )
+    train, val = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
     for split, indices in (('train', train), ('val', val)):
         for index in indices:
             folder = output / split / str(digits.target[index])

@@ -1,0 +1,97 @@
+"""The network is the published one: figures recorded from the published code, number for number."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import load_config
+from models import MSGTransformer, build_model
+from models.windows import join_windows
+from tests.fill import fill_, golden, images, labels
+
+GOLDEN = {(version, size): record for version in ('v1', 'v2') for size, record in golden(version).items()}
+WITH_GRADIENTS = [key for key, record in GOLDEN.items() if 'loss' in record]
+TYPES = {'v1': {}, 'v2': {'embed_type': 'overlap', 'merge_type': 'overlap'}}
+
+
+def build(version, size):
+    return fill_(MSGTransformer(drop_path_rate=0.0, **GOLDEN[version, size]['kwargs'], **TYPES[version]))
+
+
+def assert_close(measured, recorded, relative=5e-6):
+    """Within a part of the largest recorded value."""
+    recorded = torch.as_tensor(recorded, dtype=torch.float64)
+    difference = (torch.as_tensor(measured, dtype=torch.float64) - recorded).abs().max()
+    assert difference <= relative * recorded.abs().max(), f'{difference:.3g} away'
+
+
+def in_regions(patches, msg, region):
+    """Tokens in the published layout (B * regions, windows in a region, N, C)."""
+    x = join_windows(patches, msg)
+    B, nH, nW, N, C = x.shape
+    x = x.view(B, nH // region, region, nW // region, region, N, C).transpose(2, 3)
+    return x.reshape(-1, region**2, N, C)
+
+
+def statistics(regions):
+    tokens, msg = regions, regions[:, :, 0]
+    return [tokens.mean(), tokens.std(), msg.mean(), msg.std()]
+
+
+@pytest.mark.parametrize(('version', 'size'), GOLDEN)
+def test_parameters_flops_and_state_dict_are_exact(version, size):
+    record = GOLDEN[version, size]
+    with torch.device('meta'):
+        model = MSGTransformer(**record['kwargs'], **TYPES[version])
+    assert sum(p.numel() for p in model.parameters()) == record['params']
+    assert model.flops() == record['flops']
+    assert isinstance(model.flops(), int)
+    shapes = [(name, list(value.shape)) for name, value in model.state_dict().items()]
+    assert shapes == list(record['state_dict'].items())  # names, shapes and order
+
+
+@pytest.mark.parametrize(('version', 'size'), GOLDEN)
+@torch.no_grad()
+def test_outputs_of_every_stage(version, size):
+    record = GOLDEN[version, size]
+    model = build(version, size).eval()
+    outputs = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    logits = model(images(2, record['size']))
+
+    assert_close(logits[:, :10], record['logits'])
+    assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
+    layouts = [layer.layout for layer in model.layers]
+    for output, layout, stage in zip(outputs, [*layouts[1:], layouts[-1]], record['stages'], strict=True):
+        regions = in_regions(*output, layout.region)
+        assert list(regions.shape) == stage['shape']
+        assert_close(statistics(regions), [stage[key] for key in ('mean', 'std', 'msg_mean', 'msg_std')])
+        assert_close(regions.flatten()[:4], stage['head'])
+
+
+@pytest.mark.parametrize(('version', 'size'), WITH_GRADIENTS)
+def test_loss_and_gradient_norms(version, size):
+    record = GOLDEN[version, size]
+    model = build(version, size).train()
+    loss = F.cross_entropy(model(images(2, record['size'])), labels(2, model.num_classes))
+    loss.backward()
+    assert_close(loss.item(), record['loss'])
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert norms.keys() == record['grad_norm'].keys()
+    for name, recorded in record['grad_norm'].items():
+        assert norms[name] == pytest.approx(recorded, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+@pytest.mark.parametrize(('version', 'prefix'), [('v1', 'msg'), ('v2', 'msg_v2')])
+def test_config_files_build_the_published_networks(version, prefix, size):
+    config = load_config(f'configs/{prefix}_{size}_p4_win7_224.yaml')
+    with torch.device('meta'):
+        model = build_model(config)
+    record = GOLDEN[version, size]
+    assert sum(p.numel() for p in model.parameters()) == record['params']
+    assert model.flops() == record['flops']
+    drop_path = {'v1': {'tiny': 0.2, 'small': 0.3, 'base': 0.5}, 'v2': {'tiny': 0.1, 'small': 0.3, 'base': 0.5}}
+    assert drop_path[version][size] == config.MODEL.DROP_PATH_RATE
+    assert model.layers[-1].blocks[-1].drop_path.rate == pytest.approx(drop_path[version][size])

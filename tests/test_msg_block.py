@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from models.msg_block import MSGBlock, RegionDropPath, WindowAttention
+from models.pyramid import Size, StageLayout
+from tests import numpy_block
+from tests.fill import fill_
+
+
+@pytest.mark.parametrize('grad', [True, False], ids=['plain', 'fused'])
+def test_block_equals_the_numpy_version(grad):
+    w, s, heads, dim = 3, 2, 2, 16
+    layout = StageLayout(Size(12, 6), w, s)
+    block = fill_(MSGBlock(dim, layout, heads))
+    x = torch.randn(2, 4, 2, w * w + 1, dim)
+    weights = {name: value.double().numpy() for name, value in block.state_dict().items()}
+    expected = np.stack([numpy_block.block(image.double().numpy(), weights, w, s, heads) for image in x])
+    with torch.set_grad_enabled(grad):
+        measured = block(x).detach().numpy()
+    np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('qkv_bias', 'qk_scale'), [(True, None), (False, None), (True, 0.3)])
+def test_plain_and_fused_attention_agree(qkv_bias, qk_scale):
+    attention = fill_(WindowAttention(16, 3, 4, qkv_bias, qk_scale))
+    assert attention.scale == (qk_scale or 0.5)
+    assert (attention.qkv.bias is not None) == qkv_bias
+    x = torch.randn(6, 10, 16)
+    plain = attention(x)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), plain)
+
+
+def test_attention_dropout_acts_in_training_only():
+    attention = fill_(WindowAttention(16, 3, 4, attn_drop=0.5))
+    x = torch.randn(6, 10, 16)
+    assert not torch.equal(attention(x), attention(x))
+    with torch.no_grad():
+        assert not torch.equal(attention(x), attention(x))
+        attention.eval()
+        torch.testing.assert_close(attention(x), attention(x))
+
+
+def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
+    drop = RegionDropPath(0.25, region_size=2).train()
+    x = torch.ones(500, 4, 4, 3, 2)
+    out = drop(x)
+    regions = out.view(500, 2, 2, 2, 2, 3, 2).transpose(2, 3).reshape(500 * 4, -1)
+    assert torch.equal(regions.min(dim=1).values, regions.max(dim=1).values)  # a region is dropped whole
+    values = regions[:, 0].unique()
+    torch.testing.assert_close(values, torch.tensor([0.0, 1 / 0.75]))
+    per_image = regions[:, 0].view(500, 4)
+    assert (per_image.min(dim=1).values < per_image.max(dim=1).values).any()  # not an image as one
+    assert regions.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert drop.eval()(x) is x
+
+
+def test_flops_count_the_layers_of_a_block():
+    layout = StageLayout(Size(14, 14), 7, 2)
+    norms, windows, tokens, N, C = 2 * 8 * 200, 4, 200, 50, 8
+    attention = windows * (3 * N * C * C + 2 * N * N * C + N * C * C)
+    assert MSGBlock(C, layout, 2, mlp_ratio=3.0).flops() == norms + attention + 2 * tokens * C * 3 * C

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from models import MSGTransformer
+from optimizer import build_optimizer
+from tests.fill import golden
+
+RECORD = golden('train_v1')
+
+
+def names_by_group(model, optimizer):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[p] for p in group['params']] for group in optimizer.param_groups]
+
+
+def test_weight_decay_groups_are_the_published_ones(tiny_config):
+    model = MSGTransformer(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10)
+    optimizer = build_optimizer(tiny_config(TRAIN__WEIGHT_DECAY='0.05'), model)
+    decay, no_decay = names_by_group(model, optimizer)
+    assert sorted(decay) == sorted(RECORD['decay'])
+    assert sorted(no_decay) == sorted(RECORD['no_decay'])
+    assert 'msg_tokens' in decay  # as published
+    assert [group['weight_decay'] for group in optimizer.param_groups] == [0.05, 0.0]
+    order = [name for name, _ in model.named_parameters()]  # an optimizer's checkpoint counts parameters by it
+    assert decay == [name for name in order if name in decay]
+    assert no_decay == [name for name in order if name in no_decay]
+
+
+def test_position_embedding_is_not_decayed(tiny_config):
+    model = MSGTransformer(img_size=28, embed_dim=8, depths=(1,), num_heads=(1,), shuffle_size=(1,), ape=True)
+    decay, no_decay = names_by_group(model, build_optimizer(tiny_config(), model))
+    assert 'absolute_pos_embed' in no_decay
+    assert len(decay) + len(no_decay) == len(list(model.parameters()))
+
+
+def test_adamw_and_sgd_take_their_options(tiny_config):
+    model = torch.nn.Linear(2, 2)
+    adamw = build_optimizer(
+        tiny_config(TRAIN__OPTIMIZER__BETAS='(0.8, 0.9)', TRAIN__OPTIMIZER__EPS='1e-6'), model, lr=3
+    )
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults['lr'], adamw.defaults['betas'], adamw.defaults['eps']) == (3, (0.8, 0.9), 1e-6)
+    sgd = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='sgd', TRAIN__OPTIMIZER__MOMENTUM='0.7'), model)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults['lr'], sgd.defaults['momentum'], sgd.defaults['nesterov']) == (0.1, 0.7, True)
+
+
+def test_an_unknown_name_is_refused(tiny_config):
+    config = tiny_config().clone()
+    config.defrost()
+    config.TRAIN.OPTIMIZER.NAME = 'lion'
+    with pytest.raises(ValueError, match='write adamw or sgd'):
+        build_optimizer(config, torch.nn.Linear(2, 2))
