@@ -8,7 +8,6 @@ README has the commands for several GPUs and nodes.
 import argparse
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -27,12 +26,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
-from config import ConfigError, get_config
-from data import DataError, build_criterion, build_eval_loader, build_loaders, build_mixup
+from config import get_config
+from data import build_criterion, build_eval_loader, build_loaders, build_mixup
 from logger import MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model
-from models.pyramid import PyramidError
 from optimizer import build_optimizer
 from precision import Precision, build_precision
 from utils import (
@@ -43,6 +41,7 @@ from utils import (
     find_latest_checkpoint,
     load_checkpoint,
     load_weights,
+    mistakes_in_one_line,
     peak_memory_mb,
     save_checkpoint,
     set_seed,
@@ -362,7 +361,5 @@ def throughput(run: Run, model: nn.Module) -> float:
 
 
 if __name__ == '__main__':
-    try:
+    with mistakes_in_one_line():
         main(get_config(parse_option()))
-    except (ConfigError, PyramidError, DataError, CheckpointError) as mistake:
-        sys.exit(f'error: {mistake}')

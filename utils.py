@@ -18,10 +18,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError
+from data import DataError
+from models.pyramid import PyramidError
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or belongs to another network."""
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Around a program: a user's mistake ends it with one line and exit code 1, anything else with a traceback."""
+    try:
+        yield
+    except (ConfigError, PyramidError, DataError, CheckpointError) as mistake:
+        sys.exit(f'error: {mistake}')
 
 
 class Process(NamedTuple):

@@ -124,6 +124,11 @@ def uses_mixup(config: CfgNode) -> bool:
     return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
 
 
+def image_mode(config: CfgNode) -> str:
+    """PIL mode that images are read in: RGB or L (grey)."""
+    return _channels(config)[0]
+
+
 def _channels(config: CfgNode) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
     channels = config.MODEL.MSG.IN_CHANS
     if channels not in _CHANNELS:
@@ -138,7 +143,7 @@ def _open_split(config: CfgNode, split: str, transform: Callable) -> ImageFolder
     if config.DATA.DATASET != 'imagenet':
         raise DataError(f'DATA.DATASET is {config.DATA.DATASET!r}: write imagenet')
     root = Path(config.DATA.DATA_PATH) / split
-    dataset = open_folder(root, transform, _channels(config)[0])
+    dataset = open_folder(root, transform, image_mode(config))
     if len(dataset.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
             f'{root} has {len(dataset.classes)} class folders, but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}: '

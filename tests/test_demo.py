@@ -1,0 +1,41 @@
+"""`make demo` as a user starts it, for three seeds: minutes, so slow."""
+
+import re
+import subprocess
+import sys
+
+import cv2
+import pytest
+
+from tests.test_command_line import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def make_demo(output, seed):
+    command = ['make', 'demo', f'OUTPUT={output}', f'SEED={seed}', f'VENV={sys.prefix}']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp('demo')
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_demo_reads_at_least_97_percent_of_the_held_out_digits(output, seed):
+    said = make_demo(output, seed)
+    run = output / 'msg_digits_p2_win7_56' / f'demo_seed{seed}'
+    accuracy = float(re.search(r' \* Acc@1 ([\d.]+)', (run / 'evaluation.txt').read_text())[1])
+    assert accuracy >= 97
+    assert f'Accuracy of the network on the 360 test images: {accuracy:.1f}%' in said
+    for name in ('curves', 'predictions'):
+        assert cv2.imread(str(output / f'demo_{name}_seed{seed}.png')) is not None
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob('*')}
+    again = make_demo(output, seed)
+    assert f'Accuracy of the network on the 360 test images: {accuracy:.1f}%' in again
+    assert 'main.py' not in again
+    assert {path: path.stat().st_mtime_ns for path in output.rglob('*')} == before

@@ -1,0 +1,122 @@
+import json
+
+import cv2
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from config import load_config
+from models import build_model
+from tests.fill import fill_
+from tests.test_command_line import ROOT, start
+from tools import make_digits as digits_tool
+from tools.complexity import complexity
+from tools.plot import plot, read_epochs
+from tools.predict import draw_sheet, find_images, predict
+
+
+def test_digits_are_real_split_fixed_and_stratified(tmp_path):
+    assert digits_tool.make_digits(tmp_path / 'one') == {'train': 1437, 'val': 360}
+    digits_tool.make_digits(tmp_path / 'two')
+    files = sorted(path.relative_to(tmp_path / 'one') for path in (tmp_path / 'one').rglob('*.png'))
+    assert len(files) == 1797
+    assert len({path.name for path in files}) == 1797  # none in both splits
+    for path in files[::100]:
+        assert (tmp_path / 'one' / path).read_bytes() == (tmp_path / 'two' / path).read_bytes()
+        original = load_digits().images[int(path.stem)]
+        assert load_digits().target[int(path.stem)] == int(path.parent.name)
+        image = cv2.imread(str(tmp_path / 'one' / path), cv2.IMREAD_GRAYSCALE)
+        assert image.shape == (56, 56)
+        centres = image[3::7, 3::7].astype(float)  # of the 8 x 8 original pixels
+        assert abs(centres - original * 255 / 16).mean() < 10
+    for digit in range(10):
+        val = len([path for path in files if path.parts[:2] == ('val', str(digit))])
+        total = (load_digits().target == digit).sum()
+        assert val == pytest.approx(0.2 * total, abs=1)
+
+
+def test_complexity_counts_the_real_operators():
+    config = load_config('configs/msg_tiny_p4_win7_224.yaml')
+    counted = complexity(build_model(config), 3, 224)
+    assert (counted.parameters, counted.formula) == (28290166, 4588614144)
+    # The formula's norms, which are no product: 2 of each token in a block, one at the embedding and in merging.
+    tokens = [56 * 56 + 64, 28 * 28 + 16, 14 * 14 + 4, 49 + 1]
+    norms = sum(2 * depth * t * 96 * 2**i for i, (depth, t) in enumerate(zip((2, 2, 6, 2), tokens, strict=True)))
+    norms += 56 * 56 * 96 + sum(t * 96 * 2**i for i, t in enumerate(tokens[:3])) + 768 * 50
+    assert counted.formula - counted.measured == norms
+
+
+def write_metrics(folder, *epochs):
+    folder.mkdir(parents=True)
+    records = [{'kind': 'train', 'epoch': 0, 'loss': 9}]
+    for epoch, acc1 in epochs:
+        records.append({'kind': 'epoch', 'epoch': epoch, 'train_loss': 2, 'val_loss': 1, 'acc1': acc1, 'lr': 0.1})
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return folder
+
+
+def test_curves(tmp_path):
+    run = write_metrics(tmp_path / 'model' / 'run', (0, 10), (1, 20), (1, 30), (2, 40))
+    assert [record['acc1'] for record in read_epochs(run / 'metrics.jsonl')] == [10, 30, 40]  # trained again: the last
+    plot(run, tmp_path / 'curves.png')
+    image = cv2.imread(str(tmp_path / 'curves.png'))
+    assert image.shape == (420, 1440, 3)
+    assert (image < 128).mean() > 0.005  # something is drawn
+    with pytest.raises(ValueError, match='No such file.*--run'):
+        plot(tmp_path / 'nowhere', tmp_path / 'c.png')
+    with pytest.raises(ValueError, match='no finished epoch'):
+        plot(write_metrics(tmp_path / 'none'), tmp_path / 'c.png')
+
+
+def test_predictions(tiny_config, image_tree, tmp_path):
+    config = tiny_config()
+    model = fill_(build_model(config))
+    images = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
+    assert len(images) == 13
+    guesses = predict(config, model, ['class_0', 'class_1', 'class_2'], images, batch_size=5)
+    assert [guess.truth for guess in guesses] == ['class_0'] * 4 + ['class_1'] * 4 + ['class_2'] * 4 + ['class_0']
+    assert all(1 / 3 <= guess.probability <= 1 for guess in guesses)
+    alone = predict(config, model, ['a', 'b', 'c'], images[4:5])
+    assert alone[0].truth is None
+    assert alone[0].probability == pytest.approx(guesses[4].probability, rel=1e-5)
+    draw_sheet(guesses, tmp_path / 'sheet.png')
+    assert cv2.imread(str(tmp_path / 'sheet.png')).shape == (340, 1120, 3)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'flags', 'message'),
+    [
+        ('plot', ['--run', 'nowhere'], 'error: nowhere/metrics.jsonl: No such file'),
+        ('predict', ['nowhere', '--cfg', 'nowhere', '--resume', 'x'], 'error: config file nowhere: No such file'),
+        ('make_digits', [], 'error: the following arguments are required: --output'),
+        ('complexity', ['nowhere'], 'error: config file nowhere: No such file'),
+    ],
+)
+def test_tools_run_as_modules_and_tell_mistakes_in_one_line(tool, flags, message):
+    done = start('-m', f'tools.{tool}', *flags)
+    assert done.returncode not in (0, None)
+    assert message in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_predict_as_a_user_starts_it(tiny_config, image_tree, tmp_path):
+    names = ['class_0', 'class_1', 'class_2']
+    torch.save({'model': build_model(tiny_config()).state_dict(), 'classes': names}, tmp_path / 'w.pth')
+    done = start(
+        '-m', 'tools.predict', image_tree / 'val', '--limit', '6', '--cfg', ROOT / 'tests/fixtures/tiny.yaml',
+        '--resume', tmp_path / 'w.pth', '--output', tmp_path / 'sheet.png',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    assert all(line.split('\t')[1] in names for line in lines[:6])
+    assert lines[6].endswith('of 6 right')
+    assert (tmp_path / 'sheet.png').exists()
+
+
+def test_figures_of_the_readme_are_those_the_script_draws(tmp_path):
+    done = start('-m', 'tools.draw_figures', '--output', tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ('windows.svg', 'block.svg'):
+        assert (tmp_path / name).read_text() == (ROOT / 'docs' / name).read_text(), f'{name}: run `make figures`'
+        assert f'docs/{name}' in (ROOT / 'README.md').read_text()

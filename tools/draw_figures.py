@@ -1,0 +1,111 @@
+"""Draw the README's figures: windows with their MSG tokens, the shuffle, and the block.
+
+python -m tools.draw_figures --output docs
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one a window
+PATCH, INK = '#e8e8e8', '#333333'
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for the SVG files')
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams.update({'svg.hashsalt': 'msg', 'font.size': 10, 'font.family': 'DejaVu Sans'})
+    for name, draw in (('windows', draw_windows), ('block', draw_block)):
+        draw().savefig(args.output / f'{name}.svg', metadata={'Date': None})
+        print(args.output / f'{name}.svg')
+
+
+def draw_windows() -> Figure:
+    """A shuffle region of 2 x 2 windows, and what the shuffle does to its MSG tokens."""
+    figure = Figure(figsize=(10, 4.4), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
+    w, gap = 4, 1.6
+    for g, colour in enumerate(COLOURS):
+        row, column = divmod(g, 2)
+        x, y = column * (w + gap), (1 - row) * (w + gap)
+        for i in range(w):
+            for j in range(w):
+                left.add_patch(Rectangle((x + i, y + j), 1, 1, facecolor=PATCH, edgecolor='white', linewidth=1.5))
+        left.add_patch(Rectangle((x, y), w, w, fill=False, edgecolor=colour, linewidth=2.5))
+        chunks(left, x - 0.1, y + w + 0.15, [colour] * 4)
+        left.text(x + 2.3, y + w + 0.38, f'MSG token {g}', color=colour, va='center', fontweight='bold')
+    left.set_title('Attention: within each window,\namong its patches and its MSG token')
+    frame(left, (-0.4, 2 * w + gap + 0.4), (-0.4, 2 * w + gap + 1.2))
+
+    for g, colour in enumerate(COLOURS):
+        y = 6 - 2 * g
+        chunks(right, 0, y, [colour] * 4)
+        chunks(right, 6, y, COLOURS)
+        right.text(-0.3, y + 0.25, f'{g}', ha='right', va='center', color=colour, fontweight='bold')
+        right.text(8.3, y + 0.25, f'new {g}', va='center', color=INK)
+    for g in range(4):
+        for k in range(4):
+            ends = ((k * 0.5 + 0.25, 6 - 2 * g), (6 + g * 0.5 + 0.25, 6 - 2 * k + 0.5))
+            right.add_patch(
+                FancyArrowPatch(
+                    *ends, arrowstyle='-', shrinkA=0, shrinkB=0, color=COLOURS[g], linewidth=0.9, alpha=0.6, zorder=0
+                )
+            )
+    right.set_title('Shuffle: each MSG token gives one chunk of its\nchannels to every MSG token of the region')
+    frame(right, (-0.9, 9.6), (-0.3, 7.2))
+    return figure
+
+
+def draw_block() -> Figure:
+    """The steps of a block, with the shapes between them."""
+    figure = Figure(figsize=(10, 3.0), layout='constrained')
+    axes = figure.subplots()
+    steps = [
+        (1.7, 'LayerNorm', PATCH),
+        (3.6, 'Window\nattention', '#cfe0f3'),
+        (8.2, 'Shuffle of\nMSG tokens', '#fde0c0'),
+        (11.2, 'LayerNorm', PATCH),
+        (13.1, 'MLP', '#d6ecd2'),
+    ]
+    axes.plot([-1.2, 15.9], [1, 1], color=INK, linewidth=1.5, zorder=0)
+    axes.plot(16, 1, '>', color=INK)
+    for x, name, colour in steps:
+        box = FancyBboxPatch((x - 0.8, 0.5), 1.6, 1.0, boxstyle='round,pad=0.05', facecolor=colour, edgecolor=INK)
+        axes.add_patch(box)
+        axes.text(x, 1, name, ha='center', va='center', fontsize=9)
+    for start, end in ((0.4, 5.2), (9.9, 14.7)):
+        axes.plot([start, start, end, end], [1, 1.85, 1.85, 1], color=INK, linewidth=1.5, zorder=0)
+        axes.text(end, 1, '+', ha='center', va='center', bbox={'boxstyle': 'circle', 'fc': 'white', 'ec': INK})
+        axes.text((start + end) / 2, 1.95, 'residual', ha='center', color=INK, fontsize=9)
+    axes.text(-1.2, 0.8, 'windows\n(B, nH, nW,\nw² + 1, C)', ha='left', va='top', fontsize=9)
+    axes.text(8.2, 0.25, 'only the MSG tokens,\non the residual stream itself', ha='center', va='top', fontsize=9)
+    axes.text(5.2, 0.55, 'drop path,\nper region', ha='center', va='top', fontsize=9)
+    axes.text(14.7, 0.55, 'drop path,\nper region', ha='center', va='top', fontsize=9)
+    frame(axes, (-1.4, 16.4), (-0.6, 2.4), equal=False)
+    return figure
+
+
+def chunks(axes: Axes, x: float, y: float, colours: list[str]) -> None:
+    """A token as a row of channel chunks."""
+    for k, colour in enumerate(colours):
+        axes.add_patch(Rectangle((x + k * 0.5, y), 0.5, 0.5, facecolor=colour, edgecolor='white', linewidth=1))
+
+
+def frame(axes: Axes, x: tuple[float, float], y: tuple[float, float], equal: bool = True) -> None:
+    """Show this part of the plane, without axes."""
+    axes.set_xlim(*x)
+    axes.set_ylim(*y)
+    axes.axis('off')
+    if equal:
+        axes.set_aspect('equal')
+
+
+if __name__ == '__main__':
+    main()

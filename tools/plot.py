@@ -1,0 +1,73 @@
+"""Draw a run's curves from its metrics.jsonl: losses, top-1 accuracy and learning rate over the epochs.
+
+python -m tools.plot --run output/msg_tiny_p4_win7_224/default --output curves.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+def read_epochs(path: Path) -> list[dict]:
+    """One record an epoch, in order; of an epoch that was trained again, the last.
+
+    Raises:
+        ValueError: the file is missing or holds no epoch.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise ValueError(f'{path}: {error.strerror}; give --run the folder of a run') from error
+    epochs = {record['epoch']: record for record in records if record['kind'] == 'epoch'}
+    if not epochs:
+        raise ValueError(f'{path} holds no finished epoch yet')
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def plot(run: Path, output: Path) -> None:
+    """Draw the curves of the run in this folder as an image."""
+    epochs = read_epochs(run / 'metrics.jsonl')
+    number = [record['epoch'] + 1 for record in epochs]
+    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    loss, accuracy, rate = figure.subplots(1, 3)
+    loss.plot(number, [record['train_loss'] for record in epochs], label='training (augmented)')
+    loss.plot(number, [record['val_loss'] for record in epochs], label='evaluation')
+    loss.set_title('Loss')
+    loss.set_ylim(bottom=0)
+    loss.legend()
+    top1 = [record['acc1'] for record in epochs]
+    accuracy.plot(number, top1)
+    accuracy.set_title(f'Top-1 accuracy: {top1[-1]:.1f} % at the end')
+    accuracy.set_ylabel('%')
+    rate.plot(number, [record['lr'] for record in epochs])
+    rate.set_title('Learning rate')
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel('epoch')
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    figure.suptitle(f'{run.parent.name} / {run.name}')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--run', type=Path, required=True, metavar='DIR', help='folder of the run')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='image to write (<run>/curves.png)')
+    args = parser.parse_args()
+    output = args.output or args.run / 'curves.png'
+    try:
+        plot(args.run, output)
+    except ValueError as mistake:
+        sys.exit(f'error: {mistake}')
+    print(output)
+
+
+if __name__ == '__main__':
+    main()
