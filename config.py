@@ -310,8 +310,10 @@ def get_config(args: Namespace) -> CfgNode:
     return load_config(args.cfg, opts)
 
 
-def _merge_file(config: CfgNode, path: Path) -> None:
-    """Merge a YAML file's BASE files, in their order, then the file itself."""
+def _merge_file(config: CfgNode, path: Path, heirs: tuple[Path, ...] = ()) -> None:
+    """Merge a YAML file's BASE files, in their order, then the file itself; `heirs` are the files that led to it."""
+    if path.resolve() in heirs:
+        raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -323,7 +325,7 @@ def _merge_file(config: CfgNode, path: Path) -> None:
     bases = tree.get('BASE', [])
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
-            _merge_file(config, path.parent / base)
+            _merge_file(config, path.parent / base, (*heirs, path.resolve()))
     for key, value in _leaves(tree):
         _set(config, key, value, str(path))
 

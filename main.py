@@ -110,23 +110,23 @@ def main(config: CfgNode) -> None:
 
 
 def load_start(run: Run, model: nn.Module) -> dict[str, Any] | None:
-    """Load the weights the job starts from: --resume, else --pretrained, else the run's newest checkpoint.
+    """Load the weights the job starts from: --resume, else the run's newest checkpoint, else --pretrained.
 
     Returns:
         The checkpoint to continue; None where a new run starts.
     """
     config = run.config
-    path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    if not path and config.TRAIN.AUTO_RESUME:
-        path = find_latest_checkpoint(run.output_dir)
+    resume = config.MODEL.RESUME
+    if not resume and config.TRAIN.AUTO_RESUME and not config.EVAL_MODE:
+        resume = find_latest_checkpoint(run.output_dir)
+    path = resume or config.MODEL.PRETRAINED
     if not path:
         return None
     checkpoint = load_checkpoint(path)
-    starts_new = path == config.MODEL.PRETRAINED
-    if load_weights(model, checkpoint, path, new_head=starts_new and not config.EVAL_MODE):
+    if load_weights(model, checkpoint, path, new_head=not resume and not config.EVAL_MODE):
         run.logger.info(f'the head of {path} has other classes: a new one is trained')
     run.logger.info(f'weights of {path} loaded')
-    return None if starts_new else checkpoint
+    return checkpoint if resume else None
 
 
 def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None:
@@ -148,6 +148,7 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     if checkpoint is not None:
         start_epoch, max_accuracy = restore(checkpoint, optimizer, scheduler, run.precision)
         logger.info(f'continuing after epoch {start_epoch - 1}, max accuracy {max_accuracy:.2f}%')
+    scheduler.step_update(max(start_epoch * steps_per_epoch - 1, 0))  # also where START_EPOCH starts in the middle
     if start_epoch >= config.TRAIN.EPOCHS:
         logger.info(f'nothing to train: epoch {start_epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
         return

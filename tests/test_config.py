@@ -192,6 +192,7 @@ def test_what_cannot_work_is_refused_with_what_to_write(opts, message):
         ('MODLE: {NAME: x}', 'MODLE.NAME does not exist: did you mean MODEL.NAME'),
         ('TRAIN: 3', 'TRAIN is a group'),
         ('BASE: [nowhere.yaml]', 'nowhere.yaml: No such file'),
+        ('BASE: [bad.yaml]', 'bad.yaml is among its own BASE files'),
         ('a: [', 'is not YAML'),
         ('', 'holds no keys'),
         ('- 1', 'holds no keys'),

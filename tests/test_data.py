@@ -208,3 +208,14 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tiny_config, tmp_path
 def test_loader_can_be_sent_to_a_process_that_does_not_fork(tiny_config, image_tree):
     train, _ = build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree)))
     assert len(pickle.loads(pickle.dumps(train.dataset))) == 24
+
+
+@pytest.mark.parametrize(('channels', 'mode'), [('3', 'RGB'), ('1', 'L')])
+def test_every_operation_of_the_policy_runs_at_every_magnitude(tiny_config, channels, mode):
+    """Magnitudes are drawn around 9, and some operations are rare: the versions of timm and Pillow must agree on all."""
+    [augment] = steps(build_transform(tiny_config(MODEL__MSG__IN_CHANS=channels), is_train=True), RandAugment)
+    assert len(augment.ops) == 15
+    for op in augment.ops:
+        op.prob, op.magnitude_std = 1.0, 0
+        for op.magnitude in range(11):
+            assert op(photo(32, 24).convert(mode)).size == (32, 24), op

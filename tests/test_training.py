@@ -221,6 +221,8 @@ def test_auto_resume_off_and_start_epoch(tiny_config, image_tree):
     config = tiny_config(**data, TRAIN__AUTO_RESUME='False', TRAIN__START_EPOCH='1')
     program.main(config)
     assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 1]
+    first, again = (record for record in records(config, 'train') if (record['epoch'], record['step']) == (1, 0))
+    assert first['lr'] == again['lr']  # the schedule starts in the middle too
 
 
 def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tmp_path):
@@ -233,6 +235,9 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
     assert torch.equal(trained['msg_tokens'], fill_(build_model(source)).state_dict()['msg_tokens'])
     assert trained['head.weight'].shape == (3, 16)
     assert len(records(config, 'epoch')) == 2
+    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    program.main(config)  # an interrupted run of its own goes before the weights it started from
+    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 1]
     torch.save({'model': trained}, tmp_path / 'trained.pth')
     with pytest.raises(CheckpointError, match='no entry .optimizer.*--pretrained'):
         program.main(tiny_config(TAG='other', MODEL__RESUME=str(tmp_path / 'trained.pth'), **frozen))
