@@ -40,7 +40,9 @@ $(DIGITS)/made: tools/make_digits.py | $(VENV)/installed
 	$(PY) -m tools.make_digits --output $(DIGITS)
 	touch $@
 
-$(RUN)/trained: | $(DIGITS)/made
+# A run under another config is started afresh; an interrupted one goes on.
+$(RUN)/trained: $(CONFIG) | $(DIGITS)/made
+	if [ $(CONFIG) -nt $(RUN)/config.yaml ]; then rm -rf $(RUN); fi
 	$(PY) main.py --cfg $(CONFIG) --data-path $(DIGITS) --output $(OUTPUT) --tag $(TAG) --opts SEED $(SEED)
 	touch $@
 

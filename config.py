@@ -55,7 +55,7 @@ _C.DATA.DATA_PATH = ''
 _C.DATA.DATASET = 'imagenet'
 # Side of the square images the network sees, in pixels
 _C.DATA.IMG_SIZE = 224
-# Resampling of images: nearest, bilinear, bicubic or lanczos
+# Resampling of images: nearest, bilinear or bicubic
 _C.DATA.INTERPOLATION = 'bicubic'
 # Load into page-locked memory, for faster copies to a GPU
 _C.DATA.PIN_MEMORY = True
@@ -198,7 +198,7 @@ _CHOICES = {
     'AMP_DTYPE': ('float16', 'bfloat16'),
     'DEVICE': ('auto', 'cuda', 'cpu'),
     'DATA.DATASET': ('imagenet',),
-    'DATA.INTERPOLATION': ('nearest', 'bilinear', 'bicubic', 'lanczos'),
+    'DATA.INTERPOLATION': ('nearest', 'bilinear', 'bicubic'),
     'MODEL.TYPE': ('msg',),
     'MODEL.MSG.MANIP_TYPE': ('shuf', 'none'),
     'MODEL.MSG.EMBED_TYPE': ('patch', 'overlap'),
@@ -223,13 +223,14 @@ _RANGES = {
     'MODEL.DROP_RATE': (0, 1),
     'MODEL.ATTN_DROP_RATE': (0, 1),
     'MODEL.DROP_PATH_RATE': (0, 0.999),
-    'MODEL.LABEL_SMOOTHING': (0, 1),
+    'MODEL.LABEL_SMOOTHING': (0, 0.999),
     'MODEL.MSG.PATCH_SIZE': (1, _INF),
     'MODEL.MSG.IN_CHANS': (1, _INF),
     'MODEL.MSG.EMBED_DIM': (1, _INF),
     'MODEL.MSG.DEPTHS': (1, _INF),
     'MODEL.MSG.NUM_HEADS': (1, _INF),
     'MODEL.MSG.WINDOW_SIZE': (1, _INF),
+    'MODEL.MSG.MLP_RATIO': (0.01, _INF),
     'MODEL.MSG.SHUF_SIZE': (1, _INF),
     'TRAIN.START_EPOCH': (0, _INF),
     'TRAIN.EPOCHS': (1, _INF),
@@ -241,7 +242,10 @@ _RANGES = {
     'TRAIN.CLIP_GRAD': (0, _INF),
     'TRAIN.ACCUMULATION_STEPS': (0, _INF),
     'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (1, _INF),
+    'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1),
+    'TRAIN.OPTIMIZER.EPS': (0, _INF),
     'TRAIN.OPTIMIZER.BETAS': (0, 0.99999),
+    'TRAIN.OPTIMIZER.MOMENTUM': (0, 0.99999),
     'AUG.SCALE': (0.001, 1),
     'AUG.RATIO': (0.001, 1000),
     'AUG.HFLIP': (0, 1),
@@ -291,6 +295,8 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     if len(opts) % 2:
         raise ConfigError(f'--opts takes pairs, KEY VALUE: {" ".join(map(str, opts))!r} has no value for {opts[-1]}')
     for key, value in zip(opts[0::2], opts[1::2], strict=True):
+        if key == 'BASE':
+            raise ConfigError('BASE is for config files: write it in the file that --cfg names')
         _set(config, key, _parse(value, _get(config, key, '--opts')), '--opts')
     _check(config)
     config.freeze()
@@ -322,8 +328,8 @@ def _merge_file(config: CfgNode, path: Path, heirs: tuple[Path, ...] = ()) -> No
         raise ConfigError(f'config file {path} is not YAML: {" ".join(str(error).split())}') from error
     if not isinstance(tree, Mapping):
         raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
-    bases = tree.get('BASE', [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = _coerce('BASE', tree.get('BASE', _C.BASE), _C.BASE, str(path))
+    for base in bases:
         if base:
             _merge_file(config, path.parent / base, (*heirs, path.resolve()))
     for key, value in _leaves(tree):

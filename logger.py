@@ -2,11 +2,14 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from termcolor import colored
+
+from config import ConfigError
 
 
 def create_logger(output_dir: Path, rank: int) -> logging.Logger:
@@ -15,6 +18,9 @@ def create_logger(output_dir: Path, rank: int) -> logging.Logger:
     Args:
         output_dir: the run's folder; made if it is not there.
         rank: of this process.
+
+    Raises:
+        ConfigError: the folder cannot be made or written to.
     """
     logger = logging.getLogger(f'msg_transformer.rank{rank}')
     for handler in logger.handlers[:]:  # of an earlier run in this process
@@ -24,8 +30,11 @@ def create_logger(output_dir: Path, rank: int) -> logging.Logger:
     logger.propagate = False
 
     prefix, date_format = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(output_dir / f'log_rank{rank}.txt')
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(output_dir / f'log_rank{rank}.txt')
+    except OSError as error:
+        raise ConfigError(f'output folder {output_dir}: {error.strerror}: write another --output') from error
     file.setFormatter(logging.Formatter(f'{prefix}: %(levelname)s %(message)s', date_format))
     logger.addHandler(file)
     if rank == 0:
@@ -46,7 +55,11 @@ class MetricsLog:
         self.path = path
 
     def write(self, **record: Any) -> None:
-        """Append a record."""
+        """Append a record; a number that is not finite, which JSON does not know, becomes null."""
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         if self.path is not None:
             with self.path.open('a') as file:
                 file.write(json.dumps(record) + '\n')

@@ -4,16 +4,27 @@ The schedule steps after the optimizer with the index of the update just made, s
 schedule(max(k - 1, 0)), as in the published code.
 """
 
+import math
+
 import torch
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from yacs.config import CfgNode
 
 
-def lr_scale(config: CfgNode, world_size: int) -> float:
+def accumulation_steps(config: CfgNode) -> int:
+    """Batches whose gradients make one update."""
+    return max(config.TRAIN.ACCUMULATION_STEPS, 1)
+
+
+def updates_per_epoch(config: CfgNode, batches: int) -> int:
+    """Updates that an epoch of so many batches makes; the last may be of fewer batches."""
+    return math.ceil(batches / accumulation_steps(config))
+
+
+def learning_rate_scale(config: CfgNode, world_size: int) -> float:
     """Factor on the config's learning rates, which are for 512 images an update."""
-    images = config.DATA.BATCH_SIZE * world_size * max(config.TRAIN.ACCUMULATION_STEPS, 1)
-    return images / 512.0
+    return config.DATA.BATCH_SIZE * world_size * accumulation_steps(config) / 512.0
 
 
 def build_scheduler(

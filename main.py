@@ -29,7 +29,7 @@ from yacs.config import CfgNode
 from config import get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
 from logger import MetricsLog, create_logger
-from lr_scheduler import build_scheduler, lr_scale
+from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scale, updates_per_epoch
 from models import build_model
 from optimizer import build_optimizer
 from precision import Precision, build_precision
@@ -39,6 +39,7 @@ from utils import (
     all_reduce_sum,
     distribute,
     find_latest_checkpoint,
+    from_main_process,
     load_checkpoint,
     load_weights,
     mistakes_in_one_line,
@@ -59,7 +60,13 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('--cfg', required=True, metavar='FILE', help='YAML config, such as configs/msg_tiny_p4_win7_224.yaml')
-    add('--opts', nargs='+', metavar='KEY VALUE', help='config keys and values, such as TRAIN.EPOCHS 100 SEED 1')
+    add(
+        '--opts',
+        nargs='+',
+        action='extend',
+        metavar='KEY VALUE',
+        help='config keys and values, such as TRAIN.EPOCHS 100 SEED 1; may be given more than once',
+    )
     add('--batch-size', type=int, metavar='N', help='images a process and step (DATA.BATCH_SIZE)')
     add('--data-path', metavar='DIR', help='folder with train/<class>/ and val/<class>/ (DATA.DATA_PATH)')
     add('--resume', metavar='FILE', help='checkpoint to continue, or to evaluate with --eval (MODEL.RESUME)')
@@ -94,7 +101,7 @@ def main(config: CfgNode) -> None:
         output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
         logger = create_logger(output_dir, process.rank)
         run = Run(config, process, build_precision(config, process.device), output_dir, logger)
-        with logging_redirect_tqdm([logger]):  # log lines go above a progress bar, not through it
+        with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
             logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')
             model = build_model(config).to(process.device)
             parameters = sum(p.numel() for p in model.parameters())
@@ -116,14 +123,20 @@ def load_start(run: Run, model: nn.Module) -> dict[str, Any] | None:
         The checkpoint to continue; None where a new run starts.
     """
     config = run.config
-    resume = config.MODEL.RESUME
-    if not resume and config.TRAIN.AUTO_RESUME and not config.EVAL_MODE:
-        resume = find_latest_checkpoint(run.output_dir)
+    automatic = None
+    if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and not config.MODEL.RESUME:
+        automatic = from_main_process(find_latest_checkpoint(run.output_dir))
+    resume = config.MODEL.RESUME or automatic
     path = resume or config.MODEL.PRETRAINED
     if not path:
         return None
-    checkpoint = load_checkpoint(path)
-    if load_weights(model, checkpoint, path, new_head=not resume and not config.EVAL_MODE):
+    try:
+        checkpoint = load_checkpoint(path)
+        new_head = load_weights(model, checkpoint, path, may_replace_head=not resume and not config.EVAL_MODE)
+    except CheckpointError as error:
+        remedy = '; to start afresh, write another --tag or --opts TRAIN.AUTO_RESUME False' if automatic else ''
+        raise CheckpointError(f'{error}{remedy}') from error
+    if new_head:
         run.logger.info(f'the head of {path} has other classes: a new one is trained')
     run.logger.info(f'weights of {path} loaded')
     return checkpoint if resume else None
@@ -138,17 +151,17 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     mixup, criterion = build_mixup(config), build_criterion(config)
 
     # Optimizer, schedule
-    scale = lr_scale(config, process.world_size)
+    scale = learning_rate_scale(config, process.world_size)
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale)
-    steps_per_epoch = math.ceil(len(train_loader) / max(config.TRAIN.ACCUMULATION_STEPS, 1))
+    steps_per_epoch = updates_per_epoch(config, len(train_loader))
     scheduler = build_scheduler(config, optimizer, steps_per_epoch, lr_scale=scale)
 
     # Where to start
-    start_epoch, max_accuracy = config.TRAIN.START_EPOCH, 0.0
+    start_epoch, max_accuracy = config.TRAIN.START_EPOCH, -1.0
     if checkpoint is not None:
-        start_epoch, max_accuracy = restore(checkpoint, optimizer, scheduler, run.precision)
+        start_epoch, max_accuracy = restore(checkpoint, optimizer, run.precision)
         logger.info(f'continuing after epoch {start_epoch - 1}, max accuracy {max_accuracy:.2f}%')
-    scheduler.step_update(max(start_epoch * steps_per_epoch - 1, 0))  # also where START_EPOCH starts in the middle
+    scheduler.step_update(max(start_epoch * steps_per_epoch - 1, 0))
     if start_epoch >= config.TRAIN.EPOCHS:
         logger.info(f'nothing to train: epoch {start_epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
         return
@@ -190,10 +203,11 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     logger.info(f'Training time {timedelta(seconds=int(time.time() - began))}')
 
 
-def restore(
-    checkpoint: dict[str, Any], optimizer: Optimizer, scheduler: Scheduler, precision: Precision
-) -> tuple[int, float]:
-    """Restore all but the weights from a checkpoint.
+def restore(checkpoint: dict[str, Any], optimizer: Optimizer, precision: Precision) -> tuple[int, float]:
+    """Restore the optimizer and the precision from a checkpoint.
+
+    The schedule is a function of the config and the update alone, so that a longer run, another batch size or
+    another number of processes takes effect; its saved state is for other programs.
 
     Returns:
         The epoch to start with, and the best accuracy so far in percent.
@@ -201,17 +215,24 @@ def restore(
     Raises:
         CheckpointError: it holds weights only, or another optimizer's state.
     """
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        precision.load_state_dict(checkpoint.get('precision', {}))
-        return checkpoint['epoch'] + 1, checkpoint['max_accuracy']
-    except KeyError as error:
+    missing = [name for name in ('optimizer', 'epoch', 'max_accuracy') if checkpoint.get(name) is None]
+    if missing:
         raise CheckpointError(
-            f'the checkpoint has no entry {error}, so it cannot be continued: start a new run from it with --pretrained'
+            f'the checkpoint has no {", ".join(missing)}, so it cannot be continued: '
+            f'start a new run from it with --pretrained'
+        )
+    try:
+        saved, ours = checkpoint['optimizer']['param_groups'][0], optimizer.param_groups[0]
+        if any((name in saved) != (name in ours) for name in ('betas', 'momentum')):
+            raise ValueError('AdamW and SGD keep different states')
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is another than the config's ({error}): "
+            f'write the TRAIN.OPTIMIZER it was made with, or start a new run from it with --pretrained'
         ) from error
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint's optimizer is another than the config's: {error}") from error
+    precision.load_state_dict(checkpoint.get('precision', {}))
+    return checkpoint['epoch'] + 1, checkpoint['max_accuracy']
 
 
 def train_one_epoch(
@@ -232,27 +253,37 @@ def train_one_epoch(
     """
     config, process = run.config, run.process
     model.train()
-    accumulation = max(config.TRAIN.ACCUMULATION_STEPS, 1)
-    steps = math.ceil(len(loader) / accumulation)
-    total_loss = torch.zeros((), device=process.device)
-    began = time.time()
+    steps = updates_per_epoch(config, len(loader))
+    total_loss, total_norm = torch.zeros(2, device=process.device)
+    began = last_log = time.time()
+    last_step = -1
     bar = progress(loader, f'epoch {epoch}', process)
-    for step, batches in enumerate(groups(bar, accumulation)):
+    for step, batches in enumerate(groups(bar, accumulation_steps(config))):
         lr = optimizer.param_groups[0]['lr']
         loss, grad_norm = train_step(run, model, criterion, batches, optimizer, mixup)
         scheduler.step_update(epoch * steps + step)
         total_loss += loss
+        total_norm += grad_norm
         if step % config.PRINT_FREQ == 0 or step + 1 == steps:
             record = {'lr': lr, 'loss': loss.item(), 'grad_norm': grad_norm.item()}
-            seconds = (time.time() - began) / (step + 1)
+            mean_loss, mean_norm = total_loss.item() / (step + 1), total_norm.item() / (step + 1)
+            if not math.isfinite(mean_loss):  # before a checkpoint can hold what comes of it
+                raise FloatingPointError(
+                    f'the loss is no longer finite at epoch {epoch}, update {step}, learning rate {lr:.3g}: '
+                    f'write a smaller TRAIN.BASE_LR or TRAIN.CLIP_GRAD, and continue from an earlier checkpoint'
+                )
+            now = time.time()
+            seconds = (now - began) / (step + 1)
             eta = timedelta(seconds=int(seconds * (steps - step - 1)))
             run.logger.info(
-                f'Train: [{epoch}/{config.TRAIN.EPOCHS}][{step}/{steps}]\teta {eta} lr {lr:.6f}\ttime {seconds:.4f}\t'
-                f'loss {record["loss"]:.4f} ({total_loss.item() / (step + 1):.4f})\t'
-                f'grad_norm {record["grad_norm"]:.4f}\tmem {peak_memory_mb(process.device):.0f}MB'
+                f'Train: [{epoch}/{config.TRAIN.EPOCHS}][{step}/{steps}]\teta {eta} lr {lr:.6f}\t'
+                f'time {(now - last_log) / (step - last_step):.4f} ({seconds:.4f})\t'
+                f'loss {record["loss"]:.4f} ({mean_loss:.4f})\t'
+                f'grad_norm {record["grad_norm"]:.4f} ({mean_norm:.4f})\tmem {peak_memory_mb(process.device):.0f}MB'
             )
             metrics.write(kind='train', epoch=epoch, step=step, **record)
-            bar.set_postfix(loss=f'{record["loss"]:.3f}', lr=f'{lr:.2e}', refresh=False)
+            bar.set_postfix(loss=f'{mean_loss:.3f}', lr=f'{lr:.2e}', refresh=False)
+            last_log, last_step = now, step
     seconds = time.time() - began
     run.logger.info(f'EPOCH {epoch} training takes {timedelta(seconds=int(seconds))}')
     images = len(loader) * config.DATA.BATCH_SIZE * process.world_size
@@ -328,12 +359,14 @@ def validate(run: Run, model: nn.Module, loader: DataLoader) -> Evaluation:
             logits = model(images)
         loss = F.cross_entropy(logits.float(), targets, reduction='sum')
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        sums += torch.stack((loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(targets).sum()))
+        of_batch = torch.stack((loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(targets).sum()))
+        sums += of_batch
         if number % run.config.PRINT_FREQ == 0:
-            so_far = Evaluation.from_sums(sums)
+            now, mean = Evaluation.from_sums(of_batch), Evaluation.from_sums(sums)
             run.logger.info(
                 f'Test: [{number}/{len(loader)}]\tTime {(time.time() - began) / (number + 1):.3f}\t'
-                f'Loss {so_far.val_loss:.4f}\tAcc@1 {so_far.acc1:.3f}\tAcc@5 {so_far.acc5:.3f}\t'
+                f'Loss {now.val_loss:.4f} ({mean.val_loss:.4f})\tAcc@1 {now.acc1:.3f} ({mean.acc1:.3f})\t'
+                f'Acc@5 {now.acc5:.3f} ({mean.acc5:.3f})\t'
                 f'Mem {peak_memory_mb(device):.0f}MB'
             )
     result = Evaluation.from_sums(all_reduce_sum(sums))

@@ -1,4 +1,4 @@
-"""What the training loop needs of the outside world: processes, seeds, checkpoints, meters."""
+"""What the training loop needs of the outside world: processes, seeds, memory, checkpoints."""
 
 import collections
 import os
@@ -21,6 +21,9 @@ from config import ConfigError
 from data import DataError
 from models.pyramid import PyramidError
 
+# What torchrun tells each process.
+LAUNCHER_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or belongs to another network."""
@@ -28,10 +31,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """Around a program: a user's mistake ends it with one line and exit code 1, anything else with a traceback."""
+    """Around a program: what a user can mend ends it with one line and exit code 1, anything else with a traceback."""
     try:
         yield
-    except (ConfigError, PyramidError, DataError, CheckpointError) as mistake:
+    except (ConfigError, PyramidError, DataError, CheckpointError, FloatingPointError) as mistake:
         sys.exit(f'error: {mistake}')
 
 
@@ -55,14 +58,18 @@ def start_process(device: str, local_rank: int) -> Iterator[Process]:
 
     Args:
         device: auto, cuda or cpu.
-        local_rank: GPU to use where the launcher sets no LOCAL_RANK.
+        local_rank: GPU to use where there is no launcher.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or a launcher's variables are set in part.
     """
+    launched = 'RANK' in os.environ
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if launched and missing:
+        raise ConfigError(f'RANK is set but {", ".join(missing)} is not: start with torchrun, or unset RANK')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    index = int(os.environ.get('LOCAL_RANK', local_rank))
+    index = int(os.environ['LOCAL_RANK']) if launched else local_rank
     if device == 'cuda':
         if index >= torch.cuda.device_count():
             raise ConfigError(
@@ -71,7 +78,7 @@ def start_process(device: str, local_rank: int) -> Iterator[Process]:
             )
         torch.cuda.set_device(index)
     place = torch.device(device, index) if device == 'cuda' else torch.device(device)
-    if 'RANK' not in os.environ:
+    if not launched:
         yield Process(0, 1, place)
         return
     dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
@@ -86,6 +93,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_main_process(value: Any) -> Any:
+    """Rank 0's value, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
@@ -134,15 +149,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f'checkpoint {path} does not exist')
+        raise CheckpointError(
+            f'checkpoint {path} {"is a folder: name a file in it" if path.is_dir() else "does not exist"}'
+        )
     try:
         with torch.serialization.safe_globals([(collections.OrderedDict, 'yacs.config.CfgNode')]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many kinds, none of which it promises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {reason}') from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
-        raise CheckpointError(f'{path} is not a checkpoint of this project: it has no entry "model"')
+    weights = checkpoint.get('model') if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f'{path} is not a checkpoint of this project: it has no entry "model" of weights')
     return checkpoint
 
 
@@ -155,14 +173,16 @@ def find_latest_checkpoint(output_dir: Path) -> Path | None:
     return epochs[max(epochs)] if epochs else None
 
 
-def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path, new_head: bool = False) -> bool:
+def load_weights(
+    model: nn.Module, checkpoint: dict[str, Any], path: str | Path, may_replace_head: bool = False
+) -> bool:
     """Load a checkpoint's weights, every one of them.
 
     Args:
         model: the network, not wrapped.
         checkpoint: from `load_checkpoint`.
         path: where it came from, for messages.
-        new_head: keep the network's own head if the checkpoint's has other classes.
+        may_replace_head: keep the network's own head if the checkpoint's has other classes.
 
     Returns:
         Whether the network kept its own head.
@@ -172,7 +192,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path,
     """
     theirs, ours = dict(checkpoint['model']), model.state_dict()
     heads = {name for name in theirs.keys() | ours.keys() if name.startswith('head.')}
-    replaced = new_head and any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
+    replaced = may_replace_head and any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
     if replaced:
         theirs = {name: value for name, value in theirs.items() if name not in heads}
         theirs |= {name: value for name, value in ours.items() if name in heads}

@@ -70,21 +70,27 @@ def build_transform(config: CfgNode, is_train: bool) -> Callable:
     _, mean, std = _channels(config)
     if is_train:
         aug = config.AUG
-        return create_transform(
-            input_size=size,
-            is_training=True,
-            scale=tuple(aug.SCALE),
-            ratio=tuple(aug.RATIO),
-            hflip=aug.HFLIP,
-            color_jitter=aug.COLOR_JITTER or None,
-            auto_augment=None if aug.AUTO_AUGMENT in ('', 'none') else aug.AUTO_AUGMENT,
-            interpolation=interpolation,
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
-            mean=mean,
-            std=std,
-        )
+        try:
+            return create_transform(
+                input_size=size,
+                is_training=True,
+                scale=tuple(aug.SCALE),
+                ratio=tuple(aug.RATIO),
+                hflip=aug.HFLIP,
+                color_jitter=aug.COLOR_JITTER or None,
+                auto_augment=None if aug.AUTO_AUGMENT in ('', 'none') else aug.AUTO_AUGMENT,
+                interpolation=interpolation,
+                re_prob=aug.REPROB,
+                re_mode=aug.REMODE,
+                re_count=aug.RECOUNT,
+                mean=mean,
+                std=std,
+            )
+        except (AssertionError, KeyError, ValueError) as error:  # of timm's parser, the only part that takes any text
+            raise DataError(
+                f'AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm cannot read: '
+                f'write none, or a policy such as rand-m9-mstd0.5-inc1'
+            ) from error
     mode = str_to_interp_mode(interpolation)
     if config.TEST.CROP:
         resize = [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]

@@ -57,6 +57,7 @@ def test_data_mistakes(tmp_path):
     root = write_images(tmp_path / 'tree')
     assert 'train does not exist: give --data-path' in mistake(tmp_path, '--data-path', tmp_path / 'nowhere')
     assert 'no data: give --data-path' in mistake(tmp_path)
+    assert 'main.py/tiny/default: Not a directory: write another --output' in mistake(tmp_path, '--output', 'main.py')
     assert 'write --opts MODEL.NUM_CLASSES 3' in mistake(
         tmp_path, '--data-path', root, '--opts', 'MODEL.NUM_CLASSES', '5'
     )
@@ -97,8 +98,8 @@ JOINT += 'AUG.HFLIP 0 AUG.SCALE (1,1) TRAIN.OPTIMIZER.NAME sgd'
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path, tiny_config):
     """Also: one image more than divides among the ranks, torchrun and torch.distributed.launch, accumulation."""
     root = write_images(tmp_path / 'tree', val=3)  # 9: shards of 5 and 4, of 3 and 2 batches
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29611']
-    launch = ['-m', 'torch.distributed.launch', '--nproc_per_node', '2', '--master_port', '29612']
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone']
+    launch = ['-m', 'torch.distributed.launch', '--nproc_per_node', '2', '--standalone']
     runs = {
         'one': ([], ['--batch-size', '8']),
         'torchrun': (torchrun, ['--batch-size', '4']),
@@ -110,6 +111,8 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path, tiny_config):
             '--data-path', root, *flags, '--opts', *JOINT.split(),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count('Train: [0/2][0/3]') == 1  # rank 0 alone speaks
+        assert 'Train:' not in done.stderr
     one = tiny_config(TAG='one')
     for tag in ('torchrun', 'launch'):
         two = tiny_config(TAG=tag)
@@ -128,7 +131,7 @@ def test_evaluation_on_more_processes_than_images(tmp_path, tiny_config):
     flags = ['--data-path', root, '--opts', 'MODEL.NUM_CLASSES', '2']
     torch.save({'model': build_model(tiny_config(MODEL__NUM_CLASSES='2')).state_dict()}, tmp_path / 'w.pth')
     told = []
-    for launcher in ([], ['-m', 'torch.distributed.run', '--nproc_per_node', '3', '--master_port', '29613']):
+    for launcher in ([], ['-m', 'torch.distributed.run', '--nproc_per_node', '3', '--standalone']):
         done = start(
             *launcher, 'main.py', '--cfg', TINY, '--output', tmp_path, '--eval', '--resume', tmp_path / 'w.pth', *flags
         )

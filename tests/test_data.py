@@ -147,6 +147,12 @@ def test_mixup_takes_its_options(tiny_config):
     assert (mixup.mode, mixup.label_smoothing, mixup.num_classes) == ('elem', 0.1, 3)
 
 
+@pytest.mark.parametrize('policy', ['bogus', 'rand-m9-foo3'])
+def test_a_policy_that_timm_cannot_read_is_told(tiny_config, policy):
+    with pytest.raises(DataError, match=f"AUTO_AUGMENT is '{policy}', which timm cannot read: write none"):
+        build_loaders(tiny_config(AUG__AUTO_AUGMENT=policy, DATA__DATA_PATH='nowhere'))
+
+
 def test_missing_folders_are_named(tiny_config, image_tree, tmp_path):
     with pytest.raises(DataError, match='no data: give --data-path'):
         build_loaders(tiny_config())
@@ -212,7 +218,7 @@ def test_loader_can_be_sent_to_a_process_that_does_not_fork(tiny_config, image_t
 
 @pytest.mark.parametrize(('channels', 'mode'), [('3', 'RGB'), ('1', 'L')])
 def test_every_operation_of_the_policy_runs_at_every_magnitude(tiny_config, channels, mode):
-    """Magnitudes are drawn around 9, and some operations are rare: the versions of timm and Pillow must agree on all."""
+    """Magnitudes are drawn around 9 and some operations are rare, but timm and Pillow must agree on all."""
     [augment] = steps(build_transform(tiny_config(MODEL__MSG__IN_CHANS=channels), is_train=True), RandAugment)
     assert len(augment.ops) == 15
     for op in augment.ops:

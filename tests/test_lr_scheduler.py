@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lr_scheduler import build_scheduler, lr_scale
+from lr_scheduler import build_scheduler, learning_rate_scale, updates_per_epoch
 from optimizer import build_optimizer
 from tests.fill import golden
 
@@ -17,7 +17,7 @@ def schedule_of(config, steps_per_epoch, scale=1.0):
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_schedules_are_the_published_ones(tiny_config, name):
     config = tiny_config(TRAIN__LR_SCHEDULER__NAME=name, **IMAGENET)
-    scale = lr_scale(config, world_size=8)
+    scale = learning_rate_scale(config, world_size=8)
     assert scale == 2
     scheduler, groups = schedule_of(config, 1251, scale)
     for update, rate in SCHEDULES[name].items():
@@ -34,22 +34,11 @@ def test_without_warm_up_the_first_update_runs_at_the_peak(tiny_config, name):
     assert groups[0]['lr'] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize('name', SCHEDULES)
-def test_state_survives_a_checkpoint(tiny_config, name):
-    config = tiny_config(TRAIN__LR_SCHEDULER__NAME=name)
-    one, groups = schedule_of(config, 10)
-    two, others = schedule_of(config, 99)
-    two.load_state_dict(one.state_dict())
-    for update in (3, 12, 19):
-        one.step_update(update)
-        two.step_update(update)
-        assert groups[0]['lr'] == others[0]['lr']
-
-
 def test_rates_scale_with_the_images_of_an_update(tiny_config):
     config = tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS='4')
-    assert lr_scale(config, world_size=2) == 1.0
-    assert lr_scale(tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS='0'), world_size=1) == 0.125
+    assert updates_per_epoch(config, batches=9) == 3
+    assert learning_rate_scale(config, world_size=2) == 1.0
+    assert learning_rate_scale(tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS='0'), world_size=1) == 0.125
 
 
 def test_an_unknown_name_is_refused(tiny_config):

@@ -42,6 +42,26 @@ def test_attention_dropout_acts_in_training_only():
         torch.testing.assert_close(attention(x), attention(x))
 
 
+def test_dropout_and_drop_path_act_at_every_place():
+    layout = StageLayout(Size(6, 6), 3, 2)
+    block = MSGBlock(16, layout, 2, drop=0.25, attn_drop=0.5, drop_path=0.75).train()
+    calls = []
+    for module in (block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop, block.drop_path):
+        module.register_forward_hook(lambda module, inputs, out: calls.append((module, tuple(out.shape))))
+    windows = (1, 2, 2, 10, 16)
+    block(torch.randn(windows))
+    assert calls == [
+        (block.attn.attn_drop, (4, 2, 10, 10)),
+        (block.attn.proj_drop, windows),
+        (block.drop_path, windows),
+        (block.mlp.drop, (1, 2, 2, 10, 64)),
+        (block.mlp.drop, windows),
+        (block.drop_path, windows),
+    ]
+    assert (block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop.p) == (0.5, 0.25, 0.25)
+    assert (block.drop_path.rate, block.drop_path.region_size) == (0.75, 2)
+
+
 def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
     drop = RegionDropPath(0.25, region_size=2).train()
     x = torch.ones(500, 4, 4, 3, 2)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import MSGTransformer
+from models import MSGTransformer, build_model
 from models.embedding import OverlapPatchMerging, PatchMerging
 from tests.fill import fill_, images, labels
 
@@ -78,6 +78,50 @@ def test_checkpointing_equals_the_plain_forward_and_backward(option):
         results.append([out.detach(), *(p.grad for p in model.parameters())])
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize('use_checkpoint', [False, True])
+def test_checkpointing_runs_every_block_again_in_the_backward_pass(use_checkpoint):
+    model, calls = micro(use_checkpoint=use_checkpoint).train(), []
+    for layer in model.layers:
+        for block in layer.blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(inputs(model)).sum().backward()
+    assert len(calls) == (8 if use_checkpoint else 4)
+
+
+def test_build_model_hands_on_every_key(tiny_config, monkeypatch):
+    keys = 'PATCH_SIZE 1 IN_CHANS 2 EMBED_DIM 3 DEPTHS (4,) NUM_HEADS (5,) WINDOW_SIZE 6 MLP_RATIO 7.0 '
+    keys += 'QKV_BIAS False QK_SCALE 8.0 APE True PATCH_NORM False SHUF_SIZE (9,) '
+    keys += 'MANIP_TYPE none EMBED_TYPE overlap MERGE_TYPE overlap'
+    words = keys.split()
+    options = {f'MODEL__MSG__{key}': value for key, value in zip(words[::2], words[1::2], strict=True)}
+    options |= {'MODEL__DROP_RATE': '.1', 'MODEL__ATTN_DROP_RATE': '.2', 'MODEL__DROP_PATH_RATE': '.3'}
+    options |= {'MODEL__NUM_CLASSES': '10', 'DATA__IMG_SIZE': '11', 'TRAIN__USE_CHECKPOINT': 'True'}
+    monkeypatch.setattr('models.build.MSGTransformer', lambda **arguments: arguments)
+    assert build_model(tiny_config(**options)) == {
+        'img_size': 11,
+        'patch_size': 1,
+        'in_chans': 2,
+        'num_classes': 10,
+        'embed_dim': 3,
+        'depths': [4],
+        'num_heads': [5],
+        'window_size': 6,
+        'mlp_ratio': 7.0,
+        'qkv_bias': False,
+        'qk_scale': 8.0,
+        'drop_rate': 0.1,
+        'attn_drop_rate': 0.2,
+        'drop_path_rate': 0.3,
+        'ape': True,
+        'patch_norm': False,
+        'shuffle_size': [9],
+        'manip_type': 'none',
+        'embed_type': 'overlap',
+        'merge_type': 'overlap',
+        'use_checkpoint': True,
+    }
 
 
 @pytest.mark.parametrize('types', [{}, V2], ids=['v1', 'v2'])

@@ -66,6 +66,13 @@ def test_curves(tmp_path):
         plot(tmp_path / 'nowhere', tmp_path / 'c.png')
     with pytest.raises(ValueError, match='no finished epoch'):
         plot(write_metrics(tmp_path / 'none'), tmp_path / 'c.png')
+    with (run / 'metrics.jsonl').open('a') as file:
+        file.write('{"kind": "ep')  # half written
+    assert len(read_epochs(run / 'metrics.jsonl')) == 3
+    with (run / 'metrics.jsonl').open('a') as file:
+        file.write('\n{}\n')
+    with pytest.raises(ValueError, match='metrics.jsonl, line 6'):
+        read_epochs(run / 'metrics.jsonl')
 
 
 def test_predictions(tiny_config, image_tree, tmp_path):
@@ -90,6 +97,7 @@ def test_predictions(tiny_config, image_tree, tmp_path):
         ('predict', ['nowhere', '--cfg', 'nowhere', '--resume', 'x'], 'error: config file nowhere: No such file'),
         ('make_digits', [], 'error: the following arguments are required: --output'),
         ('complexity', ['nowhere'], 'error: config file nowhere: No such file'),
+        ('make_digits', ['--output', 'README.md'], 'error: '),
     ],
 )
 def test_tools_run_as_modules_and_tell_mistakes_in_one_line(tool, flags, message):

@@ -1,5 +1,6 @@
 """The training step and loop, in this process."""
 
+import contextlib
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from yacs.config import CfgNode
 
 import main as program
 from config import load_config
+from logger import MetricsLog
 from lr_scheduler import build_scheduler
 from main import Run, groups, train_step
 from models import MSGTransformer, build_model
@@ -21,7 +23,7 @@ from optimizer import build_optimizer
 from precision import build_precision
 from tests.conftest import one_thread
 from tests.fill import fill_, golden, normal
-from utils import CheckpointError, Process, load_checkpoint
+from utils import CheckpointError, Process, distribute, load_checkpoint
 
 CPU = torch.device('cpu')
 PLAIN = {'AUG__MIXUP': '0', 'AUG__CUTMIX': '0', 'MODEL__LABEL_SMOOTHING': '0', 'AUG__AUTO_AUGMENT': 'none'}
@@ -133,11 +135,12 @@ def test_a_run_leaves_what_the_house_promises(tiny_config, image_tree, capsys):
     folder = folder_of(config)
     names = {path.name for path in folder.iterdir()}
     expected = {'config.yaml', 'log_rank0.txt', 'metrics.jsonl', 'ckpt_epoch_0.pth', 'ckpt_epoch_1.pth'}
-    assert names - {'ckpt_best.pth'} == expected
+    assert names == expected | {'ckpt_best.pth'}
     log = (folder / 'log_rank0.txt').read_text()
     for pattern in (
-        r'Train: \[0/2\]\[5/6\]\teta 0:00:00 lr [\d.]+\ttime [\d.]+\tloss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+\tmem \d+',
-        r'Test: \[2/3\]\tTime [\d.]+\tLoss [\d.]+\tAcc@1 [\d.]+\tAcc@5 100.000\tMem \d+MB',
+        r'Train: \[0/2\]\[5/6\]\teta 0:00:00 lr [\d.]+\ttime [\d.]+ \([\d.]+\)\tloss [\d.]+ \([\d.]+\)\t',
+        r'\tgrad_norm [\d.]+ \([\d.]+\)\tmem \d+MB',
+        r'Test: \[2/3\]\tTime [\d.]+\tLoss [\d.]+ \([\d.]+\)\tAcc@1 [\d.]+ \([\d.]+\)\tAcc@5 100.000 \(100.000\)\t',
         r' \* Acc@1 [\d.]+ Acc@5 100.000',
         r'Accuracy of the network on the 12 test images: [\d.]+%',
         r'Max accuracy: [\d.]+%',
@@ -239,7 +242,7 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
     program.main(config)  # an interrupted run of its own goes before the weights it started from
     assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 1]
     torch.save({'model': trained}, tmp_path / 'trained.pth')
-    with pytest.raises(CheckpointError, match='no entry .optimizer.*--pretrained'):
+    with pytest.raises(CheckpointError, match='has no optimizer, epoch, max_accuracy.*--pretrained'):
         program.main(tiny_config(TAG='other', MODEL__RESUME=str(tmp_path / 'trained.pth'), **frozen))
 
 
@@ -335,3 +338,133 @@ def test_every_leaf_of_the_tree_is_read(tiny_config, image_tree):
     config = tiny_config(TAG='adamw')
     tree = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(config) / 'ckpt_epoch_1.pth'))
     assert set(tree.leaves()) - reads == {'BASE'}  # which `load_config` reads; see test_config
+
+
+def test_a_changed_run_resumes_on_its_own_schedule(tiny_config, image_tree):
+    """A longer run, or another batch size, resumes on its own schedule."""
+    data = {'DATA__DATA_PATH': str(image_tree), **PLAIN}
+    program.main(tiny_config(**data))
+    longer = tiny_config(TRAIN__EPOCHS='4', DATA__BATCH_SIZE='8', **data)
+    program.main(longer)
+    fresh = tiny_config(TRAIN__EPOCHS='4', DATA__BATCH_SIZE='8', TAG='fresh', **data)
+    program.main(fresh)
+    rates = [[r['lr'] for r in records(config, 'train') if r['epoch'] >= 2] for config in (longer, fresh)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_published_optimizer_states_resume_and_another_optimizers_do_not(tiny_config, image_tree):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__EPOCHS='3')
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree)))
+    checkpoint = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')
+    for group in checkpoint['optimizer']['param_groups']:  # PyTorch 1.8, of the published runs, knew these
+        for name in group.keys() - {'lr', 'betas', 'eps', 'weight_decay', 'amsgrad', 'initial_lr', 'params'}:
+            del group[name]
+    optimizer = build_optimizer(config, build_model(config))
+    assert program.restore(checkpoint, optimizer, run_of(config).precision)[0] == 2
+    assert all(group.get('decoupled_weight_decay', True) for group in optimizer.param_groups)
+    optimizer.step()
+    sgd = tiny_config(TRAIN__OPTIMIZER__NAME='sgd')
+    with pytest.raises(CheckpointError, match="optimizer is another than the config's.*write the TRAIN.OPTIMIZER"):
+        program.restore(checkpoint, build_optimizer(sgd, build_model(sgd)), run_of(config).precision)
+    checkpoint['optimizer'] = {}
+    with pytest.raises(CheckpointError, match="optimizer is another than the config's"):
+        program.restore(checkpoint, optimizer, run_of(config).precision)
+
+
+def test_the_loss_scale_is_restored(tiny_config, image_tree):
+    options = {'DATA__DATA_PATH': str(image_tree), 'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'float16'}
+    config = tiny_config(**options)
+    program.main(config)
+    checkpoint = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')
+    checkpoint['precision']['scale'] = 128.0
+    run = run_of(config)
+    program.restore(checkpoint, build_optimizer(config, build_model(config)), run.precision)
+    assert run.precision.scaler.get_scale() == 128.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_holds_it(tiny_config, image_tree):
+    options = {'TRAIN__OPTIMIZER__NAME': 'sgd', 'TRAIN__CLIP_GRAD': '0', 'TRAIN__WARMUP_EPOCHS': '0'}
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__BASE_LR='1e30', PRINT_FREQ='1000', **options)
+    with pytest.raises(FloatingPointError, match='no longer finite at epoch 0, update 5, learning rate .*BASE_LR'):
+        program.main(config)
+    assert not list(folder_of(config).glob('*.pth'))
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    MetricsLog(tmp_path / 'm.jsonl').write(a=math.inf, b=1.5, c='x')
+    assert (tmp_path / 'm.jsonl').read_text() == '{"a": null, "b": 1.5, "c": "x"}\n'
+
+
+def test_automatic_resuming_into_another_model_tells_a_way_out(tiny_config, image_tree):
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree)))
+    with pytest.raises(CheckpointError, match='checkpoint of another model.*write another --tag or'):
+        program.main(tiny_config(DATA__DATA_PATH=str(image_tree), MODEL__MSG__EMBED_DIM='16'))
+
+
+def test_epochs_and_seeds_shuffle_differently(tiny_config, image_tree, monkeypatch):
+    orders = []
+
+    def train_one_epoch(run, model, criterion, loader, *_):
+        orders.append(list(loader.sampler))
+        return {}
+
+    monkeypatch.setattr(program, 'train_one_epoch', train_one_epoch)
+    for seed in ('0', '1', '0'):
+        program.main(tiny_config(DATA__DATA_PATH=str(image_tree), SEED=seed, TRAIN__AUTO_RESUME='False'))
+    assert orders[0] != orders[1]  # epochs
+    assert orders[0] != orders[2]  # seeds
+    assert orders[:2] == orders[4:]
+
+
+def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(program, 'start_process', lambda *_: contextlib.nullcontext(Process(3, 8, CPU)))
+    monkeypatch.setattr(program, 'set_seed', seeds.append)
+    monkeypatch.setattr(program, 'throughput', lambda *_: None)
+    program.main(tiny_config(SEED='40', THROUGHPUT_MODE='True'))
+    assert seeds == [43]
+
+
+def test_modes_and_precision_of_training_and_evaluation(tiny_config, image_tree, monkeypatch):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16')
+    seen = []
+
+    class Spy(nn.Identity):
+        def forward(self, logits):
+            seen.append((self.training, torch.is_grad_enabled(), logits.dtype))
+            return logits
+
+    def build(config):
+        model = build_model(config)
+        model.head = nn.Sequential(nn.Linear(16, 3), Spy())
+        return model
+
+    monkeypatch.setattr(program, 'build_model', build)
+    program.main(config)
+    training, evaluation = (True, True, torch.bfloat16), (False, False, torch.bfloat16)
+    assert seen == ([training] * 6 + [evaluation] * 3) * 2
+
+
+def test_gradients_are_exchanged_once_an_update(tiny_config, monkeypatch):
+    """In a process group of one, the all-reduces of an update of three batches."""
+    config = tiny_config(**PLAIN)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        network = distribute(fill_(build_model(config)).train(), CPU)
+        exchanged = []
+
+        def count(state, bucket):
+            exchanged.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        network.register_comm_hook(None, count)
+        optimizer = build_optimizer(config, network.module)
+        batches = [(torch.randn(4, 3, 28, 28), torch.arange(4) % 3)] * 3
+        for updates in (1, 2):
+            train_step(run_of(config), network, nn.CrossEntropyLoss(), batches, optimizer, no_mixup)
+            assert exchanged.count(0) == updates
+    finally:
+        torch.distributed.destroy_process_group()

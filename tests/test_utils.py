@@ -7,6 +7,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from utils import (
+    LAUNCHER_VARIABLES,
     CheckpointError,
     all_reduce_sum,
     find_latest_checkpoint,
@@ -33,6 +34,19 @@ def test_checkpoints_survive_a_round_trip_and_leave_no_temporary_file(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / 'a.pth', {'model': {}, 'epoch': 1})
+
+    def fail(state, path):
+        path.write_bytes(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    with pytest.raises(OSError, match='disk full'):
+        save_checkpoint(tmp_path / 'a.pth', {'model': {}, 'epoch': 2})
+    assert load_checkpoint(tmp_path / 'a.pth')['epoch'] == 1
+
+
 def test_published_checkpoints_hold_a_yacs_node(tmp_path):
     node = CfgNode({'TRAIN': CfgNode({'EPOCHS': 300}), 'BASE': ['']})
     torch.save({'model': network().state_dict(), 'epoch': 299, 'config': node}, tmp_path / 'published.pth')
@@ -57,8 +71,13 @@ def test_files_that_are_no_checkpoints_are_refused_and_run_nothing(tmp_path, mon
             load_checkpoint(tmp_path / f'{name}.pth')
     assert not (tmp_path / 'owned').exists()
     torch.save([1, 2], tmp_path / 'list.pth')
-    with pytest.raises(CheckpointError, match='list.pth is not a checkpoint of this project: it has no entry "model"'):
+    with pytest.raises(CheckpointError, match='list.pth is not a checkpoint of this project: it has no entry'):
         load_checkpoint(tmp_path / 'list.pth')
+    torch.save({'model': {'a': 1}}, tmp_path / 'values.pth')
+    with pytest.raises(CheckpointError, match='values.pth .* no entry "model" of weights'):
+        load_checkpoint(tmp_path / 'values.pth')
+    with pytest.raises(CheckpointError, match='is a folder: name a file in it'):
+        load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match='nowhere.pth does not exist'):
         load_checkpoint(tmp_path / 'nowhere.pth')
 
@@ -82,11 +101,11 @@ def test_a_new_head_replaces_one_of_other_classes_only_where_asked():
     head = target['head'].weight.clone()
     with pytest.raises(CheckpointError, match='misshapen head.weight'):
         load_weights(target, {'model': source.state_dict()}, 'x')
-    assert load_weights(target, {'model': source.state_dict()}, 'x', new_head=True)
+    assert load_weights(target, {'model': source.state_dict()}, 'x', may_replace_head=True)
     assert torch.equal(target['head'].weight, head)
     assert torch.equal(target['body'].weight, source['body'].weight)
     same = network(classes=3)
-    assert not load_weights(target, {'model': same.state_dict()}, 'x', new_head=True)
+    assert not load_weights(target, {'model': same.state_dict()}, 'x', may_replace_head=True)
     assert torch.equal(target['head'].weight, same['head'].weight)
 
 
@@ -107,8 +126,19 @@ def test_one_process_needs_no_launcher(monkeypatch):
             pass
 
 
+def test_launcher_variables_set_in_part_are_told(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    told = 'RANK is set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun'
+    with pytest.raises(ValueError, match=told), start_process('cpu', 0):
+        pass
+
+
 def test_a_device_that_is_not_there_is_told(monkeypatch):
-    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setenv('LOCAL_RANK', '0')  # stale: there is no launcher
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     with (
         pytest.raises(ValueError, match='local rank 1 has no GPU, since 1 are visible.*--device cpu'),

@@ -42,10 +42,11 @@ def main() -> None:
     args = parser.parse_args()
     with mistakes_in_one_line():
         configs = [load_config(path) for path in args.configs]
+        models = [build_model(config) for config in configs]
     print('| model | image | parameters | multiply-adds, formula | measured |')
     print('|---|---|---|---|---|')
-    for config in configs:
-        counted = complexity(build_model(config), config.MODEL.MSG.IN_CHANS, config.DATA.IMG_SIZE)
+    for config, model in zip(configs, models, strict=True):
+        counted = complexity(model, config.MODEL.MSG.IN_CHANS, config.DATA.IMG_SIZE)
         print(
             f'| {config.MODEL.NAME} | {config.DATA.IMG_SIZE} | {counted.parameters:,} | '
             f'{counted.formula:,} | {counted.measured:,} |'

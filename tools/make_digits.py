@@ -7,6 +7,7 @@ nothing is downloaded.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import cv2
@@ -43,7 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder to write train/ and val/ in')
     args = parser.parse_args()
-    written = make_digits(args.output)
+    try:
+        written = make_digits(args.output)
+    except OSError as error:
+        sys.exit(f'error: {error}')
     print(f'{args.output}: {written["train"]} training and {written["val"]} validation digits')
 
 

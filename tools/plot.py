@@ -19,9 +19,16 @@ def read_epochs(path: Path) -> list[dict]:
         ValueError: the file is missing or holds no epoch.
     """
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f'{path}: {error.strerror}; give --run the folder of a run') from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):  # the last may be half written, in a run that was killed
+                raise ValueError(f'{path}, line {number}: {error}') from error
     epochs = {record['epoch']: record for record in records if record['kind'] == 'epoch'}
     if not epochs:
         raise ValueError(f'{path} holds no finished epoch yet')
@@ -64,7 +71,7 @@ def main() -> None:
     output = args.output or args.run / 'curves.png'
     try:
         plot(args.run, output)
-    except ValueError as mistake:
+    except (OSError, ValueError) as mistake:
         sys.exit(f'error: {mistake}')
     print(output)
 

@@ -7,6 +7,7 @@ An image argument is a file or a folder; in a tree of class folders, an image's 
 
 import argparse
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,18 +100,20 @@ def main() -> None:
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
     add('--cfg', required=True, metavar='FILE', help='YAML config of the network')
-    add('--opts', nargs='+', default=[], metavar='KEY VALUE', help='config keys and values')
+    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
     add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
     add('--output', type=Path, metavar='FILE', help='sheet of the images and guesses to draw')
     add('--limit', type=int, metavar='N', help='take N of the images, chosen at random but always the same')
     args = parser.parse_intermixed_args()
+    if args.limit is not None and args.limit < 1:
+        parser.error(f'--limit {args.limit}: write at least 1')
     with mistakes_in_one_line():
         config = load_config(args.cfg, args.opts)
         model = build_model(config)
         checkpoint = load_checkpoint(args.resume)
         load_weights(model, checkpoint, args.resume)
         images = find_images(args.images)
-        if args.limit and args.limit < len(images):
+        if args.limit is not None and args.limit < len(images):
             images = sorted(random.Random(0).sample(images, args.limit))
         classes = checkpoint.get('classes') or [str(label) for label in range(config.MODEL.NUM_CLASSES)]
         guesses = predict(config, model, classes, images)
@@ -120,7 +123,10 @@ def main() -> None:
     if judged:
         print(f'{sum(guess.name == guess.truth for guess in judged)} of {len(judged)} right')
     if args.output:
-        draw_sheet(guesses, args.output)
+        try:
+            draw_sheet(guesses, args.output)
+        except (OSError, ValueError) as error:  # a folder that is a file, a format that is none
+            sys.exit(f'error: {args.output}: {error}')
         print(args.output)
 
 
