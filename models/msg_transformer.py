@@ -4,8 +4,8 @@ Letters: B images, H x W the patch grid, w window side, nH x nW = H/w x W/w the 
 MSG tokens), s side of a shuffle region in windows, C channels.
 
 Between stages, patches (B, H, W, C) and MSG tokens (B, nH, nW, C) are apart; inside a stage they are windows
-(B, nH, nW, w*w + 1, C). Unlike the published layout, one tensor of regions from end to end, this compiles in
-seconds and gives dense tasks their feature maps.
+(B, nH, nW, w*w + 1, C). Unlike the published layout, one tensor of regions from end to end, torch.compile can take
+this in as one graph, and it gives dense tasks their feature maps.
 
 Source: Fang et al., MSG-Transformer: Exchanging Local Spatial Information by Manipulating Messenger Tokens,
 arXiv:2105.15168. State-dict names and shapes are the published ones.
