@@ -7,7 +7,6 @@ README has the commands for several GPUs and nodes.
 
 import argparse
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -28,7 +27,7 @@ from yacs.config import CfgNode
 
 from config import get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
-from logger import MetricsLog, create_logger
+from logger import MetricsLog, TrainMeter, create_logger, peak_memory_mb
 from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scale, updates_per_epoch
 from models import build_model
 from optimizer import build_optimizer
@@ -43,7 +42,6 @@ from utils import (
     load_checkpoint,
     load_weights,
     mistakes_in_one_line,
-    peak_memory_mb,
     save_checkpoint,
     set_seed,
     start_process,
@@ -254,40 +252,18 @@ def train_one_epoch(
     config, process = run.config, run.process
     model.train()
     steps = updates_per_epoch(config, len(loader))
-    total_loss, total_norm = torch.zeros(2, device=process.device)
-    began = last_log = time.time()
-    last_step = -1
-    bar = progress(loader, f'epoch {epoch}', process)
-    for step, batches in enumerate(groups(bar, accumulation_steps(config))):
+    meter = TrainMeter(run.logger, metrics, epoch, config.TRAIN.EPOCHS, steps, process.device)
+    batches = progress(loader, f'epoch {epoch}', process)
+    for step, group in enumerate(groups(batches, accumulation_steps(config))):
         lr = optimizer.param_groups[0]['lr']
-        loss, grad_norm = train_step(run, model, criterion, batches, optimizer, mixup)
+        meter.update(*train_step(run, model, criterion, group, optimizer, mixup))
         scheduler.step_update(epoch * steps + step)
-        total_loss += loss
-        total_norm += grad_norm
         if step % config.PRINT_FREQ == 0 or step + 1 == steps:
-            record = {'lr': lr, 'loss': loss.item(), 'grad_norm': grad_norm.item()}
-            mean_loss, mean_norm = total_loss.item() / (step + 1), total_norm.item() / (step + 1)
-            if not math.isfinite(mean_loss):  # before a checkpoint can hold what comes of it
-                raise FloatingPointError(
-                    f'the loss is no longer finite at epoch {epoch}, update {step}, learning rate {lr:.3g}: '
-                    f'write a smaller TRAIN.BASE_LR or TRAIN.CLIP_GRAD, and continue from an earlier checkpoint'
-                )
-            now = time.time()
-            seconds = (now - began) / (step + 1)
-            eta = timedelta(seconds=int(seconds * (steps - step - 1)))
-            run.logger.info(
-                f'Train: [{epoch}/{config.TRAIN.EPOCHS}][{step}/{steps}]\teta {eta} lr {lr:.6f}\t'
-                f'time {(now - last_log) / (step - last_step):.4f} ({seconds:.4f})\t'
-                f'loss {record["loss"]:.4f} ({mean_loss:.4f})\t'
-                f'grad_norm {record["grad_norm"]:.4f} ({mean_norm:.4f})\tmem {peak_memory_mb(process.device):.0f}MB'
-            )
-            metrics.write(kind='train', epoch=epoch, step=step, **record)
-            bar.set_postfix(loss=f'{mean_loss:.3f}', lr=f'{lr:.2e}', refresh=False)
-            last_log, last_step = now, step
-    seconds = time.time() - began
+            meter.log(lr)
+    seconds = meter.seconds
     run.logger.info(f'EPOCH {epoch} training takes {timedelta(seconds=int(seconds))}')
     images = len(loader) * config.DATA.BATCH_SIZE * process.world_size
-    train_loss = all_reduce_sum(total_loss).item() / (steps * process.world_size)
+    train_loss = all_reduce_sum(meter.total)[0].item() / (steps * process.world_size)
     return {'train_loss': train_loss, 'lr': lr, 'seconds': seconds, 'images_per_s': images / seconds}
 
 

@@ -1,10 +1,9 @@
-"""What the training loop needs of the outside world: processes, seeds, memory, checkpoints."""
+"""What the training loop needs of the outside world: processes, seeds, checkpoints."""
 
 import collections
 import os
 import random
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,14 +121,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has held, in MB: of the GPU, or of the machine on a CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == 'darwin' else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
