@@ -8,6 +8,7 @@ import ast
 import difflib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +293,7 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     _merge_file(config, Path(cfg_file))
     # The BASE files are merged now, so that a dump stands alone.
     config.BASE = _C.BASE.copy()
-    if len(opts) % 2:
-        raise ConfigError(f'--opts takes pairs, KEY VALUE: {" ".join(map(str, opts))!r} has no value for {opts[-1]}')
-    for key, value in zip(opts[0::2], opts[1::2], strict=True):
+    for key, value in _pairs(opts):
         if key == 'BASE':
             raise ConfigError('BASE is for config files: write it in the file that --cfg names')
         _set(config, key, _parse(value, _get(config, key, '--opts')), '--opts')
@@ -309,11 +308,16 @@ def get_config(args: Namespace) -> CfgNode:
     Raises:
         ConfigError: a file, key or value that cannot work.
     """
-    opts = list(args.opts or ())
-    for flag, key in _FLAGS.items():
-        if getattr(args, flag, None) is not None:
-            opts += [key, getattr(args, flag)]
-    return load_config(args.cfg, opts)
+    flags = [(key, getattr(args, flag, None)) for flag, key in _FLAGS.items()]
+    given = [(key, value) for key, value in flags if value is not None]
+    return load_config(args.cfg, list(chain(*_pairs(args.opts or ()), *given)))
+
+
+def _pairs(opts: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Keys with their values, from a flat list."""
+    if len(opts) % 2:
+        raise ConfigError(f'--opts takes pairs, KEY VALUE: {" ".join(map(str, opts))!r} has no value for {opts[-1]}')
+    return list(zip(opts[0::2], opts[1::2], strict=True))
 
 
 def _merge_file(config: CfgNode, path: Path, heirs: tuple[Path, ...] = ()) -> None:

@@ -223,6 +223,8 @@ def test_flags_override_the_file_only_where_they_are_given():
     assert not config.THROUGHPUT_MODE
     assert (config.AMP_OPT_LEVEL, config.OUTPUT, config.TAG) == ('O1', 'o', '3')
     assert get_config(Namespace(cfg=TINY, opts=None)) == load_config(TINY)
+    with pytest.raises(ConfigError, match="'SEED' has no value for SEED"):
+        get_config(Namespace(cfg=TINY, opts=['SEED'], tag='x'))
 
 
 def test_nothing_can_write_to_a_loaded_tree():
