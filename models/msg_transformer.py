@@ -166,7 +166,7 @@ class MSGTransformer(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
+        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())  # not on meta
         self.layers = nn.ModuleList()
         for dim, layout, depth, heads in zip(dims, layouts, depths, num_heads, strict=True):
             blocks = [
@@ -227,9 +227,9 @@ class MSGTransformer(nn.Module):
         the MSG grid (v2: 9C*2C); end C(H0*W0 // 4^(stages-1) + 1) + C*classes. Biases, softmax, GELU and
         dropout count nothing. `python -m tools.complexity` prints beside it what the operators really do.
         """
-        height, width = self.layers[0].layout.grid
-        end = self.num_features * (height * width // 4 ** (len(self.layers) - 1) + 1 + self.num_classes)
-        return self.patch_embed.flops(Size(height, width)) + sum(layer.flops() for layer in self.layers) + end
+        grid = self.layers[0].layout.grid
+        end = self.num_features * (grid.height * grid.width // 4 ** (len(self.layers) - 1) + 1 + self.num_classes)
+        return self.patch_embed.flops(grid) + sum(layer.flops() for layer in self.layers) + end
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone.
