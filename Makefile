@@ -15,12 +15,12 @@ CONFIG := configs/msg_digits_p2_win7_56.yaml
 DIGITS := $(OUTPUT)/digits
 TAG := demo_seed$(SEED)
 RUN := $(OUTPUT)/msg_digits_p2_win7_56/$(TAG)
-LAST = $$(ls -v $(RUN)/ckpt_epoch_*.pth | tail -n 1)
+LAST = $$(ls -v $(RUN)/ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
 
 help:
 	@echo "make demo       set up, make the digits, train on them, evaluate, draw ($(OUTPUT)/demo_*.png)"
 	@echo "make test       set up, lint, and run the tests that take seconds"
-	@echo "make test-slow  the tests that take minutes: compilation, the demo for three seeds"
+	@echo "make test-slow  the tests that take minutes: compilation, the demo, 20 kills, two nodes"
 	@echo "make format     put the code into the project's format"
 	@echo "make figures    draw the README's figures again"
 	@echo "make clean      remove $(OUTPUT) and $(VENV)"

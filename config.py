@@ -24,20 +24,32 @@ _C = CfgNode()
 
 # Config files this one starts from, relative to it
 _C.BASE = ['']
-# Mixed precision: O0 none, O1 autocast, O2 Apex's half-precision model; '' is O1 on a GPU and O0 on a CPU
+# Mixed precision: O0 none, O1 autocast, O2 Apex's half-precision model; '' is O1 on a GPU and O0 elsewhere
 _C.AMP_OPT_LEVEL = ''
 # Half-precision type of O1: float16 (published; with a loss scaler) or bfloat16
 _C.AMP_DTYPE = 'float16'
-# Device: auto (a GPU where there is one), cuda or cpu
+# Who does O1 and O2: native (PyTorch), apex (NVIDIA Apex, release 25.05 or before), or auto: Apex where it is installed
+_C.AMP_BACKEND = 'auto'
+# Multiply fp32 matrices in TensorFloat-32 on GPUs that can: faster, with 10 bits of mantissa in place of 23
+_C.TF32 = False
+# Device: auto (a GPU where there is one), cuda, mps (Apple's) or cpu
 _C.DEVICE = 'auto'
+# Only algorithms that give the same bits each time, also where they are slower
+_C.DETERMINISTIC = False
 # Folder of all runs; '' is output. A run writes into <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.OUTPUT = ''
 # Name of this run among those of its model
 _C.TAG = 'default'
 # Epochs between checkpoints
 _C.SAVE_FREQ = 1
+# Updates between checkpoints inside an epoch; 0 saves at the ends of epochs only
+_C.SAVE_STEPS = 0
+# Newest checkpoints to keep, of both kinds together; 0 keeps all. The best one is kept besides
+_C.SAVE_KEEP = 0
 # Updates (batches, in an evaluation) between log lines
 _C.PRINT_FREQ = 100
+# Write the run's metrics for TensorBoard too, into the run's folder
+_C.TENSORBOARD = True
 # Random seed; rank r uses SEED + r
 _C.SEED = 0
 # Evaluate MODEL.RESUME or MODEL.PRETRAINED and stop
@@ -136,6 +148,12 @@ _C.TRAIN.CLIP_GRAD = 5.0
 _C.TRAIN.AUTO_RESUME = True
 # Batches whose gradients make one update; 0 and 1 are the same
 _C.TRAIN.ACCUMULATION_STEPS = 0
+# On a loss or a gradient norm that is not finite, on any rank: stop the run before the update, or skip the update
+_C.TRAIN.NONFINITE = 'stop'
+# Most updates in a row that may be skipped, also where float16 overflows
+_C.TRAIN.NONFINITE_LIMIT = 20
+# Decay of the exponential moving average of the weights, such as 0.9999; 0 keeps no average
+_C.TRAIN.EMA_DECAY = 0.0
 # Recompute activations in the backward pass, for memory
 _C.TRAIN.USE_CHECKPOINT = False
 
@@ -197,13 +215,15 @@ _OPTIONAL = {'MODEL.MSG.QK_SCALE': float, 'AUG.CUTMIX_MINMAX': list}
 _CHOICES = {
     'AMP_OPT_LEVEL': ('', 'O0', 'O1', 'O2'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
-    'DEVICE': ('auto', 'cuda', 'cpu'),
+    'AMP_BACKEND': ('auto', 'native', 'apex'),
+    'DEVICE': ('auto', 'cuda', 'mps', 'cpu'),
     'DATA.DATASET': ('imagenet',),
     'DATA.INTERPOLATION': ('nearest', 'bilinear', 'bicubic'),
     'MODEL.TYPE': ('msg',),
     'MODEL.MSG.MANIP_TYPE': ('shuf', 'none'),
     'MODEL.MSG.EMBED_TYPE': ('patch', 'overlap'),
     'MODEL.MSG.MERGE_TYPE': ('patch', 'overlap'),
+    'TRAIN.NONFINITE': ('stop', 'skip'),
     'TRAIN.LR_SCHEDULER.NAME': ('cosine', 'linear', 'step'),
     'TRAIN.OPTIMIZER.NAME': ('adamw', 'sgd'),
     'AUG.REMODE': ('pixel', 'rand', 'const'),
@@ -214,6 +234,8 @@ _CHOICES = {
 _INF = float('inf')
 _RANGES = {
     'SAVE_FREQ': (1, _INF),
+    'SAVE_STEPS': (0, _INF),
+    'SAVE_KEEP': (0, _INF),
     'PRINT_FREQ': (1, _INF),
     'SEED': (0, _INF),
     'LOCAL_RANK': (0, _INF),
@@ -242,6 +264,8 @@ _RANGES = {
     'TRAIN.MIN_LR': (0, _INF),
     'TRAIN.CLIP_GRAD': (0, _INF),
     'TRAIN.ACCUMULATION_STEPS': (0, _INF),
+    'TRAIN.NONFINITE_LIMIT': (0, _INF),
+    'TRAIN.EMA_DECAY': (0, 0.9999999),
     'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': (1, _INF),
     'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1),
     'TRAIN.OPTIMIZER.EPS': (0, _INF),
@@ -259,6 +283,14 @@ _RANGES = {
     'AUG.MIXUP_PROB': (0, 1),
     'AUG.MIXUP_SWITCH_PROB': (0, 1),
 }
+
+# Keys that change nothing of what a run computes.
+_NO_EFFECT = {
+    'BASE', 'OUTPUT', 'TAG', 'SAVE_FREQ', 'SAVE_STEPS', 'SAVE_KEEP', 'PRINT_FREQ', 'TENSORBOARD', 'EVAL_MODE',
+    'THROUGHPUT_MODE', 'LOCAL_RANK', 'DATA.DATA_PATH', 'DATA.PIN_MEMORY', 'DATA.NUM_WORKERS', 'MODEL.NAME',
+    'MODEL.RESUME', 'MODEL.PRETRAINED', 'TRAIN.START_EPOCH', 'TRAIN.AUTO_RESUME', 'TRAIN.NONFINITE',
+    'TRAIN.NONFINITE_LIMIT',
+}  # fmt: skip
 
 # The flag of the command line behind each key; one that is not given (None) overrides nothing.
 _FLAGS = {
@@ -300,6 +332,18 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     _check(config)
     config.freeze()
     return config
+
+
+def changed_keys(config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
+    """Keys whose value differs from a checkpoint's, of those that change what a run computes; none without a config.
+
+    Args:
+        config: the config tree.
+        saved: the entry `config` of a checkpoint.
+    """
+    ours, theirs = dict(_leaves(config)), dict(_leaves(saved))
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
+    return [key for key in theirs if key not in _NO_EFFECT and key in ours and theirs[key] != plain[key]]
 
 
 def get_config(args: Namespace) -> CfgNode:
@@ -444,8 +488,6 @@ def _check(config: CfgNode) -> None:
             f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
             f'write both for a short run'
         )
-    if config.AMP_OPT_LEVEL == 'O2':
-        raise ConfigError('AMP_OPT_LEVEL O2 needs the apex.amp of NVIDIA Apex, which is not supported yet: write O1')
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput are two jobs: give one of them')
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):

@@ -6,46 +6,40 @@ README has the commands for several GPUs and nodes.
 """
 
 import argparse
-import logging
+import copy
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
-from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
-from config import get_config
+from checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, load_weights
+from config import changed_keys, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
-from logger import MetricsLog, TrainMeter, create_logger, peak_memory_mb
+from launcher import start_process
+from logger import create_logger, peak_memory_mb
 from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scale, updates_per_epoch
 from models import build_model
 from optimizer import build_optimizer
-from precision import Precision, build_precision
+from precision import build_precision
+from trainer import Run, Trainer, progress
+from training_state import TrainingState
 from utils import (
-    CheckpointError,
-    Process,
     all_reduce_sum,
     distribute,
-    find_latest_checkpoint,
-    from_main_process,
-    load_checkpoint,
-    load_weights,
+    environment,
     mistakes_in_one_line,
-    save_checkpoint,
+    on_main_process,
+    set_arithmetic,
     set_seed,
-    start_process,
-    synchronize_gradients,
 )
 
 
@@ -71,8 +65,8 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--pretrained', metavar='FILE', help='checkpoint whose weights start a new run (MODEL.PRETRAINED)')
     add('--accumulation-steps', type=int, metavar='N', help='batches an update (TRAIN.ACCUMULATION_STEPS)')
     add('--use-checkpoint', action='store_true', default=None, help='recompute activations, for memory')
-    add('--amp-opt-level', choices=['O0', 'O1', 'O2'], help='mixed precision: O0 none, O1 autocast, O2 Apex only')
-    add('--device', choices=['auto', 'cuda', 'cpu'], help='device; auto takes a GPU where there is one')
+    add('--amp-opt-level', choices=['O0', 'O1', 'O2'], help='mixed precision: O0 none, O1 autocast, O2 needs Apex')
+    add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], help='device; auto takes a GPU where there is one')
     add('--output', metavar='DIR', help='folder of all runs; this one writes <DIR>/<MODEL.NAME>/<TAG> (output)')
     add('--tag', metavar='NAME', help='name of this run among those of its model (default)')
     add('--eval', action='store_true', default=None, help='evaluate --resume or --pretrained and stop')
@@ -81,49 +75,41 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Run(NamedTuple):
-    """What all parts of a job share."""
-
-    config: CfgNode
-    process: Process
-    precision: Precision
-    output_dir: Path
-    logger: logging.Logger
-
-
 def main(config: CfgNode) -> None:
     """Do the config's job in this process; its folder is `<OUTPUT>/<MODEL.NAME>/<TAG>`."""
+    set_arithmetic(config.TF32, config.DETERMINISTIC)
     with start_process(config.DEVICE, config.LOCAL_RANK) as process:
         set_seed(config.SEED + process.rank)
-        torch.backends.cudnn.benchmark = True
         output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
         logger = create_logger(output_dir, process.rank)
         run = Run(config, process, build_precision(config, process.device), output_dir, logger)
         with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
+            logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
             logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')
             model = build_model(config).to(process.device)
             parameters = sum(p.numel() for p in model.parameters())
             logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
             if config.THROUGHPUT_MODE:
-                throughput(run, model)
+                throughput(run, run.precision.prepare(model)[0])
                 return
             checkpoint = load_start(run, model)
             if config.EVAL_MODE:
-                validate(run, model, build_eval_loader(config, process.rank, process.world_size))
+                evaluate(run, run.precision.prepare(model)[0], checkpoint)
             else:
                 train(run, model, checkpoint)
 
 
 def load_start(run: Run, model: nn.Module) -> dict[str, Any] | None:
-    """Load the weights the job starts from: --resume, else the run's newest checkpoint, else --pretrained.
+    """Load the weights the job starts from: --resume, else the run's newest complete checkpoint, else --pretrained.
 
     Returns:
-        The checkpoint to continue; None where a new run starts.
+        The checkpoint to continue or evaluate; None where a new run starts.
     """
     config = run.config
     automatic = None
     if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and not config.MODEL.RESUME:
-        automatic = from_main_process(find_latest_checkpoint(run.output_dir))
+        folder = CheckpointFolder(run.output_dir, config.SAVE_KEEP, run.logger)
+        automatic = on_main_process(folder.newest_complete)
     resume = config.MODEL.RESUME or automatic
     path = resume or config.MODEL.PRETRAINED
     if not path:
@@ -137,7 +123,7 @@ def load_start(run: Run, model: nn.Module) -> dict[str, Any] | None:
     if new_head:
         run.logger.info(f'the head of {path} has other classes: a new one is trained')
     run.logger.info(f'weights of {path} loaded')
-    return checkpoint if resume else None
+    return checkpoint if resume or config.EVAL_MODE else None
 
 
 def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None:
@@ -148,160 +134,64 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
     mixup, criterion = build_mixup(config), build_criterion(config)
 
+    def loss_of(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = mixup(*to_device(batch, process.device))
+        return criterion(network(images), targets)
+
+    def figures_of(network: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
+        return validate(run, network, eval_loader, poll)._asdict()
+
     # Optimizer, schedule
     scale = learning_rate_scale(config, process.world_size)
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale)
+    model, optimizer = run.precision.prepare(model, optimizer)
+    network = distribute(model, process.device, config.DETERMINISTIC)  # with rank 0's weights on every rank
     steps_per_epoch = updates_per_epoch(config, len(train_loader))
-    scheduler = build_scheduler(config, optimizer, steps_per_epoch, lr_scale=scale)
+    images_per_batch = config.DATA.BATCH_SIZE * process.world_size
 
     # Where to start
-    start_epoch, max_accuracy = config.TRAIN.START_EPOCH, -1.0
+    state = TrainingState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, steps_per_epoch, lr_scale=scale),
+        precision=run.precision,
+        sampler=train_loader.sampler,
+        device=process.device,
+        steps_per_epoch=steps_per_epoch,
+        images_per_epoch=images_per_batch * len(train_loader),
+        images_per_update=images_per_batch * accumulation_steps(config),
+        ema=ModelEmaV3(model, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
+        epoch=config.TRAIN.START_EPOCH,
+    )
     if checkpoint is not None:
-        start_epoch, max_accuracy = restore(checkpoint, optimizer, run.precision)
-        logger.info(f'continuing after epoch {start_epoch - 1}, max accuracy {max_accuracy:.2f}%')
-    scheduler.step_update(max(start_epoch * steps_per_epoch - 1, 0))
-    if start_epoch >= config.TRAIN.EPOCHS:
-        logger.info(f'nothing to train: epoch {start_epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
+        notes = state.load_state_dict(checkpoint, process.rank, process.world_size)
+        notes += [f'{key} has changed' for key in changed_keys(config, checkpoint.get('config', {}))]
+        if process.device.type != 'cpu' and not config.DETERMINISTIC:
+            notes.append('DETERMINISTIC is off')
+        how = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit as if it had not stopped'
+        logger.info(f'continuing at epoch {state.epoch}, update {state.step}, max accuracy {state.max_accuracy:.2f}%')
+        logger.info(f'the run goes on, {how}')
+    if state.epoch >= config.TRAIN.EPOCHS:
+        logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
         return
-
-    # What the run leaves behind
-    is_main = process.rank == 0
-    metrics = MetricsLog(run.output_dir / 'metrics.jsonl' if is_main else None)
-    if is_main:
-        logger.info(f'config:\n{config.dump()}')
-        (run.output_dir / 'config.yaml').write_text(config.dump())
-
-    network = distribute(model, process.device)
-    began = time.time()
-    for epoch in range(start_epoch, config.TRAIN.EPOCHS):
-        train_loader.sampler.set_epoch(epoch)
-        fit = train_one_epoch(run, network, criterion, train_loader, optimizer, scheduler, mixup, epoch, metrics)
-        result = validate(run, model, eval_loader)
-        is_best = result.acc1 > max_accuracy
-        max_accuracy = max(max_accuracy, result.acc1)
-        logger.info(f'Max accuracy: {max_accuracy:.2f}%')
-        metrics.write(kind='epoch', epoch=epoch, **fit, **result._asdict(), max_accuracy=max_accuracy)
-        if is_main:
-            state = {
-                'model': model.state_dict(),
-                'optimizer': optimizer.state_dict(),
-                'lr_scheduler': scheduler.state_dict(),
-                'precision': run.precision.state_dict(),
-                'epoch': epoch,
-                'max_accuracy': max_accuracy,
-                'config': yaml.safe_load(config.dump()),
-                'classes': eval_loader.dataset.classes,
-            }
-            if (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
-                path = run.output_dir / f'ckpt_epoch_{epoch}.pth'
-                save_checkpoint(path, state)
-                logger.info(f'{path} saved')
-            if is_best:
-                save_checkpoint(run.output_dir / 'ckpt_best.pth', state)
-    logger.info(f'Training time {timedelta(seconds=int(time.time() - began))}')
+    entries = {'classes': eval_loader.dataset.classes}
+    Trainer(run, state, network, train_loader, loss_of, figures_of, 'acc1', entries).fit()
 
 
-def restore(checkpoint: dict[str, Any], optimizer: Optimizer, precision: Precision) -> tuple[int, float]:
-    """Restore the optimizer and the precision from a checkpoint.
-
-    The schedule is a function of the config and the update alone, so that a longer run, another batch size or
-    another number of processes takes effect; its saved state is for other programs.
-
-    Returns:
-        The epoch to start with, and the best accuracy so far in percent.
-
-    Raises:
-        CheckpointError: it holds weights only, or another optimizer's state.
-    """
-    missing = [name for name in ('optimizer', 'epoch', 'max_accuracy') if checkpoint.get(name) is None]
-    if missing:
-        raise CheckpointError(
-            f'the checkpoint has no {", ".join(missing)}, so it cannot be continued: '
-            f'start a new run from it with --pretrained'
-        )
-    try:
-        saved, ours = checkpoint['optimizer']['param_groups'][0], optimizer.param_groups[0]
-        if any((name in saved) != (name in ours) for name in ('betas', 'momentum')):
-            raise ValueError('AdamW and SGD keep different states')
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint's optimizer is another than the config's ({error}): "
-            f'write the TRAIN.OPTIMIZER it was made with, or start a new run from it with --pretrained'
-        ) from error
-    precision.load_state_dict(checkpoint.get('precision', {}))
-    return checkpoint['epoch'] + 1, checkpoint['max_accuracy']
+def evaluate(run: Run, model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Evaluate the checkpoint's weights, which the network has, and their average if it holds one."""
+    loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
+    validate(run, model, loader)
+    if 'model_ema' in checkpoint:
+        average = copy.deepcopy(model)  # Apex keeps half-precision copies of the weights that a network had
+        load_weights(average, {'model': checkpoint['model_ema']}, 'model_ema of the checkpoint')
+        run.logger.info('average of the weights:')
+        validate(run, average, loader)
 
 
-def train_one_epoch(
-    run: Run,
-    model: nn.Module,
-    criterion: nn.Module,
-    loader: DataLoader,
-    optimizer: Optimizer,
-    scheduler: Scheduler,
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    epoch: int,
-    metrics: MetricsLog,
-) -> dict[str, float]:
-    """One pass over the training images; losses and norms are read from the device only where they are logged.
-
-    Returns:
-        `train_loss` (mean over all processes), `lr` of the last update, `seconds`, `images_per_s` of all processes.
-    """
-    config, process = run.config, run.process
-    model.train()
-    steps = updates_per_epoch(config, len(loader))
-    meter = TrainMeter(run.logger, metrics, epoch, config.TRAIN.EPOCHS, steps, process.device)
-    batches = progress(loader, f'epoch {epoch}', process)
-    for step, group in enumerate(groups(batches, accumulation_steps(config))):
-        lr = optimizer.param_groups[0]['lr']
-        meter.update(*train_step(run, model, criterion, group, optimizer, mixup))
-        scheduler.step_update(epoch * steps + step)
-        if step % config.PRINT_FREQ == 0 or step + 1 == steps:
-            meter.log(lr)
-    seconds = meter.seconds
-    run.logger.info(f'EPOCH {epoch} training takes {timedelta(seconds=int(seconds))}')
-    images = len(loader) * config.DATA.BATCH_SIZE * process.world_size
-    train_loss = all_reduce_sum(meter.total)[0].item() / (steps * process.world_size)
-    return {'train_loss': train_loss, 'lr': lr, 'seconds': seconds, 'images_per_s': images / seconds}
-
-
-def train_step(
-    run: Run,
-    model: nn.Module,
-    criterion: nn.Module,
-    batches: list[tuple[Tensor, Tensor]],
-    optimizer: Optimizer,
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """One update from the mean gradient of some batches; processes exchange gradients at the last batch only.
-
-    Returns:
-        The mean loss and the gradient norm before clipping, scalars on the device.
-    """
-    device = run.process.device
-    total_loss = torch.zeros((), device=device)
-    for number, (images, targets) in enumerate(batches, start=1):
-        images, targets = mixup(images.to(device, non_blocking=True), targets.to(device, non_blocking=True))
-        with synchronize_gradients(model, enabled=number == len(batches)):
-            with run.precision.autocast():
-                loss = criterion(model(images), targets) / len(batches)
-            run.precision.backward(loss)
-        total_loss += loss.detach()
-    return total_loss, run.precision.step(optimizer, model, run.config.TRAIN.CLIP_GRAD)
-
-
-def progress(loader: DataLoader, name: str, process: Process) -> tqdm:
-    """The loader's batches, with a bar where rank 0 has a terminal."""
-    return tqdm(loader, name, leave=False, disable=None if process.rank == 0 else True)
-
-
-def groups(batches: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of `size` batches; the last may be shorter."""
-    batches = iter(batches)
-    while group := list(islice(batches, size)):
-        yield group
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Images and class indices of a batch, on the device."""
+    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 class Evaluation(NamedTuple):
@@ -319,18 +209,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def validate(run: Run, model: nn.Module, loader: DataLoader) -> Evaluation:
+def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], None] = lambda: None) -> Evaluation:
     """Evaluate the network, not wrapped, on every image once.
 
     Sums are kept on the device and added up over the processes once, at the end, so shards may differ in size.
+
+    Args:
+        run: the job.
+        model: the network.
+        loader: this process's share of the images; rank 0 has the most.
+        poll: called after each batch, as often in every process.
     """
-    device = run.process.device
+    device, process = run.process.device, run.process
     model.eval()
     # Summed cross entropy; images whose class is the first guess, or among the first five; images
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     began = time.time()
-    for number, (images, targets) in enumerate(progress(loader, 'evaluation', run.process)):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    for number, batch in enumerate(progress(loader, 'evaluation', process)):
+        images, targets = to_device(batch, device)
         with run.precision.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), targets, reduction='sum')
@@ -345,9 +241,14 @@ def validate(run: Run, model: nn.Module, loader: DataLoader) -> Evaluation:
                 f'Acc@5 {now.acc5:.3f} ({mean.acc5:.3f})\t'
                 f'Mem {peak_memory_mb(device):.0f}MB'
             )
+        poll()
+    images = len(loader.dataset)
+    batches_of_rank_0 = math.ceil(math.ceil(images / process.world_size) / loader.batch_size)
+    for _ in range(len(loader), batches_of_rank_0):
+        poll()
     result = Evaluation.from_sums(all_reduce_sum(sums))
     run.logger.info(f' * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}')
-    run.logger.info(f'Accuracy of the network on the {len(loader.dataset)} test images: {result.acc1:.1f}%')
+    run.logger.info(f'Accuracy of the network on the {images} test images: {result.acc1:.1f}%')
     return result
 
 

@@ -21,7 +21,8 @@ def build_optimizer(config: CfgNode, model: nn.Module, lr: float | None = None) 
     lr = config.TRAIN.BASE_LR if lr is None else lr
     groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY)
     if options.NAME == 'adamw':
-        return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS))
+        fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
+        return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=fused)
     if options.NAME == 'sgd':
         return torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0)
     raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: write adamw or sgd')

@@ -1,6 +1,7 @@
 """Mixed precision behind one small interface, so that the training loop never branches on it."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ class Precision:
 
     def __init__(self, level: str, dtype: torch.dtype, device: torch.device):
         if level not in ('O0', 'O1'):
-            raise ConfigError(f'AMP_OPT_LEVEL is {level!r}: write O0 or O1')
+            raise ConfigError(
+                f'AMP_OPT_LEVEL is {level!r}, which needs NVIDIA Apex (the apex.amp of release 25.05 or before) and a '
+                f'GPU: install it, or write O0 or O1'
+            )
         self.enabled = level == 'O1'
         self.dtype = dtype
         self.device_type = device.type
@@ -31,34 +35,58 @@ class Precision:
     def __str__(self) -> str:
         return str(self.dtype).removeprefix('torch.') + ' autocast' if self.enabled else 'float32'
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether updates are skipped now and then, where the scaled gradients leave the range of float16."""
+        return self.scaler.is_enabled()
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[nn.Module, Optimizer | None]:
+        """The network, not yet wrapped, and its optimizer as this precision uses them; none to evaluate only."""
+        return model, optimizer
+
     def autocast(self) -> AbstractContextManager:
         """Context for the forward pass and the loss."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, scaled where that is needed."""
+    def backward(self, loss: Tensor, optimizer: Optimizer, is_last: bool = True) -> None:
+        """Add the gradients of a loss, scaled where that is needed.
+
+        Args:
+            loss: a scalar.
+            optimizer: of the network.
+            is_last: whether the update follows, and not another batch of it.
+        """
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: Optimizer, model: nn.Module, max_norm: float) -> Tensor:
+    def step(self, optimizer: Optimizer, model: nn.Module, max_norm: float, veto: Tensor) -> tuple[Tensor, Tensor]:
         """Unscale and clip the gradients, update the weights, clear the gradients.
+
+        The weights and the optimizer stay as they are where the norm is not finite, or on a veto. Nothing waits for
+        the GPU if the optimizer is a fused one.
 
         Args:
             optimizer: of the model's parameters.
             model: its gradients are clipped together.
             max_norm: largest norm of all gradients together; 0 leaves them as they are.
+            veto: a truth value on the device.
 
         Returns:
-            The norm before clipping, a scalar on the device: nothing waits for it.
+            Scalars on the device: the norm before clipping, and whether the update was skipped.
         """
         self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-        self.scaler.step(optimizer)
+        skipped = ~norm.isfinite() | veto
+        if all(group.get('fused') for group in optimizer.param_groups):
+            optimizer.found_inf = skipped.float()  # how PyTorch's GradScaler has fused optimizers skip on the device
+            optimizer.step()
+        elif not skipped.item():
+            optimizer.step()
         self.scaler.update()
         optimizer.zero_grad()
-        return norm
+        return norm, skipped
 
     def state_dict(self) -> dict[str, Any]:
         """The loss scale and what it adapts by; empty without a scaler."""
@@ -66,11 +94,110 @@ class Precision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; a state saved without a scaler leaves this one as it starts."""
-        if state:
+        if 'scale' in state:
             self.scaler.load_state_dict(state)
 
 
-def build_precision(config: CfgNode, device: torch.device) -> Precision:
-    """The precision of `AMP_OPT_LEVEL` and `AMP_DTYPE`: by default the published O1 on a GPU, fp32 on a CPU."""
+class ApexPrecision:
+    """The published mixed precision, by `apex.amp`: O1 patches PyTorch's functions, O2 makes the network half.
+
+    Args:
+        level: O1 or O2.
+        amp: the module `apex.amp`.
+    """
+
+    may_overflow = True
+
+    def __init__(self, level: str, amp: ModuleType):
+        self.level, self.amp = level, amp
+        self._updated = False
+        self._masters: list[Tensor] = []  # of O2
+
+    def __str__(self) -> str:
+        return f'Apex {self.level}'
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[nn.Module, Optimizer | None]:
+        """As `Precision.prepare`."""
+        if optimizer is None:
+            return self.amp.initialize(model, opt_level=self.level), None
+        # Apex replaces the `step` of an update that it skips, so that this hook is not called.
+        optimizer.register_step_post_hook(self._note_update)
+        model, optimizer = self.amp.initialize(model, optimizer, opt_level=self.level)
+        if self.level == 'O2':
+            # Apex makes its fp32 master weights at the first loss. They must be there when the optimizer's state is
+            # loaded, or it is rounded to half precision.
+            device = next(model.parameters()).device
+            with self.amp.scale_loss(torch.zeros((), device=device), optimizer, delay_unscale=True):
+                self._masters = list(self.amp.master_params(optimizer))
+        return model, optimizer
+
+    def _note_update(self, *_: Any) -> None:
+        self._updated = True
+
+    def autocast(self) -> AbstractContextManager:
+        """Nothing: Apex has patched what it casts."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, optimizer: Optimizer, is_last: bool = True) -> None:
+        """As `Precision.backward`; gradients are unscaled after the last batch of an update."""
+        with self.amp.scale_loss(loss, optimizer, delay_unscale=not is_last) as scaled:
+            scaled.backward()
+
+    def step(self, optimizer: Optimizer, model: nn.Module, max_norm: float, veto: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Precision.step`, on Apex's master weights; Apex itself waits for the GPU in every update."""
+        parameters = [p for p in self.amp.master_params(optimizer) if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        self._updated = False
+        if not (norm.isfinite() & veto).item():  # of a norm that is not finite, Apex has replaced the step by none
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm, torch.tensor(not self._updated, device=norm.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Apex's loss scalers, and the master weights, of which the network's are the rounded ones."""
+        return {'amp': self.amp.state_dict(), 'masters': [master.detach() for master in self._masters]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; a state of another backend leaves Apex's as it starts."""
+        if 'amp' in state:
+            self.amp.load_state_dict(state['amp'])
+        with torch.no_grad():
+            for master, saved in zip(self._masters, state.get('masters', []), strict=False):
+                master.copy_(saved)
+
+
+def build_precision(config: CfgNode, device: torch.device) -> Precision | ApexPrecision:
+    """The precision of `AMP_BACKEND`, `AMP_OPT_LEVEL` and `AMP_DTYPE`.
+
+    By default the published O1 on a GPU, by Apex where it is installed, and fp32 elsewhere. O0 needs no backend.
+
+    Raises:
+        ConfigError: Apex is asked for, by name or by O2, where it cannot be used.
+    """
     level = config.AMP_OPT_LEVEL or ('O1' if device.type == 'cuda' else 'O0')
-    return Precision(level, getattr(torch, config.AMP_DTYPE), device)
+    amp = None
+    if config.AMP_BACKEND == 'apex':
+        amp = import_apex_amp()
+        if amp is None or device.type != 'cuda':
+            lack = 'NVIDIA Apex with its amp (release 25.05 or before) is not installed' if amp is None else 'no GPU'
+            raise ConfigError(f'AMP_BACKEND is apex, but {lack}: write native or auto')
+        if config.AMP_DTYPE != 'float16':
+            raise ConfigError(f'AMP_DTYPE is {config.AMP_DTYPE}, which Apex does not know: write AMP_BACKEND native')
+    elif config.AMP_BACKEND == 'auto' and device.type == 'cuda' and config.AMP_DTYPE == 'float16' and level != 'O0':
+        amp = import_apex_amp()
+    if amp is None or level == 'O0':
+        return Precision(level, getattr(torch, config.AMP_DTYPE), device)
+    if level == 'O2' and config.TRAIN.EMA_DECAY > 0:
+        raise ConfigError('TRAIN.EMA_DECAY cannot average the half-precision weights of O2: write AMP_OPT_LEVEL O1')
+    return ApexPrecision(level, amp)
+
+
+def import_apex_amp() -> ModuleType | None:
+    """`apex.amp`, or None where it is not installed; the `apex` of PyPI is another program and has none."""
+    try:
+        from apex import amp
+    except Exception:  # that other program fails in its own ways
+        return None
+    return amp if hasattr(amp, 'initialize') else None

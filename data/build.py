@@ -1,5 +1,9 @@
 """Loaders, transforms, Mixup and the loss that matches its targets."""
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,13 +12,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create
 from timm.data.transforms import str_to_interp_mode
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
 from data.image_folder import DataError, open_folder
-from data.samplers import ShardSampler
+from data.samplers import ShardSampler, TrainSampler
+from data.seeding import SeededDataset
 
 # PIL mode, mean and standard deviation of the pixels by number of channels; grey is the mean over ImageNet's colours.
 _CHANNELS = {
@@ -27,7 +32,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     """Batches of this process's share of `train/` and of `val/`: images (B, C, H, W) and class indices (B,).
 
     Training batches are shuffled, augmented and full (the rest of an epoch is left out); call the training loader's
-    `sampler.set_epoch` before each epoch. For evaluation batches see `build_eval_loader`.
+    `sampler.set_epoch` before each epoch. They are the same for any `DATA.NUM_WORKERS`. For evaluation batches see
+    `build_eval_loader`.
 
     Raises:
         DataError: the data cannot be used, or is too little for one batch a process.
@@ -50,8 +56,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
             f'{len(dataset)} training images make no full batch: DATA.BATCH_SIZE {size} on {world_size} '
             f'process(es) needs {size * world_size}: write a smaller --batch-size'
         )
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=config.SEED)
-    return _build_loader(config, dataset, sampler, drop_last=True), eval_loader
+    sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
+    return _build_loader(config, SeededDataset(dataset, config.SEED), sampler, drop_last=True), eval_loader
 
 
 def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -158,14 +164,36 @@ def _open_split(config: CfgNode, split: str, transform: Callable) -> ImageFolder
     return dataset
 
 
-def _build_loader(config: CfgNode, dataset: ImageFolder, sampler, drop_last: bool) -> DataLoader:
+def _build_loader(config: CfgNode, dataset: Dataset, sampler: Sampler, drop_last: bool) -> DataLoader:
     workers = config.DATA.NUM_WORKERS
     return DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
+        multiprocessing_context='fork' if workers and sys.platform == 'linux' else None,  # Python 3.14 would not
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        worker_init_fn=_outlive_launcher,
+        generator=torch.Generator(),  # of its own, so that making an iterator draws no number from the run's
     )
+
+
+def _outlive_launcher(worker: int) -> None:
+    """End a loader process on SIGTERM only where its training process sends it, and on no other signal to stop.
+
+    Launchers signal all processes of a job, and the training process still needs batches to finish its step.
+    """
+    signal.set_wakeup_fd(-1)  # of the training process, where this one is a fork of it
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_wait_for_sigterm_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

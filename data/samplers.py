@@ -1,8 +1,64 @@
 """Which images each process reads."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch.utils.data import Sampler
+
+
+class TrainSampler(Sampler[tuple[int, int]]):
+    """An epoch's (epoch, index) pairs of one process: every world_size-th of one shuffled order, from `rank` on.
+
+    As in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch and starts over until it divides
+    by the processes. Unlike there, an epoch can start in its middle, on any number of processes.
+
+    Args:
+        length: images in the data set.
+        rank: of this process.
+        world_size: processes.
+        seed: of the run.
+    """
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+        self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for this epoch, which starts at its beginning."""
+        self.epoch = epoch
+        self.start = 0
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        self.order = torch.randperm(self.length, generator=generator, dtype=torch.int32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and its order."""
+        return {'epoch': self.epoch, 'order': self.order}
+
+    def load_state_dict(self, state: dict[str, Any], start: int) -> None:
+        """Continue an epoch.
+
+        Args:
+            state: from `state_dict`.
+            start: images that all processes together have seen of it.
+
+        Raises:
+            ValueError: the order is of another number of images.
+        """
+        if len(state['order']) != self.length:
+            raise ValueError(f'it is inside an epoch of {len(state["order"])} images, but there are {self.length} now')
+        self.epoch, self.order, self.start = state['epoch'], state['order'], start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        total = len(self) * self.world_size
+        repeats = math.ceil(total / self.length)
+        order = self.order.repeat(repeats)[self.start + self.rank : total : self.world_size]
+        return ((self.epoch, index) for index in order.tolist())
+
+    def __len__(self) -> int:
+        """Pairs of a whole epoch."""
+        return math.ceil(self.length / self.world_size)
 
 
 class ShardSampler(Sampler[int]):

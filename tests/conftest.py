@@ -8,7 +8,8 @@ import torch
 
 from config import load_config
 
-TINY = Path(__file__).parent / 'fixtures' / 'tiny.yaml'
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / 'tests' / 'fixtures' / 'tiny.yaml'
 
 
 @pytest.fixture(autouse=True)

@@ -3,30 +3,33 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from launcher import TORCHRUN_VARIABLES
 from models import build_model
-from tests.conftest import TINY, write_images
+from tests.conftest import ROOT, TINY, write_images
 from tests.test_data import damage
 from tests.test_training import folder_of, records, weights
 
-ROOT = Path(__file__).parent.parent
-LAUNCHER_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+def environment(**variables):
+    """Of a program that is started by a user, and not by a launcher."""
+    ours = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
+    return ours | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1'} | variables
 
 
-def start(*command, timeout=300):
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    environment |= {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1'}
+def start(*command, timeout=300, variables=None):
     command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**(variables or {})), capture_output=True, text=True, timeout=timeout
+    )
 
 
-def mistake(tmp_path, *flags):
-    """What the program says, in one line, of flags that cannot work."""
-    done = start('main.py', '--cfg', TINY, '--output', tmp_path / 'output', *flags)
+def mistake(tmp_path, *flags, environment=None):
+    """What the program says, in one line, of flags or variables that cannot work."""
+    done = start('main.py', '--cfg', TINY, '--output', tmp_path / 'output', *flags, variables=environment)
     assert done.returncode not in (0, None)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert 'Traceback' not in done.stderr + done.stdout, done.stderr

@@ -7,7 +7,7 @@ import sys
 import cv2
 import pytest
 
-from tests.test_command_line import ROOT
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 

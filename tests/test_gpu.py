@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import main as program
+from checkpoint import load_checkpoint
 from models import MSGTransformer, build_model
-from precision import Precision
+from precision import Precision, build_precision, import_apex_amp
 from tests.fill import fill_, golden, images, labels
+from tests.test_resume import RANDOM, differences, last
 from tests.test_training import PLAIN, folder_of, records
-from utils import load_checkpoint
+from trainer import Trainer
+from utils import set_arithmetic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +63,52 @@ def test_training_evaluation_and_resume(tiny_config, image_tree, level):
     last = folder_of(config) / 'ckpt_epoch_7.pth'
     program.main(tiny_config(EVAL_MODE='True', MODEL__RESUME=str(last), **options))
     assert load_checkpoint(last)['model'].keys() == build_model(config).state_dict().keys()
+
+
+@pytest.fixture
+def deterministic():
+    yield {'DEVICE': 'cuda', 'DETERMINISTIC': 'True', 'SAVE_STEPS': '2', **RANDOM}
+    set_arithmetic(tf32=False, deterministic=False)
+
+
+@pytest.mark.parametrize('level', ['O0', 'O1'])
+def test_an_interrupted_run_ends_with_the_same_bits(tiny_config, image_tree, deterministic, level):
+    options = {'AMP_OPT_LEVEL': level, 'AMP_BACKEND': 'native', 'DATA__DATA_PATH': str(image_tree), **deterministic}
+    whole = tiny_config(TAG='whole', **options)
+    program.main(whole)
+    start = folder_of(whole) / 'ckpt_epoch_1_step_4.pth'
+    again = tiny_config(TAG='again', MODEL__RESUME=str(start), DATA__NUM_WORKERS='2', **options)
+    program.main(again)
+    assert differences(last(whole), last(again)) == []
+
+
+@pytest.mark.skipif(import_apex_amp() is None, reason='NVIDIA Apex with its amp is not installed')
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_apex_trains_saves_and_resumes(tiny_config, image_tree, level):
+    options = {'DEVICE': 'cuda', 'AMP_OPT_LEVEL': level, 'AMP_BACKEND': 'apex', 'DATA__DATA_PATH': str(image_tree)}
+    config = tiny_config(TRAIN__EPOCHS='8', TRAIN__BASE_LR='0.5', **options, **PLAIN)
+    assert str(build_precision(config, torch.device('cuda'))) == f'Apex {level}'
+    program.main(config)
+    losses = [record['train_loss'] for record in records(config, 'epoch')]
+    assert losses[-1] < 0.6 * losses[0]
+    (folder_of(config) / 'ckpt_epoch_7.pth').unlink()
+    program.main(config)
+    assert 'loss_scaler0' in load_checkpoint(folder_of(config) / 'ckpt_epoch_7.pth')['precision']['amp']
+
+
+def test_no_update_waits_for_the_gpu(tiny_config, image_tree, monkeypatch):
+    """PyTorch raises where a step without a log line makes the host wait."""
+    train_step = Trainer.train_step
+
+    def strict(trainer, batches):
+        if trainer.state.step == 0:  # memory of the optimizer's, cuDNN's choices
+            return train_step(trainer, batches)
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            return train_step(trainer, batches)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+    monkeypatch.setattr(Trainer, 'train_step', strict)
+    options = {'DEVICE': 'cuda', 'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'bfloat16', 'PRINT_FREQ': '1000'}
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), **options, **PLAIN))

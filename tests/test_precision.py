@@ -1,14 +1,22 @@
+"""Native mixed precision, and the contract with Apex against a stand-in."""
+
+import contextlib
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 
 from config import ConfigError
-from precision import Precision, build_precision
+from precision import ApexPrecision, Precision, build_precision, import_apex_amp
+from tests.fill import fill_
 
-CPU = torch.device('cpu')
+CPU, GPU = torch.device('cpu'), torch.device('cuda')
+NO, YES = torch.tensor(False), torch.tensor(True)
 
 
-def gradient_of(precision, clip=0.0, factor=1.0):
+def gradient_of(precision, clip=0.0, factor=1.0, veto=NO):
     """Gradient, its norm as told, the network after a step of size 64 on a linear loss, and what it computes in."""
     model = nn.Linear(3, 1, bias=False)
     with torch.no_grad():
@@ -18,8 +26,9 @@ def gradient_of(precision, clip=0.0, factor=1.0):
     optimizer.register_step_pre_hook(lambda *_: seen.update(gradient=model.weight.grad.clone()))
     with precision.autocast():
         out = model(torch.tensor([[2.0, 4.0, 4.0]]) * factor)
-    precision.backward(out.float().sum() / 64)  # small, as losses are: the scale starts at 65,536
-    norm = precision.step(optimizer, model, clip)
+    precision.backward(out.float().sum() / 64, optimizer)  # small, as losses are: the scale starts at 65,536
+    norm, skipped = precision.step(optimizer, model, clip, veto)
+    assert skipped.item() == ('gradient' not in seen)
     return seen.get('gradient'), norm, model, out.dtype
 
 
@@ -72,14 +81,211 @@ def test_state_is_the_scale():
     assert two.scaler.get_scale() == one.scaler.get_scale()
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_veto_skips_the_update(dtype):
+    gradient, norm, model, _ = gradient_of(Precision('O1', dtype, CPU), veto=YES)
+    assert gradient is None
+    assert norm.isfinite()
+    assert (model.weight == 1).all()
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('skip', ['veto', 'overflow', 'no'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_fused_and_other_optimizers_skip_alike(fused, skip, dtype):
+    precision = Precision('O1', dtype, CPU)
+    model = fill_(nn.Linear(3, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=fused)
+    for number in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        steps = [state['step'].item() for state in optimizer.state.values()]
+        is_bad = number == 1 and skip != 'no'
+        factor = float('inf') if is_bad and skip == 'overflow' else 1 / 64
+        with precision.autocast():
+            out = model(torch.ones(1, 3))
+        precision.backward(out.float().sum() * factor, optimizer)
+        _, skipped = precision.step(optimizer, model, 1.0, torch.tensor(is_bad and skip == 'veto'))
+        assert skipped.item() == is_bad
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) == is_bad
+        assert is_bad == (steps == [state['step'].item() for state in optimizer.state.values()])
+
+
+class StandInAmp(types.ModuleType):
+    """What `apex.amp` of release 25.05 does, as far as it is called: scales by 8, skips on overflow, notes calls."""
+
+    def __init__(self):
+        super().__init__('apex.amp')
+        self.calls = []
+        self.scale = 8.0
+
+    def initialize(self, model, optimizer=None, opt_level='O1'):
+        self.calls.append(('initialize', opt_level, optimizer is not None))
+        return model if optimizer is None else (model, optimizer)
+
+    @contextlib.contextmanager
+    def scale_loss(self, loss, optimizer, delay_unscale=False):
+        self.calls.append(('scale_loss', delay_unscale))
+        yield loss * self.scale
+        if delay_unscale:
+            return
+        gradients = [p.grad for p in self.master_params(optimizer)]
+        for gradient in gradients:
+            gradient.div_(self.scale)
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            self.scale /= 2
+            step = optimizer.step
+
+            def skip_step():
+                self.calls.append('skip')
+                optimizer.step = step
+
+            optimizer.step = skip_step
+
+    def master_params(self, optimizer):
+        return (p for group in optimizer.param_groups for p in group['params'])
+
+    def state_dict(self):
+        return {'loss_scaler0': {'loss_scale': self.scale, 'unskipped': 0}}
+
+    def load_state_dict(self, state):
+        self.scale = state['loss_scaler0']['loss_scale']
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    module = types.ModuleType('apex')
+    module.amp = StandInAmp()
+    monkeypatch.setitem(sys.modules, 'apex', module)
+    monkeypatch.setitem(sys.modules, 'apex.amp', module.amp)
+    return module.amp
+
+
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_apex_is_called_as_published(apex, level):
+    precision = ApexPrecision(level, apex)
+    model = nn.Linear(3, 1, bias=False)
+    nn.init.ones_(model.weight)
+    model, optimizer = precision.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    images = torch.tensor([[2.0, 4.0, 4.0]])
+
+    def update(factors, clip=0.0, veto=NO):
+        for number, factor in enumerate(factors, start=1):
+            with precision.autocast():
+                loss = model(images).sum() * factor
+            precision.backward(loss, optimizer, is_last=number == len(factors))
+        return precision.step(optimizer, model, clip, veto)
+
+    norm, skipped = update([0.25, 0.75])  # two batches
+    calls = [('initialize', level, True), ('scale_loss', True), ('scale_loss', False)]
+    if level == 'O2':
+        calls.insert(1, ('scale_loss', True))  # in `prepare`, for which Apex makes its master weights
+    assert apex.calls == calls
+    assert (norm.item(), skipped.item()) == (6.0, False)
+    assert model.weight.tolist() == [[-1.0, -3.0, -3.0]]  # unscaled
+    assert model.weight.grad is None
+
+    norm, skipped = update([1.0], clip=3.0)  # half of it
+    torch.testing.assert_close(model.weight, torch.tensor([[-2.0, -5.0, -5.0]]), rtol=1e-5, atol=0)
+    before = model.weight.detach().clone()
+
+    norm, skipped = update([float('inf')])
+    assert (norm.isfinite().item(), skipped.item(), apex.calls[-1]) == (False, True, 'skip')
+    norm, skipped = update([1.0], veto=YES)
+    assert (norm.item(), skipped.item()) == (6.0, True)
+    norm, skipped = update([float('nan')], veto=YES)  # vetoed, and skipped by Apex: the next is not
+    assert skipped.item()
+    assert torch.equal(model.weight, before)
+    assert not update([1.0])[1].item()
+    assert not torch.equal(model.weight, before)
+
+    state = precision.state_dict()
+    assert state['amp'] == {'loss_scaler0': {'loss_scale': 2.0, 'unskipped': 0}}
+    masters = [p.detach().clone() for p in state['masters']]
+    assert len(masters) == (level == 'O2')
+    state['masters'] = masters
+    apex.scale = 1.0
+    precision.load_state_dict({})  # of a native run
+    assert apex.scale == 1.0
+    update([1.0])
+    precision.load_state_dict(state)
+    assert apex.scale == 2.0
+    assert all(torch.equal(model.weight, master) for master in masters)
+    Precision('O1', torch.float16, CPU).load_state_dict(state)  # and the other way round
+
+
+def test_apex_prepares_a_network_for_evaluation(apex):
+    model = nn.Linear(1, 1)
+    assert ApexPrecision('O2', apex).prepare(model) == (model, None)
+    assert apex.calls == [('initialize', 'O2', False)]
+
+
+def test_a_run_with_apex(apex, tiny_config, image_tree, monkeypatch):
+    """The whole program on the stand-in, which a CPU can run; its scale is saved and restored."""
+    import main as program
+    from checkpoint import load_checkpoint
+    from tests.test_training import folder_of, records
+
+    monkeypatch.setattr(program, 'build_precision', lambda config, device: ApexPrecision('O1', apex))
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__ACCUMULATION_STEPS='4')
+    apex.scale = 2.0**10
+    program.main(config)
+    assert apex.calls[0] == ('initialize', 'O1', True)
+    assert apex.calls[1:7] == [('scale_loss', delay) for delay in (True, True, True, False, True, False)]
+    assert load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')['precision']['amp'] == apex.state_dict()
+    assert records(config, 'epoch')[-1]['train_loss'] < 2
+    apex.scale = 1.0
+    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    program.main(config)
+    assert apex.scale == 2.0**10
+    path = str(folder_of(config) / 'ckpt_epoch_1.pth')
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), EVAL_MODE='True', MODEL__RESUME=path))
+    assert apex.calls[-1] == ('initialize', 'O1', False)
+
+
+def test_which_backend_is_chosen(apex, tiny_config):
+    def choose(device=GPU, **options):
+        return str(build_precision(tiny_config(**options), device))
+
+    assert choose() == choose(AMP_BACKEND='apex') == 'Apex O1'  # published
+    assert choose(AMP_OPT_LEVEL='O2') == 'Apex O2'
+    assert choose(AMP_BACKEND='native') == 'float16 autocast'
+    assert choose(AMP_DTYPE='bfloat16') == 'bfloat16 autocast'  # which Apex does not know
+    assert choose(AMP_OPT_LEVEL='O0') == choose(AMP_OPT_LEVEL='O0', AMP_BACKEND='apex') == 'float32'
+    assert choose(CPU) == 'float32'
+    assert choose(CPU, AMP_OPT_LEVEL='O1') == 'float16 autocast'
+    for device, options, told in (
+        (CPU, {'AMP_BACKEND': 'apex'}, 'AMP_BACKEND is apex, but no GPU: write native or auto'),
+        (GPU, {'AMP_BACKEND': 'apex', 'AMP_DTYPE': 'bfloat16'}, 'AMP_DTYPE is bfloat16, which Apex does not know'),
+        (GPU, {'AMP_OPT_LEVEL': 'O2', 'TRAIN__EMA_DECAY': '0.9'}, 'EMA_DECAY cannot average the half-precision'),
+        (GPU, {'AMP_OPT_LEVEL': 'O2', 'AMP_BACKEND': 'native'}, "AMP_OPT_LEVEL is 'O2', which needs NVIDIA Apex"),
+        (
+            CPU,
+            {'AMP_OPT_LEVEL': 'O2'},
+            "AMP_OPT_LEVEL is 'O2', which needs NVIDIA Apex .*install it, or write O0 or O1",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            choose(device, **options)
+
+
+def test_without_apex_or_with_another_program_of_that_name(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'apex', None)  # not installed
+    assert import_apex_amp() is None
+    assert str(build_precision(tiny_config(), GPU)) == 'float16 autocast'
+    with pytest.raises(ConfigError, match='NVIDIA Apex .* is not installed: write native or auto'):
+        build_precision(tiny_config(AMP_BACKEND='apex'), GPU)
+    monkeypatch.delitem(sys.modules, 'apex')
+    monkeypatch.syspath_prepend(tmp_path)
+    for text in ('amp = 1', 'import nowhere', 'raise RuntimeError', ''):  # the last: Apex after 25.05
+        (tmp_path / 'apex.py').write_text(text)
+        monkeypatch.delitem(sys.modules, 'apex', raising=False)
+        assert import_apex_amp() is None
+
+
 def test_default_is_fp32_on_a_cpu_and_published_o1_on_a_gpu(tiny_config):
     assert str(build_precision(tiny_config(), CPU)) == 'float32'
     assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O1'), CPU)) == 'float16 autocast'
     assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'), CPU)) == 'bfloat16 autocast'
-    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O0'), torch.device('cuda'))) == 'float32'
-    assert str(build_precision(tiny_config(), torch.device('cuda'))) == 'float16 autocast'
-
-
-def test_other_levels_are_refused():
-    with pytest.raises(ConfigError, match='write O0 or O1'):
-        Precision('O2', torch.float16, CPU)
+    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O0'), GPU)) == 'float32'
+    assert str(build_precision(tiny_config(AMP_BACKEND='native'), GPU)) == 'float16 autocast'

@@ -10,20 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from yacs.config import CfgNode
 
 import main as program
+from checkpoint import CheckpointError, load_checkpoint
 from config import load_config
+from data.samplers import TrainSampler
+from launcher import Process
 from logger import MetricsLog
 from lr_scheduler import build_scheduler
-from main import Run, groups, train_step
 from models import MSGTransformer, build_model
 from optimizer import build_optimizer
 from precision import build_precision
 from tests.conftest import one_thread
 from tests.fill import fill_, golden, normal
-from utils import CheckpointError, Process, distribute, load_checkpoint
+from trainer import Run, Trainer, groups
+from training_state import TrainingState
+from utils import distribute
 
 CPU = torch.device('cpu')
 PLAIN = {'AUG__MIXUP': '0', 'AUG__CUTMIX': '0', 'MODEL__LABEL_SMOOTHING': '0', 'AUG__AUTO_AUGMENT': 'none'}
@@ -34,8 +39,19 @@ def run_of(config):
     return Run(config, Process(0, 1, CPU), build_precision(config, CPU), Path(), logging.getLogger('test'))
 
 
-def no_mixup(images, targets):
-    return images, targets
+def loss_of(network, batch):
+    images, targets = batch
+    return nn.functional.cross_entropy(network(images), targets)
+
+
+def trainer_of(config, model, optimizer=None, steps_per_epoch=4, run=None):
+    """A trainer without data: for its `train_step` on batches of the test's own."""
+    run = run or run_of(config)
+    optimizer = optimizer or build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, steps_per_epoch)
+    sampler = TrainSampler(1)
+    state = TrainingState(model, optimizer, scheduler, run.precision, sampler, CPU, steps_per_epoch, 4, 1)
+    return Trainer(run, state, distribute(model, CPU), None, loss_of, None, 'acc1', {})
 
 
 def folder_of(config):
@@ -65,15 +81,14 @@ def test_sixteen_recorded_steps(tiny_config):
     model = fill_(
         MSGTransformer(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10, drop_path_rate=0.0)
     ).train()
-    optimizer = build_optimizer(config, model)
-    scheduler = build_scheduler(config, optimizer, steps_per_epoch=4)
+    trainer = trainer_of(config, model, steps_per_epoch=4)
     for step, expected in enumerate(record['run']):
         batch = (normal(f'step-{step}', (8, 3, 224, 224)), (torch.arange(8) * 7 % 10 + step) % 10)
-        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected['lr'], rel=1e-9)
-        loss, norm = train_step(run_of(config), model, nn.CrossEntropyLoss(), [batch], optimizer, no_mixup)
-        scheduler.step_update(step)
-        assert loss.item() == pytest.approx(expected['loss'], rel=1e-5), step
-        assert norm.item() == pytest.approx(expected['grad_norm'], rel=1e-3), step
+        assert trainer.state.optimizer.param_groups[0]['lr'] == pytest.approx(expected['lr'], rel=1e-9)
+        update = trainer.train_step([batch])
+        trainer.state.advance(updated=True)
+        assert update.loss.item() == pytest.approx(expected['loss'], rel=1e-5), step
+        assert update.grad_norm.item() == pytest.approx(expected['grad_norm'], rel=1e-3), step
     for name, parameter in model.named_parameters():
         noise = name.endswith(('rel_pos_msg', 'qkv.bias'))  # gradients of rounding noise
         expected = record['weight_norm_after'][name]
@@ -88,11 +103,11 @@ def test_accumulation_equals_the_joint_batch(tiny_config, parts):
     results = []
     for sizes in ([8], parts):
         model = fill_(build_model(config)).train()
-        optimizer = build_optimizer(config, model, lr=0.01)
+        trainer = trainer_of(config, model, build_optimizer(config, model, lr=0.01))
         batches = list(zip(images.split(sizes), targets.split(sizes), strict=True))
         for _ in range(3):
-            loss, norm = train_step(run_of(config), model, nn.CrossEntropyLoss(), batches, optimizer, no_mixup)
-        results.append((model.state_dict(), loss, norm))
+            update = trainer.train_step(batches)
+        results.append((model.state_dict(), update.loss, update.grad_norm))
     assert_same_weights(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[0][1:], results[1][1:])
 
@@ -123,7 +138,10 @@ def test_clip_grad_0_means_no_clipping(tiny_config, clip, clipped):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     batch = (torch.randn(4, 3, 28, 28), torch.arange(4) % 3)
-    _, norm = train_step(run_of(config), model, nn.CrossEntropyLoss(), [batch], optimizer, no_mixup)
+    trainer = trainer_of(config, model, optimizer)
+    for group in optimizer.param_groups:
+        group['lr'] = 1.0  # not the schedule's
+    norm = trainer.train_step([batch]).grad_norm
     moved = torch.stack([(p.detach() - before[name]).norm() for name, p in model.named_parameters()]).norm()
     assert norm > 0.1
     torch.testing.assert_close(moved, torch.tensor(0.001) if clipped else norm, rtol=1e-3, atol=0)
@@ -135,11 +153,11 @@ def test_a_run_leaves_what_the_house_promises(tiny_config, image_tree, capsys):
     folder = folder_of(config)
     names = {path.name for path in folder.iterdir()}
     expected = {'config.yaml', 'log_rank0.txt', 'metrics.jsonl', 'ckpt_epoch_0.pth', 'ckpt_epoch_1.pth'}
-    assert names == expected | {'ckpt_best.pth'}
+    assert names == expected | {'ckpt_best.pth', 'tensorboard'}
     log = (folder / 'log_rank0.txt').read_text()
     for pattern in (
         r'Train: \[0/2\]\[5/6\]\teta 0:00:00 lr [\d.]+\ttime [\d.]+ \([\d.]+\)\tloss [\d.]+ \([\d.]+\)\t',
-        r'\tgrad_norm [\d.]+ \([\d.]+\)\tmem \d+MB',
+        r'\tgrad_norm [\d.]+ \([\d.]+\)\tmem \d+MB\t\d+ images/s',
         r'Test: \[2/3\]\tTime [\d.]+\tLoss [\d.]+ \([\d.]+\)\tAcc@1 [\d.]+ \([\d.]+\)\tAcc@5 100.000 \(100.000\)\t',
         r' \* Acc@1 [\d.]+ Acc@5 100.000',
         r'Accuracy of the network on the 12 test images: [\d.]+%',
@@ -202,12 +220,13 @@ def test_resume_continues_where_it_stopped(tiny_config, image_tree):
 
         (folder_of(whole) / 'ckpt_epoch_2.pth').unlink()
         program.main(whole)  # automatic: from epoch 1
-        assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2, 2]
+        assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2]
         assert_same_weights(weights(whole, 'ckpt_epoch_2.pth'), weights(explicit, 'ckpt_epoch_2.pth'), rtol=0, atol=0)
 
         again = tiny_config(TAG='whole', MODEL__RESUME=str(first), **data)
         program.main(again)  # the folder has a newer one
-        assert [record['epoch'] for record in records(whole, 'epoch')][4:] == [1, 2]
+        assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2]
+        assert 'continuing at epoch 1, update 0' in (folder_of(whole) / 'log_rank0.txt').read_text()
 
 
 def test_a_finished_run_has_nothing_to_train(tiny_config, image_tree):
@@ -220,12 +239,12 @@ def test_a_finished_run_has_nothing_to_train(tiny_config, image_tree):
 
 def test_auto_resume_off_and_start_epoch(tiny_config, image_tree):
     data = {'DATA__DATA_PATH': str(image_tree)}
-    program.main(tiny_config(**data))
     config = tiny_config(**data, TRAIN__AUTO_RESUME='False', TRAIN__START_EPOCH='1')
+    program.main(tiny_config(**data))
+    first = records(config, 'train')[6]
     program.main(config)
-    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 1]
-    first, again = (record for record in records(config, 'train') if (record['epoch'], record['step']) == (1, 0))
-    assert first['lr'] == again['lr']  # the schedule starts in the middle too
+    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1]
+    assert records(config, 'train')[6:][0]['lr'] == first['lr']  # the schedule starts in the middle too
 
 
 def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tmp_path):
@@ -240,7 +259,7 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
     assert len(records(config, 'epoch')) == 2
     (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
     program.main(config)  # an interrupted run of its own goes before the weights it started from
-    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 1]
+    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1]
     torch.save({'model': trained}, tmp_path / 'trained.pth')
     with pytest.raises(CheckpointError, match='has no optimizer, epoch, max_accuracy.*--pretrained'):
         program.main(tiny_config(TAG='other', MODEL__RESUME=str(tmp_path / 'trained.pth'), **frozen))
@@ -249,9 +268,14 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
 def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
     config = tiny_config(DATA__DATA_PATH=str(image_tree))
     program.main(config)
-    before = {path: path.read_bytes() for path in folder_of(config).iterdir() if path.name != 'log_rank0.txt'}
+
+    def left():
+        files = (path for path in folder_of(config).rglob('*') if path.is_file() and path.name != 'log_rank0.txt')
+        return {path: path.read_bytes() for path in files}
+
+    before = left()
     monkeypatch.setattr(program, 'train', lambda *_: pytest.fail('--eval trains'))
-    monkeypatch.setattr(program, 'train_step', lambda *_: pytest.fail('--eval trains'))
+    monkeypatch.setattr(Trainer, 'train_step', lambda *_: pytest.fail('--eval trains'))
     results = []
     validate = program.validate
     monkeypatch.setattr(program, 'validate', lambda *args: results.append(validate(*args)))
@@ -263,8 +287,7 @@ def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
         assert result.acc1 == recorded['acc1']
         assert result.val_loss == pytest.approx(recorded['val_loss'], rel=1e-6)
     assert len(results) == 2
-    after = {path: path.read_bytes() for path in folder_of(config).iterdir() if path.name != 'log_rank0.txt'}
-    assert before == after
+    assert left() == before
 
 
 @pytest.mark.parametrize('batch_size', ['1', '4', '5', '12', '50'])
@@ -359,16 +382,26 @@ def test_published_optimizer_states_resume_and_another_optimizers_do_not(tiny_co
     for group in checkpoint['optimizer']['param_groups']:  # PyTorch 1.8, of the published runs, knew these
         for name in group.keys() - {'lr', 'betas', 'eps', 'weight_decay', 'amsgrad', 'initial_lr', 'params'}:
             del group[name]
-    optimizer = build_optimizer(config, build_model(config))
-    assert program.restore(checkpoint, optimizer, run_of(config).precision)[0] == 2
-    assert all(group.get('decoupled_weight_decay', True) for group in optimizer.param_groups)
-    optimizer.step()
+    state = trainer_of(config, build_model(config)).state
+    state.load_state_dict(checkpoint, 0, 1)
+    assert (state.epoch, state.step) == (2, 0)
+    assert all(group['fused'] and group['decoupled_weight_decay'] for group in state.optimizer.param_groups)
+    state.optimizer.step()
     sgd = tiny_config(TRAIN__OPTIMIZER__NAME='sgd')
     with pytest.raises(CheckpointError, match="optimizer is another than the config's.*write the TRAIN.OPTIMIZER"):
-        program.restore(checkpoint, build_optimizer(sgd, build_model(sgd)), run_of(config).precision)
+        trainer_of(sgd, build_model(sgd)).state.load_state_dict(checkpoint, 0, 1)
     checkpoint['optimizer'] = {}
     with pytest.raises(CheckpointError, match="optimizer is another than the config's"):
-        program.restore(checkpoint, optimizer, run_of(config).precision)
+        state.load_state_dict(checkpoint, 0, 1)
+
+
+def test_the_options_of_the_optimizer_are_the_configs_not_the_checkpoints(tiny_config, image_tree):
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree)))
+    config = tiny_config(TRAIN__WEIGHT_DECAY='0.3', TRAIN__OPTIMIZER__EPS='1e-6')
+    state = trainer_of(config, build_model(config)).state
+    state.load_state_dict(load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth'), 0, 1)
+    assert [group['weight_decay'] for group in state.optimizer.param_groups] == [0.3, 0.0]
+    assert [group['eps'] for group in state.optimizer.param_groups] == [1e-6, 1e-6]
 
 
 def test_the_loss_scale_is_restored(tiny_config, image_tree):
@@ -377,22 +410,29 @@ def test_the_loss_scale_is_restored(tiny_config, image_tree):
     program.main(config)
     checkpoint = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')
     checkpoint['precision']['scale'] = 128.0
-    run = run_of(config)
-    program.restore(checkpoint, build_optimizer(config, build_model(config)), run.precision)
-    assert run.precision.scaler.get_scale() == 128.0
+    state = trainer_of(config, build_model(config)).state
+    state.load_state_dict(checkpoint, 0, 1)
+    assert state.precision.scaler.get_scale() == 128.0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_holds_it(tiny_config, image_tree):
-    options = {'TRAIN__OPTIMIZER__NAME': 'sgd', 'TRAIN__CLIP_GRAD': '0', 'TRAIN__WARMUP_EPOCHS': '0'}
-    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__BASE_LR='1e30', PRINT_FREQ='1000', **options)
-    with pytest.raises(FloatingPointError, match='no longer finite at epoch 0, update 5, learning rate .*BASE_LR'):
-        program.main(config)
-    assert not list(folder_of(config).glob('*.pth'))
+def test_numbers_that_json_does_not_know_are_null(tmp_path, tiny_config):
+    state = trainer_of(tiny_config(), build_model(tiny_config())).state
+    MetricsLog(tmp_path, state).write('train', 3, a=math.inf, b=1.5)
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"kind": "train", "updates": 3, "a": null, "b": 1.5}\n'
 
 
-def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    MetricsLog(tmp_path / 'm.jsonl').write(a=math.inf, b=1.5, c='x')
-    assert (tmp_path / 'm.jsonl').read_text() == '{"a": null, "b": 1.5, "c": "x"}\n'
+def test_metrics_go_to_tensorboard_too(tiny_config, image_tree):
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TAG='without', TENSORBOARD='False'))
+    assert not (folder_of(tiny_config(TAG='without')) / 'tensorboard').exists()
+    config = tiny_config(DATA__DATA_PATH=str(image_tree))
+    program.main(config)
+    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    program.main(config)
+    events = EventAccumulator(str(folder_of(config) / 'tensorboard')).Reload()
+    for kind, key in (('train', 'loss'), ('train', 'lr'), ('epoch', 'acc1'), ('epoch', 'val_loss')):
+        written = [(event.step, event.value) for event in events.Scalars(f'{kind}/{key}')]
+        expected = [(record['updates'], pytest.approx(record[key])) for record in records(config, kind)]
+        assert written == expected  # each once, also those that came again
 
 
 def test_automatic_resuming_into_another_model_tells_a_way_out(tiny_config, image_tree):
@@ -404,11 +444,12 @@ def test_automatic_resuming_into_another_model_tells_a_way_out(tiny_config, imag
 def test_epochs_and_seeds_shuffle_differently(tiny_config, image_tree, monkeypatch):
     orders = []
 
-    def train_one_epoch(run, model, criterion, loader, *_):
-        orders.append(list(loader.sampler))
+    def train_one_epoch(trainer):
+        trainer.state.begin_epoch()
+        orders.append([index for _, index in trainer.loader.sampler])
         return {}
 
-    monkeypatch.setattr(program, 'train_one_epoch', train_one_epoch)
+    monkeypatch.setattr(Trainer, 'train_one_epoch', train_one_epoch)
     for seed in ('0', '1', '0'):
         program.main(tiny_config(DATA__DATA_PATH=str(image_tree), SEED=seed, TRAIN__AUTO_RESUME='False'))
     assert orders[0] != orders[1]  # epochs
@@ -451,7 +492,7 @@ def test_gradients_are_exchanged_once_an_update(tiny_config, monkeypatch):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
     try:
-        network = distribute(fill_(build_model(config)).train(), CPU)
+        trainer = trainer_of(config, fill_(build_model(config)).train())
         exchanged = []
 
         def count(state, bucket):
@@ -460,11 +501,10 @@ def test_gradients_are_exchanged_once_an_update(tiny_config, monkeypatch):
             future.set_result(bucket.buffer())
             return future
 
-        network.register_comm_hook(None, count)
-        optimizer = build_optimizer(config, network.module)
+        trainer.network.register_comm_hook(None, count)
         batches = [(torch.randn(4, 3, 28, 28), torch.arange(4) % 3)] * 3
         for updates in (1, 2):
-            train_step(run_of(config), network, nn.CrossEntropyLoss(), batches, optimizer, no_mixup)
+            trainer.train_step(batches)
             assert exchanged.count(0) == updates
     finally:
         torch.distributed.destroy_process_group()

@@ -18,11 +18,12 @@ from torch import nn
 from torchvision.datasets.folder import is_image_file
 from yacs.config import CfgNode
 
+from checkpoint import load_checkpoint, load_weights
 from config import load_config
 from data.build import build_transform, image_mode
 from data.image_folder import DataError, load_image
 from models import build_model
-from utils import load_checkpoint, load_weights, mistakes_in_one_line
+from utils import mistakes_in_one_line
 
 
 class Guess(NamedTuple):

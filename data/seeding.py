@@ -1,0 +1,72 @@
+"""Random numbers that depend on what they are for, not on which process draws them or when."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's, PyTorch's and the device's generators, as plain data and tensors."""
+    name, key, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        'python': random.getstate(),
+        'numpy': (name, key.tolist(), position, has_gauss, gauss),
+        'torch': torch.get_rng_state(),
+    }
+    if device.type != 'cpu':
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Continue from what `random_states` gave; a device that had no generator then keeps its own."""
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'])
+    if device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Within, random numbers on the CPU are a function of some numbers of at least 0; afterwards, all is as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    for_python, for_numpy, for_torch = map(int, np.random.SeedSequence(entropy).generate_state(3))
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    torch.default_generator.manual_seed(for_torch)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class SeededDataset(Dataset):
+    """A data set whose random augmentation is a function of (seed, epoch, index), whichever process draws the sample.
+
+    So neither the number of loader processes nor where a run was interrupted changes what the network sees.
+
+    Args:
+        dataset: indexed by sample.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """The sample of an (epoch, index), as `TrainSampler` gives them."""
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
