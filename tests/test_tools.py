@@ -5,12 +5,17 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+import main as program
+from checkpoint import CheckpointError, load_checkpoint
 from config import load_config
 from models import build_model
+from tests.conftest import ROOT
 from tests.fill import fill_
-from tests.test_command_line import ROOT, start
+from tests.test_command_line import start
+from tests.test_training import folder_of
 from tools import make_digits as digits_tool
 from tools.complexity import complexity
+from tools.convert_checkpoint import convert
 from tools.plot import plot, read_epochs
 from tools.predict import draw_sheet, find_images, predict
 
@@ -128,3 +133,42 @@ def test_figures_of_the_readme_are_those_the_script_draws(tmp_path):
     for name in ('windows.svg', 'block.svg'):
         assert (tmp_path / name).read_text() == (ROOT / 'docs' / name).read_text(), f'{name}: run `make figures`'
         assert f'docs/{name}' in (ROOT / 'README.md').read_text()
+
+
+def test_weights_go_out_as_safetensors_and_come_back(tmp_path, tiny_config, image_tree, capsys):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__EMA_DECAY='0.9')
+    program.main(config)
+    source = folder_of(config) / 'ckpt_epoch_1.pth'
+    checkpoint = load_checkpoint(source)
+    for average in (False, True):
+        out, back = tmp_path / 'weights.safetensors', tmp_path / 'back.pth'
+        flags = ['--ema'] if average else []
+        done = start('-m', 'tools.convert_checkpoint', source, out, *flags)
+        assert done.stdout == f'{out}: {len(checkpoint["model"])} tensors\n', done.stderr
+        assert start('-m', 'tools.convert_checkpoint', out, back).returncode == 0
+        for path in (out, back):
+            loaded = load_checkpoint(path)
+            assert loaded.keys() == {'model', 'config', 'classes'}
+            assert loaded['classes'] == checkpoint['classes']
+            assert loaded['config'] == json.loads(json.dumps(checkpoint['config']))
+            expected = checkpoint['model_ema' if average else 'model']
+            assert loaded['model'].keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in loaded['model'].items())
+    evaluation = tiny_config(DATA__DATA_PATH=str(image_tree), EVAL_MODE='True', MODEL__RESUME=str(out))
+    program.main(evaluation)  # a .safetensors file serves as a checkpoint
+    assert f'weights of {out} loaded' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('source', 'target', 'average', 'told'),
+    [
+        ('a.pth', 'b.onnx', False, 'b.onnx has another suffix: write .pth or .safetensors'),
+        ('a.pth', 'b.pth', True, 'a.pth holds no average of the weights'),
+        ('nowhere.pth', 'b.pth', False, 'nowhere.pth does not exist'),
+        ('a.pth', 'nowhere/b.safetensors', False, 'nowhere/b.safetensors cannot be written: No such file or directory'),
+    ],
+)
+def test_conversions_that_cannot_be(tmp_path, source, target, average, told):
+    torch.save({'model': {'x': torch.zeros(1)}}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=told):
+        convert(tmp_path / source, tmp_path / target, average)
