@@ -1,0 +1,130 @@
+"""Two nodes, network namespaces of this machine that are joined by a cable: README's command, and a node that dies."""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint import load_checkpoint
+from tests.conftest import ROOT, TINY, write_images
+from tests.test_command_line import environment
+from tests.test_resume import differences
+from tests.test_survival import OPTIONS, children
+
+pytestmark = pytest.mark.slow
+
+
+def sh(*commands):
+    for command in commands:
+        subprocess.run(command.split(), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def nodes():
+    """The names of two namespaces, which are their host names too: 10.77.0.1 and 10.77.0.2."""
+    if sys.platform != 'linux' or os.geteuid() or not all(map(shutil.which, ('ip', 'unshare'))):
+        pytest.skip('network namespaces need Linux, root and iproute2')
+    names = [f'msg-{letter}-{os.getpid()}' for letter in 'ab']
+    folders = [Path('/etc/netns') / name for name in names]
+    try:
+        try:
+            sh(*(f'ip netns add {name}' for name in names))
+            sh(f'ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}')
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f'no network namespaces here: {error.stderr.strip()}')
+        for number, (name, folder) in enumerate(zip(names, folders, strict=True), start=1):
+            sh(f'ip -n {name} addr add 10.77.0.{number}/24 dev veth0')
+            sh(f'ip -n {name} link set veth0 up', f'ip -n {name} link set lo up')
+            folder.mkdir(parents=True)
+            # `ip netns exec` puts this in the place of /etc/hosts.
+            (folder / 'hosts').write_text(f'127.0.0.1 localhost\n10.77.0.1 {names[0]}\n10.77.0.2 {names[1]}\n')
+        yield names
+    finally:
+        for name, folder in zip(names, folders, strict=True):
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def readme_command(first_node, tree, output, tag):
+    """The two-node command of README, with what a user fills in."""
+    text = (ROOT / 'README.md').read_text()
+    command = re.search(r'# Two nodes(?:.*\n)*?((?: {4}.*\\\n)+ {4}.*)', text)[1].replace('\\\n', ' ').strip()
+    for ours, users in {
+        '<first node>': first_node,
+        '<imagenet>': str(tree),
+        '--nproc_per_node 8': '--nproc_per_node 1',
+        '--batch-size 64': '--batch-size 4',
+        'configs/msg_base_p4_win7_224.yaml': str(TINY),
+    }.items():
+        assert ours in command, ours
+        command = command.replace(ours, users)
+    return f'{command} --output {output} --tag {tag} --opts {OPTIONS} TRAIN.EPOCHS 40'
+
+
+class Node:
+    """What runs on a node: a torchrun, and the ranks it has started."""
+
+    def __init__(self, name, command, said):
+        self.said = said
+        torchrun = f'{shlex.quote(sys.executable)} -m torch.distributed.run'
+        inside = f'hostname {name}; exec env {command.replace("torchrun", torchrun, 1)}'
+        with said.open('a') as file:
+            self.process = subprocess.Popen(
+                ['ip', 'netns', 'exec', name, 'unshare', '--uts', 'sh', '-c', inside],
+                cwd=ROOT, env=environment(), stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self, ranks_too):
+        ranks = children(self.process.pid)
+        self.process.kill()
+        for rank in ranks if ranks_too else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('nodes')
+    write_images(folder / 'tree')
+    return folder
+
+
+def start(nodes, folder, tag):
+    command = readme_command(nodes[0], folder / 'tree', folder / 'output', tag)
+    return [Node(name, command, folder / f'{tag}_{name}.txt') for name in nodes], command
+
+
+def finish(running, folder, tag):
+    for node in running:
+        assert node.process.wait(300) == 0, node.said.read_text()
+    return load_checkpoint(folder / 'output' / 'tiny' / tag / 'ckpt_epoch_39.pth')
+
+
+@pytest.fixture(scope='module')
+def undisturbed(nodes, folder):
+    running, _ = start(nodes, folder, 'undisturbed')
+    return finish(running, folder, 'undisturbed')
+
+
+@pytest.mark.parametrize('ranks_too', [True, False], ids=['the whole node', 'torchrun alone'])
+def test_a_node_that_dies_and_comes_back_changes_no_bit(nodes, folder, undisturbed, ranks_too):
+    tag = f'disturbed_{ranks_too}'
+    running, command = start(nodes, folder, tag)
+    log = folder / 'output' / 'tiny' / tag / 'log_rank0.txt'
+    end = time.monotonic() + 120
+    while not (log.exists() and 'Train: [5/40]' in log.read_text()):
+        assert time.monotonic() < end, running[0].said.read_text()
+        time.sleep(0.05)
+    running[1].kill(ranks_too)
+    running[1] = Node(nodes[1], command, running[1].said)
+    assert differences(undisturbed, finish(running, folder, tag)) == []
+    assert 'the run goes on, bit for bit as if it had not stopped' in log.read_text()
