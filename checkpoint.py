@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written; what was there before still is.
     """
-    _replace(path, lambda file: torch.save(state, file))
+    _save(path, lambda file: torch.save(state, file))
 
 
 def save_safetensors(path: Path, weights: dict[str, Tensor], **entries: Any) -> None:
@@ -39,11 +39,27 @@ def save_safetensors(path: Path, weights: dict[str, Tensor], **entries: Any) -> 
     """
     weights = {name: value.contiguous() for name, value in weights.items()}
     metadata = {key: json.dumps(value) for key, value in entries.items()}
-    _replace(path, lambda file: file.write(safetensors.torch.save(weights, metadata)))
+    _save(path, lambda file: file.write(safetensors.torch.save(weights, metadata)))
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write under a temporary name, flush to the disk, rename, and flush the folder too."""
+def _save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replace a checkpoint, or say why not."""
+    try:
+        replace_file(path, write)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        raise CheckpointError(
+            f'{path} cannot be written: {_system_error(error)}. Earlier checkpoints are as they were: '
+            f'make room or write another --output, and start again to continue from the newest'
+        ) from error
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a temporary name, flush it to the disk, rename it, and flush the folder too.
+
+    Args:
+        path: holds the old file or the whole new one, whatever happens.
+        write: writes the new one; what it raises is raised, and leaves no temporary file.
+    """
     temporary = path.with_name(path.name + '.tmp')
     try:
         with temporary.open('wb') as file:
@@ -52,13 +68,9 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        cause = _system_error(error)
+    except (OSError, RuntimeError):
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f'{path} cannot be written: {cause}. Earlier checkpoints are as they were: '
-            f'make room or write another --output, and start again to continue from the newest'
-        ) from error
+        raise
 
 
 def _system_error(error: BaseException) -> str:

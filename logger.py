@@ -14,6 +14,7 @@ import torch
 from termcolor import colored
 from torch import Tensor
 
+from checkpoint import replace_file
 from training_state import TrainingState
 from utils import writing_in
 
@@ -109,9 +110,7 @@ class MetricsLog:
             is_before = record['epoch'] < epoch or (record['epoch'] == epoch and record.get('step', step) < step)
             if line.endswith('\n') and is_before:
                 kept.append(line)
-        temporary = self.path.with_name(self.path.name + '.tmp')
-        temporary.write_text(''.join(kept))
-        temporary.replace(self.path)
+        replace_file(self.path, lambda file: file.write(''.join(kept).encode()))
 
 
 class TrainMeter:

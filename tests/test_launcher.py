@@ -132,20 +132,20 @@ def test_a_gpu_is_chosen_before_the_process_group_is_joined(monkeypatch):
     assert chosen.count('left') == 2
 
 
-def test_one_task_of_srun_joins_no_group(monkeypatch):
-    for name, value in (SRUN | {'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}).items():
-        monkeypatch.setenv(name, value)
-    with start_process('cpu', 0) as process:
-        assert process == (0, 1, torch.device('cpu'))
-        assert not torch.distributed.is_initialized()
-
-
-def test_one_rank_on_an_apple_gpu_joins_no_group(monkeypatch):
+@pytest.mark.parametrize(
+    ('variables', 'device'),
+    [
+        (SRUN | {'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, 'cpu'),
+        (TORCHRUN | {'RANK': '0', 'WORLD_SIZE': '1'}, 'mps'),
+    ],
+    ids=['one task of srun', 'an Apple GPU'],
+)
+def test_some_single_processes_join_no_group_in_spite_of_a_launcher(monkeypatch, variables, device):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    for name, value in (TORCHRUN | {'RANK': '0', 'WORLD_SIZE': '1'}).items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with start_process('mps', 0) as process:
-        assert process == (0, 1, torch.device('mps'))
+    with start_process(device, 0) as process:
+        assert process == (0, 1, torch.device(device))
         assert not torch.distributed.is_initialized()
 
 
