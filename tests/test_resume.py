@@ -1,6 +1,8 @@
 """A run that is interrupted and continued ends with the same bits as one that is not, wherever it stops."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from checkpoint import CheckpointError, load_checkpoint
 from data import build_loaders
 from data.samplers import TrainSampler
 from data.seeding import SeededDataset, random_states, seeded, set_random_states
+from signals import STOP_SIGNALS, Stopped
 from tests.conftest import one_thread, write_images
 from tests.test_training import folder_of, records
 from trainer import Trainer
@@ -74,6 +77,32 @@ def test_every_update_is_a_place_to_continue_from(tiny_config, steady, options):
         program.main(config)
         assert differences(expected, last(config)) == [], name
         assert 'bit for bit as if it had not stopped' in (folder_of(config) / 'log_rank0.txt').read_text()
+
+
+def test_a_signal_stops_after_the_update_it_comes_in(tiny_config, steady, monkeypatch):
+    whole = tiny_config(TAG='whole', **steady)
+    program.main(whole)
+    train_step = Trainer.train_step
+
+    def signalled(trainer, batches):
+        if (trainer.state.epoch, trainer.state.step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, batches)
+
+    handlers = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    config = tiny_config(TAG='stopped', **steady)
+    try:
+        monkeypatch.setattr(Trainer, 'train_step', signalled)
+        with pytest.raises(Stopped):
+            program.main(config)
+    finally:  # which a run that has stopped ignores
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    assert (folder_of(config) / 'ckpt_epoch_1_step_3.pth').exists()
+    assert records(config, 'train')[-1]['step'] == 2
+    monkeypatch.setattr(Trainer, 'train_step', train_step)
+    program.main(config)
+    assert differences(last(whole), last(config)) == []
 
 
 def test_what_is_compared_would_differ(tiny_config, steady):
@@ -240,7 +269,9 @@ def test_seeded_numbers_depend_on_their_seeds_alone():
         with seeded(*entropy):
             return random_states(CPU)
 
+    before = random_states(CPU)
     assert same(draw(1, 2, 3), draw(1, 2, 3))
+    assert same(before, random_states(CPU))  # as if nothing had been drawn
     for other in ((1, 3, 2), (2, 2, 3), (1, 2, 4), (1, 2)):
         assert not same(draw(1, 2, 3), draw(*other))
     dataset = SeededDataset([lambda: 0] * 5, seed=3)
