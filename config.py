@@ -36,6 +36,8 @@ _C.TF32 = False
 _C.DEVICE = 'auto'
 # Only algorithms that give the same bits each time, also where they are slower
 _C.DETERMINISTIC = False
+# How torch.compile works: default, reduce-overhead (CUDA graphs: for small batches) or max-autotune (compiles longer)
+_C.COMPILE_MODE = 'default'
 # Folder of all runs; '' is output. A run writes into <OUTPUT>/<MODEL.NAME>/<TAG>
 _C.OUTPUT = ''
 # Name of this run among those of its model
@@ -156,6 +158,8 @@ _C.TRAIN.NONFINITE_LIMIT = 20
 _C.TRAIN.EMA_DECAY = 0.0
 # Recompute activations in the backward pass, for memory
 _C.TRAIN.USE_CHECKPOINT = False
+# Train with torch.compile: minutes at the start, then faster
+_C.TRAIN.COMPILE = False
 
 _C.TRAIN.LR_SCHEDULER = CfgNode()
 # Learning rate after warm-up: cosine, linear or step
@@ -208,6 +212,8 @@ _C.AUG.MIXUP_MODE = 'batch'
 _C.TEST = CfgNode()
 # Evaluate on the centre crop of an image resized to 256/224 of the size; False resizes the whole image
 _C.TEST.CROP = True
+# Evaluate, and measure throughput, with torch.compile
+_C.TEST.COMPILE = False
 
 # Keys whose default is None: the type of their other values.
 _OPTIONAL = {'MODEL.MSG.QK_SCALE': float, 'AUG.CUTMIX_MINMAX': list}
@@ -216,6 +222,7 @@ _CHOICES = {
     'AMP_OPT_LEVEL': ('', 'O0', 'O1', 'O2'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
     'AMP_BACKEND': ('auto', 'native', 'apex'),
+    'COMPILE_MODE': ('default', 'reduce-overhead', 'max-autotune'),
     'DEVICE': ('auto', 'cuda', 'mps', 'cpu'),
     'DATA.DATASET': ('imagenet',),
     'DATA.INTERPOLATION': ('nearest', 'bilinear', 'bicubic'),

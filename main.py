@@ -30,10 +30,12 @@ from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scal
 from models import build_model
 from optimizer import build_optimizer
 from precision import build_precision
+from timing import Spread, in_turns
 from trainer import Run, Trainer, progress
 from training_state import TrainingState
 from utils import (
     all_reduce_sum,
+    compiled,
     distribute,
     environment,
     mistakes_in_one_line,
@@ -146,6 +148,7 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale)
     model, optimizer = run.precision.prepare(model, optimizer)
     network = distribute(model, process.device, config.DETERMINISTIC)  # with rank 0's weights on every rank
+    network = compiled(network, config.TRAIN.COMPILE, config.COMPILE_MODE)
     steps_per_epoch = updates_per_epoch(config, len(train_loader))
     images_per_batch = config.DATA.BATCH_SIZE * process.world_size
 
@@ -221,14 +224,14 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], 
         poll: called after each batch, as often in every process.
     """
     device, process = run.process.device, run.process
-    model.eval()
+    network = compiled(model.eval(), run.config.TEST.COMPILE, run.config.COMPILE_MODE)
     # Summed cross entropy; images whose class is the first guess, or among the first five; images
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     began = time.time()
     for number, batch in enumerate(progress(loader, 'evaluation', process)):
         images, targets = to_device(batch, device)
         with run.precision.autocast():
-            logits = model(images)
+            logits = network(images)
         loss = F.cross_entropy(logits.float(), targets, reduction='sum')
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         of_batch = torch.stack((loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(targets).sum()))
@@ -254,20 +257,23 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], 
 
 @torch.inference_mode()
 def throughput(run: Run, model: nn.Module) -> float:
-    """Log images/s of the forward pass on a random batch, the median of at least five seconds of runs."""
-    from torch.utils.benchmark import Timer  # loads PyTorch's C++ compiler support, which no other job needs
-
-    model.eval()
+    """Log images/s of the forward pass on a random batch, the median of five seconds; see also `tools.benchmark`."""
     data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
     images = torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)
+    network = compiled(model.eval(), run.config.TEST.COMPILE, run.config.COMPILE_MODE)
 
-    def forward() -> None:
+    def forward() -> Tensor:
         with run.precision.autocast():
-            model(images)
+            return network(images)
 
-    timer = Timer('forward()', globals={'forward': forward}, num_threads=torch.get_num_threads())
-    images_per_s = data.BATCH_SIZE / timer.blocked_autorange(min_run_time=5).median
-    run.logger.info(f'batch_size {data.BATCH_SIZE} throughput {images_per_s:.1f} images/s')
+    for _ in range(3):
+        forward()
+    seconds = Spread.of(in_turns({'forward': forward}, 10, run.process.device, least=0.5)['forward'])
+    images_per_s = data.BATCH_SIZE / seconds.median
+    low, high = data.BATCH_SIZE / seconds.high, data.BATCH_SIZE / seconds.low
+    run.logger.info(
+        f'batch_size {data.BATCH_SIZE} throughput {images_per_s:.1f} images/s (quartiles {low:.1f} to {high:.1f})'
+    )
     return images_per_s
 
 

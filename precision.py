@@ -171,13 +171,15 @@ class ApexPrecision:
 def build_precision(config: CfgNode, device: torch.device) -> Precision | ApexPrecision:
     """The precision of `AMP_BACKEND`, `AMP_OPT_LEVEL` and `AMP_DTYPE`.
 
-    By default the published O1 on a GPU, by Apex where it is installed, and fp32 elsewhere. O0 needs no backend.
+    By default the published O1 on a GPU, by Apex where it is installed and nothing is compiled, and fp32 elsewhere. O0
+    needs no backend.
 
     Raises:
         ConfigError: Apex is asked for, by name or by O2, where it cannot be used.
     """
     level = config.AMP_OPT_LEVEL or ('O1' if device.type == 'cuda' else 'O0')
     amp = None
+    compiles = config.TRAIN.COMPILE or config.TEST.COMPILE
     if config.AMP_BACKEND == 'apex':
         amp = import_apex_amp()
         if amp is None or device.type != 'cuda':
@@ -185,8 +187,10 @@ def build_precision(config: CfgNode, device: torch.device) -> Precision | ApexPr
             raise ConfigError(f'AMP_BACKEND is apex, but {lack}: write native or auto')
         if config.AMP_DTYPE != 'float16':
             raise ConfigError(f'AMP_DTYPE is {config.AMP_DTYPE}, which Apex does not know: write AMP_BACKEND native')
+        if compiles:
+            raise ConfigError('AMP_BACKEND is apex, which torch.compile cannot take in: write native, or COMPILE False')
     elif config.AMP_BACKEND == 'auto' and device.type == 'cuda' and config.AMP_DTYPE == 'float16' and level != 'O0':
-        amp = import_apex_amp()
+        amp = None if compiles else import_apex_amp()
     if amp is None or level == 'O0':
         return Precision(level, getattr(torch, config.AMP_DTYPE), device)
     if level == 'O2' and config.TRAIN.EMA_DECAY > 0:

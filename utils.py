@@ -108,9 +108,21 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
     )
 
 
-def synchronize_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager:
+def compiled(network: nn.Module, enabled: bool, mode: str) -> nn.Module:
+    """The network as torch.compile runs it, if enabled: compiled at the first batch of each shape.
+
+    Args:
+        network: also one that is distributed, whose gradients are then averaged while others are computed.
+        enabled: whether to compile.
+        mode: `COMPILE_MODE`.
+    """
+    return torch.compile(network, mode=mode, dynamic=False) if enabled else network
+
+
+def synchronize_gradients(network: nn.Module, enabled: bool) -> AbstractContextManager:
     """Context for a backward pass: gradients are averaged over the processes in it, or left to a later one."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not enabled else nullcontext()
+    network = getattr(network, '_orig_mod', network)  # of torch.compile
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not enabled else nullcontext()
 
 
 def set_seed(seed: int) -> None:

@@ -7,10 +7,12 @@ Source: Fang et al., arXiv:2105.15168, section 3.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.pyramid import StageLayout
 from models.windows import relative_position_index, shuffle_msg_tokens
@@ -55,6 +57,8 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
 
+        self._kept_bias: tuple[tuple, Tensor] | None = None  # what it was made from, and the bias
+
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (h, N, N)."""
         patches = self.relative_position_bias_table[self.relative_position_index]  # (w*w, w*w, h)
@@ -63,20 +67,58 @@ class WindowAttention(nn.Module):
         from_msg = self.rel_pos_msg[:, 1].expand(-1, 1, n + 1)
         return torch.cat((from_msg, torch.cat((to_msg, patches.permute(2, 0, 1)), dim=2)), dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within windows; x and the result are (..., N, C)."""
+    def evaluation_bias(self, dtype: torch.dtype) -> Tensor:
+        """The position bias (1, h, N, N) in the type of the queries, made once and kept until its parameters change.
+
+        Rows begin at multiples of 16 elements: CUDA's memory-efficient kernel would copy any other bias at every call.
+        Inside `torch.compile` nothing is kept; the few operations are fused there, or folded where weights are frozen.
+        """
+        sources = (self.relative_position_bias_table, self.rel_pos_msg)
+        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return self.position_bias().to(dtype).unsqueeze(0)
+        # Optimizers and load_state_dict count up the version; `_apply` and `train` drop what it does not tell.
+        key = (dtype, *((id(source), source.data_ptr(), source._version) for source in sources))
+        if self._kept_bias is None or self._kept_bias[0] != key:
+            bias = self.position_bias().to(dtype)
+            N = bias.shape[-1]
+            self._kept_bias = key, F.pad(bias, (0, -N % 16))[..., :N].unsqueeze(0)
+        return self._kept_bias[1]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._kept_bias = None
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As in `nn.Module`; also forgets the kept bias, for code that writes to `.data` behind autograd's back."""
+        self._kept_bias = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: tokens (..., N, C).
+            msg_only: give what the MSG token attends to, and leave out what the patches do.
+
+        Returns:
+            (..., N, C), or (..., 1, C) with `msg_only`.
+        """
         *windows, N, C = x.shape
+        queries = 1 if msg_only else N
         qkv = self.qkv(x).view(-1, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (windows, h, N, d)
-        bias = self.position_bias()
+        q = q[:, :, :queries]
         if torch.is_grad_enabled():
             # Plain products: the fused kernels are slow where the bias wants a gradient.
-            attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # (windows, h, N, N)
+            bias = self.position_bias()[:, :queries]
+            attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
             x = self.attn_drop(attn.softmax(dim=-1)) @ v
         else:
+            # A bias without the first dimension would fall out of the CPU's fused kernel.
+            bias = self.evaluation_bias(q.dtype)[:, :, :queries]
             dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=self.scale)
-        x = x.transpose(1, 2).reshape(*windows, N, C)
+            x = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=self.scale)
+        x = x.transpose(1, 2).reshape(*windows, queries, C)
         return self.proj_drop(self.proj(x))
 
 
@@ -98,7 +140,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of x (..., C) by itself."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What GELU gives is a fifth of a network's activations, and sooner computed again than kept. Compiled
+            # code weighs that by itself.
+            return checkpoint(self._contract, hidden, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
+        return self._contract(hidden)
+
+    def _contract(self, hidden: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(hidden))))
 
 
 class RegionDropPath(nn.Module):
@@ -169,9 +219,10 @@ class MSGBlock(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform windows x (B, nH, nW, N, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
+        """Transform windows x (B, nH, nW, N, C); give their MSG tokens alone, (B, nH, nW, 1, C), with `msg_only`."""
+        kept = x[:, :, :, :1] if msg_only else x
+        x = kept + self.drop_path(self.attn(self.norm1(x), msg_only))
         if self.shuffle:
             msg = shuffle_msg_tokens(x[:, :, :, 0], self.layout.region)
             x = torch.cat((msg.unsqueeze(3), x[:, :, :, 1:]), dim=3)

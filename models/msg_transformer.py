@@ -55,16 +55,28 @@ class MSGStage(nn.Module):
         Returns:
             Patches (B, H/2, W/2, 2C) and MSG tokens (B, nH/2, nW/2, 2C); in the last stage, of the shapes that came in.
         """
-        x = join_windows(patches, msg)
-        for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        patches, msg = split_windows(x, self.layout.window)
+        patches, msg = split_windows(self._run_blocks(patches, msg), self.layout.window)
         if self.downsample is not None:
             patches, msg = self.downsample(patches), self.downsample(msg)
         return patches, msg
+
+    def forward_msg(self, patches: Tensor, msg: Tensor) -> Tensor:
+        """The MSG tokens (B, nH, nW, C) of `forward` in the last stage, without the work for its patches alone.
+
+        In the last block patches are keys and values only: nothing reads what they attend to, nor their MLP.
+        """
+        return self._run_blocks(patches, msg, msg_only=True).squeeze(3)
+
+    def _run_blocks(self, patches: Tensor, msg: Tensor, msg_only: bool = False) -> Tensor:
+        """Windows (B, nH, nW, N, C) after the last block; with `msg_only` (B, nH, nW, 1, C)."""
+        x = join_windows(patches, msg)
+        for i, block in enumerate(self.blocks):
+            arguments = x, msg_only and i == len(self.blocks) - 1
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return x
 
     def flops(self) -> int:
         """Multiply-adds of one image, by the authors' formula."""
@@ -210,8 +222,10 @@ class MSGTransformer(nn.Module):
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to features (B, C): the normed MSG tokens, averaged over windows."""
         patches, msg = self.embed(images)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             patches, msg = layer(patches, msg)
+        msg = last(patches, msg)[1] if _has_hooks(last) else last.forward_msg(patches, msg)
         return self.norm(msg).mean(dim=(1, 2))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -255,6 +269,11 @@ def _check_channels(embed_dim: int, num_heads: Sequence[int], regions: Sequence[
             f'{list(num_heads)} and into one chunk for each of the {[region**2 for region in regions]} windows of a '
             f'shuffle region: choose a multiple of {needed}'
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to a part of this module, and so to all its tokens."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,106 @@ def test_flops_count_the_layers_of_a_block():
     norms, windows, tokens, N, C = 2 * 8 * 200, 4, 200, 50, 8
     attention = windows * (3 * N * C * C + 2 * N * N * C + N * C * C)
     assert MSGBlock(C, layout, 2, mlp_ratio=3.0).flops() == norms + attention + 2 * tokens * C * 3 * C
+
+
+def wide(dim=16, heads=2, **kwargs):
+    """A block of 4 x 2 windows of 3 x 3 patches in regions of 2 x 2, and windows for it."""
+    block = fill_(MSGBlock(dim, StageLayout(Size(12, 6), 3, 2), heads, **kwargs))
+    return block, torch.randn(2, 4, 2, 10, dim)
+
+
+@pytest.mark.parametrize('grad', [True, False], ids=['plain', 'fused'])
+def test_msg_tokens_alone_are_those_of_the_whole_block(grad):
+    block, x = wide(drop_path=0.5)
+    with torch.set_grad_enabled(grad):
+        for mode in (True, False):
+            block.train(mode)
+            torch.manual_seed(1)
+            whole = block(x)
+            torch.manual_seed(1)
+            alone = block(x, msg_only=True)
+            assert alone.shape == (2, 4, 2, 1, 16)
+            torch.testing.assert_close(alone, whole[:, :, :, :1])
+
+
+def test_gelu_is_computed_again_in_the_backward_pass_and_not_kept():
+    def kept(block):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
+            out = block(x)
+        out.sum().backward()
+        return shapes.count((2, 4, 2, 10, 64)) + shapes.count((160, 64))
+
+    block, x = wide(drop=0.5)
+    plain = copy.deepcopy(block)
+    plain.mlp.forward = lambda x: plain.mlp._contract(plain.mlp.fc1(x))
+    torch.manual_seed(1)
+    few = kept(block)
+    torch.manual_seed(1)
+    assert few < kept(plain)
+    for (name, one), two in zip(block.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad), name  # with the same dropout
+
+
+def evaluated(attention, x):
+    with torch.no_grad():
+        return attention(x)
+
+
+def test_the_bias_is_kept_in_evaluation():
+    attention = fill_(WindowAttention(16, 3, 4)).eval()
+    x = torch.randn(6, 10, 16)
+    evaluated(attention, x)
+    bias = attention.evaluation_bias(torch.float32)
+    assert attention.evaluation_bias(torch.float32) is bias
+    assert bias.stride() == (4 * 10 * 16, 10 * 16, 16, 1)  # rows at multiples of 16
+    assert torch.equal(bias[0], attention.position_bias())
+    half = attention.evaluation_bias(torch.bfloat16)
+    assert torch.equal(half[0], attention.position_bias().bfloat16())
+    assert not any('kept' in name for name in attention.state_dict())
+
+
+@pytest.mark.parametrize('parameter', ['relative_position_bias_table', 'rel_pos_msg'])
+@pytest.mark.parametrize('change', ['step', 'load', 'assign', 'no_grad', 'data', 'to', 'swap'])
+def test_the_kept_bias_is_never_stale(change, parameter):
+    attention = fill_(WindowAttention(16, 3, 4)).eval()
+    x = torch.randn(6, 10, 16)
+    before = evaluated(attention, x)
+    state = {k: v.clone() for k, v in attention.state_dict().items()}
+    state[parameter][:] = state[parameter].flip(0) * 3
+    tensor = getattr(attention, parameter)
+    if change == 'step':
+        attention(x).square().sum().backward()
+        torch.optim.SGD([tensor], lr=100.0).step()
+        state[parameter] = tensor.detach().clone()
+    elif change in ('load', 'assign'):
+        attention.load_state_dict(state, assign=change == 'assign')
+    elif change == 'no_grad':
+        with torch.no_grad():
+            tensor.copy_(state[parameter])
+    elif change == 'data':  # behind autograd's back
+        tensor.data.copy_(state[parameter])
+        attention.eval()
+    elif change == 'to':
+        tensor.data.copy_(state[parameter])
+        attention.double().float()
+    else:
+        setattr(attention, parameter, torch.nn.Parameter(state[parameter]))
+    fresh = WindowAttention(16, 3, 4).eval()
+    fresh.load_state_dict(state)
+    after = evaluated(attention, x)
+    assert torch.equal(after, evaluated(fresh, x))
+    assert not torch.allclose(after, before)
+
+
+def test_the_kept_bias_serves_both_modes_without_gradients():
+    attention = fill_(WindowAttention(16, 3, 4)).eval()
+    x = torch.randn(6, 10, 16)
+    with torch.inference_mode():
+        first = attention(x)
+    torch.testing.assert_close(evaluated(attention, x), first)
+    attention(x).sum().backward()  # with gradients, from the parameters
+    assert attention.relative_position_bias_table.grad.abs().max() > 0
+    with torch.inference_mode():
+        made_in_inference = fill_(WindowAttention(16, 3, 4)).eval()
+        torch.testing.assert_close(made_in_inference(x), first)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,3 +289,16 @@ def test_defaults_are_tiny_with_drop_path():
     model = MSGTransformer()
     assert (model.num_classes, model.num_features, model.img_size) == (1000, 768, (224, 224))
     assert model.layers[3].blocks[1].drop_path.rate == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_hooks_see_all_tokens_of_the_last_stage_and_change_nothing(training):
+    plain = fill_(micro()).train(training)
+    watched = copy.deepcopy(plain)
+    shapes = []
+    watched.layers[-1].blocks[-1].mlp.register_forward_hook(lambda module, inputs, out: shapes.append(out.shape))
+    for model in (plain, watched):
+        F.cross_entropy(model(images(2, 56)), labels(2, 10)).backward()
+    assert shapes == [(2, 1, 1, 50, plain.num_features)]
+    for (name, one), two in zip(plain.named_parameters(), watched.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-6, msg=name)

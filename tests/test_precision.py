@@ -252,11 +252,17 @@ def test_which_backend_is_chosen(apex, tiny_config):
     assert choose(AMP_BACKEND='native') == 'float16 autocast'
     assert choose(AMP_DTYPE='bfloat16') == 'bfloat16 autocast'  # which Apex does not know
     assert choose(AMP_OPT_LEVEL='O0') == choose(AMP_OPT_LEVEL='O0', AMP_BACKEND='apex') == 'float32'
+    assert choose(TRAIN__COMPILE='True') == choose(TEST__COMPILE='True') == 'float16 autocast'  # no Apex in graphs
     assert choose(CPU) == 'float32'
     assert choose(CPU, AMP_OPT_LEVEL='O1') == 'float16 autocast'
     for device, options, told in (
         (CPU, {'AMP_BACKEND': 'apex'}, 'AMP_BACKEND is apex, but no GPU: write native or auto'),
         (GPU, {'AMP_BACKEND': 'apex', 'AMP_DTYPE': 'bfloat16'}, 'AMP_DTYPE is bfloat16, which Apex does not know'),
+        (
+            GPU,
+            {'AMP_BACKEND': 'apex', 'TEST__COMPILE': 'True'},
+            'torch.compile cannot take in: write native',
+        ),
         (GPU, {'AMP_OPT_LEVEL': 'O2', 'TRAIN__EMA_DECAY': '0.9'}, 'EMA_DECAY cannot average the half-precision'),
         (GPU, {'AMP_OPT_LEVEL': 'O2', 'AMP_BACKEND': 'native'}, "AMP_OPT_LEVEL is 'O2', which needs NVIDIA Apex"),
         (

@@ -27,10 +27,13 @@ def complexity(model: nn.Module, channels: int, size: int) -> Complexity:
     """Count a network on one image of `channels` x `size` x `size`.
 
     The measure counts products of matrices and convolutions, without norms, biases, softmax and GELU; the formula
-    counts norms too.
+    counts norms too. Both are of all tokens, as published; a classifier leaves out of its last block what nothing
+    reads (`MSGStage.forward_msg`).
     """
+    listener = model.layers[-1].register_forward_hook(lambda *_: None)  # to it, the last stage gives all tokens
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, channels, size, size))
+    listener.remove()
     parameters = sum(p.numel() for p in model.parameters())
     return Complexity(parameters, model.flops(), counter.get_total_flops() // 2)  # it counts additions apart
 

@@ -1,0 +1,118 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from config import ConfigError
+from tests.conftest import TINY
+from timing import Setting, Spread
+from tools import benchmark
+from tools.benchmark import Result, best_of_each, build_network, compare, find_best, table
+
+CPU = torch.device('cpu')
+
+
+def test_networks_come_from_a_config_timm_and_torchvision():
+    assert build_network(str(TINY), 56).img_size == (56, 56)
+    assert build_network('timm:test_vit', 32).patch_embed.img_size == (32, 32)
+    assert type(build_network('test_resnet', 64)).__module__ == 'timm.models.resnet'  # has no image size
+    assert type(build_network('resnet18', 64)).__module__ == 'timm.models.resnet'  # timm's goes first
+    assert type(build_network('torchvision:resnet18', 64)).__module__ == 'torchvision.models.resnet'
+    for name in ('swin_giant', 'torchvision:test_vit'):
+        with pytest.raises(ConfigError, match=f'no network .{name}.: give a config file, or a name'):
+            build_network(name, 224)
+
+
+def result(network, compile, seconds):
+    spread = Spread(seconds, seconds, seconds)
+    return Result(network, Setting(compile=compile), spread, Spread(2, 1, 3), Spread(0.5, 0.4, 0.6), 3 * 2**20, 10**9)
+
+
+def test_the_fastest_way_of_each_network_is_compared():
+    results = [result('a', 'eager', 0.2), result('a', 'compiled', 0.1)]
+    results += [result('b', 'eager', 0.12), result('b', 'compiled', 0.15)]
+    expected = 'inference, fp32, fastest of each, batch 8, 224 px: a compiled, b eager: 1.20 x'
+    assert best_of_each(results) == expected
+    cells = [cell.strip() for cell in table(results).splitlines()[2].strip('|').split('|')]
+    assert cells[:4] == ['a', 'inference, fp32, eager, batch 8, 224 px', '200.0 (200.0 to 200.0)', '40.0']
+    assert cells[4:] == ['2.00 (1.00 to 3.00)', '50 %', '3', '1.00G']
+
+
+def test_ratios_are_within_rounds(monkeypatch):
+    def in_turns(tasks, rounds, device):
+        times = iter(([1.0, 2.0, 3.0], [2.0, 8.0, 9.0], [0.5, 2.0, 0.75]))
+        return {name: next(times) for name in tasks}
+
+    monkeypatch.setattr(benchmark, 'in_turns', in_turns)
+    ((ours, peer),) = compare([str(TINY), 'test_resnet'], [Setting(batch=2, size=28)], 3, CPU)
+    assert ours.ratio.median == 3.0  # of 2, 4 and 3
+    assert peer.ratio == (1.0, 1.0, 1.0)
+    rows = round(ours.multiply_adds / 1024**2) or 1
+    assert ours.limit.median == pytest.approx(0.5 * ours.multiply_adds / (rows * 1024**2))  # of 0.5, 1 and 0.25
+    assert ours.seconds.median == 2.0
+
+
+def test_writes_table_figures_and_chart(tmp_path, monkeypatch, capsys):
+    arguments = [str(TINY), 'test_convnext', '--modes', 'inference', 'train', '--precisions', 'fp32', 'tf32']
+    arguments += ['--compile', 'eager', '--batches', '1', '2', '--sizes', '56', '--rounds', '2', '--device', 'cpu']
+    arguments += ['--output', str(tmp_path / 'of' / 'all')]
+    monkeypatch.setattr('sys.argv', ['benchmark', *arguments])
+    benchmark.main()
+    out = capsys.readouterr().out
+    assert out.count('not run: tf32, eager: for GPUs') == 4
+    assert 'train, fp32, fastest of each, batch 2, 56 px: tiny eager, test_convnext eager: ' in out
+    assert (tmp_path / 'of' / 'all.md').read_text().strip() in out
+    report = json.loads((tmp_path / 'of' / 'all.json').read_text())
+    assert report['environment']['torch'] == torch.__version__
+    assert len(report['results']) == 8
+    for record in report['results']:
+        assert record['seconds']['low'] <= record['seconds']['median'] <= record['seconds']['high']
+        assert record['memory'] > 0
+    train, inference = (
+        next(r for r in report['results'] if r['setting']['mode'] == mode and r['network'] == 'tiny')
+        for mode in ('train', 'inference')
+    )
+    assert train['memory'] > inference['memory']
+    assert train['multiply_adds'] > 2 * inference['multiply_adds']
+    assert (tmp_path / 'of' / 'all.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_chart_of_one_size_has_bars(tmp_path):
+    benchmark.draw([result('a', 'eager', 0.2), result('b', 'eager', 0.1)], tmp_path / 'bars.png')
+    assert (tmp_path / 'bars.png').stat().st_size > 5000
+
+
+def test_the_best_way_is_the_fastest_within_the_error(monkeypatch):
+    class Task:
+        def __init__(self, network, setting, device):
+            self.off = 0.1 if isinstance(network, str) else {'fp32': 0.0, 'bf16': 0.01}[setting.precision]
+            self.images = None
+
+        def warm_up(self):
+            pass
+
+        def __call__(self):
+            return torch.ones(2, 5) * (1 + self.off)
+
+    seconds = {'fp32, eager': 3.0, 'bf16, eager': 2.0, 'int8 linears, eager': 1.0}
+    monkeypatch.setattr(benchmark, 'Task', Task)
+    monkeypatch.setattr(benchmark, '_in_int8', lambda network: 'int8')
+    monkeypatch.setattr(benchmark, 'unavailable', lambda s, d: s.compile != 'eager' or s.precision in ('tf32', 'fp16'))
+    monkeypatch.setattr(benchmark, 'in_turns', lambda ways, rounds, device: {way: [seconds[way]] for way in ways})
+    setting = Setting(batch=2, size=28)
+    for max_error, expected in ((0.2, 'int8 linears, eager'), (0.02, 'bf16, eager'), (0.001, 'fp32, eager')):
+        best, found = find_best(str(TINY), setting, max_error, 1, CPU)
+        assert best == expected
+        assert [way for way, _, _ in found] == ['int8 linears, eager', 'bf16, eager', 'fp32, eager']
+    assert [round(error, 3) for _, _, error in found] == [0.1, 0.01, 0.0]
+
+
+def test_int8_linears_are_near_fp32():
+    network = build_network(str(TINY), 28).eval()
+    quantized = benchmark._in_int8(network)
+    assert not any(type(module) is nn.Linear for module in quantized.modules())
+    images = torch.randn(4, 3, 28, 28)
+    with torch.no_grad():
+        exact, rounded = network(images), quantized(images)
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.2
