@@ -4,21 +4,16 @@
 values derived at run time (scaled learning rates, rank, output folder) are local values elsewhere.
 """
 
-import ast
-import difflib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
+from config_tree import ConfigError, ConfigTree, get
 
-class ConfigError(ValueError):
-    """A config key, value or flag that cannot work; the message says what to write."""
-
+__all__ = ['TREE', 'ConfigError', 'changed_keys', 'check_job', 'get_config', 'load_config']
 
 _C = CfgNode()
 
@@ -318,39 +313,12 @@ _FLAGS = {
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
-    """Defaults, then the file's BASE files, the file and the options, checked and frozen.
-
-    Args:
-        cfg_file: a YAML file with a part of the tree.
-        opts: keys and values in turn, such as `['TRAIN.EPOCHS', '10']`; text is read as a Python value unless the
-            key holds text.
+    """Defaults, then the file's BASE files, the file and the options, checked and frozen; see `ConfigTree.load`.
 
     Raises:
         ConfigError: a file, key or value that cannot work.
     """
-    config = _C.clone()
-    _merge_file(config, Path(cfg_file))
-    # The BASE files are merged now, so that a dump stands alone.
-    config.BASE = _C.BASE.copy()
-    for key, value in _pairs(opts):
-        if key == 'BASE':
-            raise ConfigError('BASE is for config files: write it in the file that --cfg names')
-        _set(config, key, _parse(value, _get(config, key, '--opts')), '--opts')
-    _check(config)
-    config.freeze()
-    return config
-
-
-def changed_keys(config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
-    """Keys whose value differs from a checkpoint's, of those that change what a run computes; none without a config.
-
-    Args:
-        config: the config tree.
-        saved: the entry `config` of a checkpoint.
-    """
-    ours, theirs = dict(_leaves(config)), dict(_leaves(saved))
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in ours.items()}
-    return [key for key in theirs if key not in _NO_EFFECT and key in ours and theirs[key] != plain[key]]
+    return TREE.load(cfg_file, opts)
 
 
 def get_config(args: Namespace) -> CfgNode:
@@ -359,136 +327,34 @@ def get_config(args: Namespace) -> CfgNode:
     Raises:
         ConfigError: a file, key or value that cannot work.
     """
-    flags = [(key, getattr(args, flag, None)) for flag, key in _FLAGS.items()]
-    given = [(key, value) for key, value in flags if value is not None]
-    return load_config(args.cfg, list(chain(*_pairs(args.opts or ()), *given)))
+    return TREE.load_with_flags(args)
 
 
-def _pairs(opts: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Keys with their values, from a flat list."""
-    if len(opts) % 2:
-        raise ConfigError(f'--opts takes pairs, KEY VALUE: {" ".join(map(str, opts))!r} has no value for {opts[-1]}')
-    return list(zip(opts[0::2], opts[1::2], strict=True))
+def changed_keys(config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
+    """Keys that have changed since a checkpoint was saved; see `ConfigTree.changed_keys`."""
+    return TREE.changed_keys(config, saved)
 
 
-def _merge_file(config: CfgNode, path: Path, heirs: tuple[Path, ...] = ()) -> None:
-    """Merge a YAML file's BASE files, in their order, then the file itself; `heirs` are the files that led to it."""
-    if path.resolve() in heirs:
-        raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f'config file {path}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f'config file {path} is not YAML: {" ".join(str(error).split())}') from error
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
-    bases = _coerce('BASE', tree.get('BASE', _C.BASE), _C.BASE, str(path))
-    for base in bases:
-        if base:
-            _merge_file(config, path.parent / base, (*heirs, path.resolve()))
-    for key, value in _leaves(tree):
-        _set(config, key, value, str(path))
-
-
-def _leaves(tree: Mapping, prefix: str = ''):
-    """Dotted key and value of every leaf of a nested mapping."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f'{prefix}{name}.')
-        else:
-            yield f'{prefix}{name}', value
-
-
-def _get(config: CfgNode, key: str, source: str) -> Any:
-    """The value at a dotted key.
+def check_job(config: CfgNode) -> None:
+    """Refuse what cannot work in a job of any task.
 
     Raises:
-        ConfigError: there is no such key; the message names the nearest.
+        ConfigError: keys that do not go together; the message says what to write.
     """
-    node: Any = config
-    for name in str(key).split('.'):
-        if not isinstance(node, CfgNode) or name not in node:
-            near = difflib.get_close_matches(str(key), [known for known, _ in _leaves(_C)], n=1, cutoff=0.5)
-            hint = f': did you mean {near[0]}?' if near else ''
-            raise ConfigError(f'config key {key} does not exist{hint} (in {source})')
-        node = node[name]
-    if isinstance(node, CfgNode):
-        raise ConfigError(
-            f'config key {key} is a group: write one of its keys, such as {key}.{next(iter(node))} (in {source})'
-        )
-    return node
-
-
-def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set the leaf at a dotted key to a value of its type."""
-    value = _coerce(key, value, _get(config, key, source), source)
-    *groups, name = key.split('.')
-    for group in groups:
-        config = config[group]
-    config[name] = value
-
-
-def _parse(value: Any, default: Any) -> Any:
-    """Read an option's text as a Python value, unless the key holds text."""
-    if not isinstance(value, str) or isinstance(default, str):
-        return value
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-
-
-def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
-    """The value as the key's type: whole numbers serve as floats, and lists and tuples as each other."""
-    if key in _OPTIONAL and value is None:
-        return None
-    kind = _OPTIONAL.get(key, type(default))
-    if kind in (list, tuple) and isinstance(value, list | tuple):
-        item = type(default[0]) if default else float
-        if all(_is_a(x, item) for x in value):
-            return kind(item(x) for x in value)
-    elif _is_a(value, kind) and kind not in (list, tuple):
-        return kind(value)
-    elif kind is float and isinstance(value, str):  # YAML reads 5e-4, without a dot, as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind in (list, tuple):
-        example = f'a list such as {list(default or [0.2, 0.8])}'
-    else:
-        example = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[kind]
-    raise ConfigError(f'{key} is {value!r}: write {example} (in {source})')
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if kind is str:  # YAML reads a tag such as 2024 as a number
-        return isinstance(value, str | int | float)
-    return isinstance(value, (int, float) if kind is float else kind)
+    if len(config.TRAIN.OPTIMIZER.BETAS) != 2:
+        raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
+    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        raise ConfigError('--eval needs weights: add --resume <checkpoint>')
+    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
+        raise ConfigError('--resume continues a run and --pretrained starts one: give one of them')
 
 
 def _check(config: CfgNode) -> None:
     """Refuse what cannot work, before any work is done; sizes that must tile are the network's to check."""
-    for key, choices in _CHOICES.items():
-        value = _get(config, key, 'config')
-        if value not in choices:
-            near = ', '.join(choice or "''" for choice in choices)
-            raise ConfigError(f'{key} is {value!r}: write one of {near}')
-    for key, (low, high) in _RANGES.items():
-        value = _get(config, key, 'config')
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if number is not None and not low <= number <= high:
-                bound = f'at least {low}' if high == _INF else f'between {low} and {high}'
-                raise ConfigError(f'{key} is {value}: write {"numbers" if value is not number else "a number"} {bound}')
     for key in ('AUG.SCALE', 'AUG.RATIO', 'AUG.CUTMIX_MINMAX'):
-        value = _get(config, key, 'config')
+        value = get(config, key, 'config')
         if value is not None and not (len(value) == 2 and 0 <= value[0] <= value[1]):
             raise ConfigError(f'{key} is {list(value)}: write two numbers, the smaller first')
-    if len(config.TRAIN.OPTIMIZER.BETAS) != 2:
-        raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
     train = config.TRAIN
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         raise ConfigError(
@@ -497,7 +363,7 @@ def _check(config: CfgNode) -> None:
         )
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput are two jobs: give one of them')
-    if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
-        raise ConfigError('--eval needs weights: add --resume <checkpoint>')
-    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
-        raise ConfigError('--resume continues a run and --pretrained starts one: give one of them')
+    check_job(config)
+
+
+TREE = ConfigTree(_C, _OPTIONAL, _CHOICES, _RANGES, _NO_EFFECT, _FLAGS, _check)
