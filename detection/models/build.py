@@ -1,0 +1,111 @@
+"""Detectors from the config tree."""
+
+from collections import OrderedDict
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from yacs.config import CfgNode
+
+from checkpoint import load_weights
+from detection.models.backbone import MSGBackbone
+from detection.models.cascade import CascadeHeads
+from detection.models.rpn import build_rpn
+
+
+class FeaturePyramid(nn.Module):
+    """The network and the feature pyramid on its maps, with one more level by subsampling.
+
+    Args:
+        body: gives one map a stage.
+        channels: of every level.
+    """
+
+    def __init__(self, body: MSGBackbone, channels: int):
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(body.out_channels, channels, LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Images (B, 3, height, width) to maps by level, finest first."""
+        return self.fpn(self.body(images))
+
+
+class Detector(GeneralizedRCNN):
+    """torchvision's `GeneralizedRCNN`, which knows about its backbone's weights.
+
+    In training it takes images as they are and gives weighted losses by name; in evaluation it resizes them, and gives
+    `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels.
+
+    Args:
+        backbone, rpn, roi_heads, transform: see `GeneralizedRCNN`.
+    """
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of the names of parameters that weight decay leaves alone."""
+        return self.backbone.body.no_weight_decay_keywords()
+
+    def load_classifier(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Take over a classifier's weights, all but its head; the norms of the maps before the last stay new.
+
+        Args:
+            checkpoint: from `load_checkpoint`.
+            path: where it came from, for messages.
+
+        Raises:
+            CheckpointError: it is of another network; the message names the weights.
+        """
+        body = self.backbone.body
+        own = {name: value for name, value in body.state_dict().items() if name.startswith('out_norms.')}
+        theirs = {name: value for name, value in checkpoint['model'].items() if not name.startswith('head.')}
+        load_weights(body, {'model': theirs | own}, path)
+
+
+def build_detector(config: CfgNode) -> Detector:
+    """Build the detector that `config.MODEL`, `INPUT` and `TRAIN.USE_CHECKPOINT` describe.
+
+    Raises:
+        PyramidError: the channels do not divide, or the lists describe different numbers of stages.
+    """
+    msg = config.MODEL.MSG
+    body = MSGBackbone(
+        patch_size=msg.PATCH_SIZE,
+        embed_dim=msg.EMBED_DIM,
+        depths=msg.DEPTHS,
+        num_heads=msg.NUM_HEADS,
+        window_size=msg.WINDOW_SIZE,
+        mlp_ratio=msg.MLP_RATIO,
+        qkv_bias=msg.QKV_BIAS,
+        qk_scale=msg.QK_SCALE,
+        drop_rate=config.MODEL.DROP_RATE,
+        attn_drop_rate=config.MODEL.ATTN_DROP_RATE,
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        patch_norm=msg.PATCH_NORM,
+        shuffle_size=msg.SHUF_SIZE,
+        manip_type=msg.MANIP_TYPE,
+        embed_type=msg.EMBED_TYPE,
+        merge_type=msg.MERGE_TYPE,
+        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+    )
+    strides = [msg.PATCH_SIZE * 2**i for i in range(len(msg.DEPTHS) + 1)]
+    return Detector(
+        FeaturePyramid(body, config.MODEL.FPN_CHANNELS),
+        build_rpn(config, strides),
+        CascadeHeads(config, strides[:-1]),
+        build_transform(config, strides[-2]),
+    )
+
+
+def build_transform(config: CfgNode, multiple: int) -> GeneralizedRCNNTransform:
+    """Normalise images and pad them to one size, a multiple of the coarsest map's stride; resize in evaluation only."""
+    return GeneralizedRCNNTransform(
+        min_size=config.INPUT.TEST_SHORT,
+        max_size=config.INPUT.MAX_LONG,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+        size_divisible=multiple,
+        _skip_resize=True,  # of training images, which the data's transforms resize
+    )

@@ -1,0 +1,62 @@
+"""The heads of one stage: what is in a region, where it ends, and its mask.
+
+Letters: n regions, K classes (the background not counted), C channels.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from detection.models.norm import SyncBatchNorm
+
+
+class BoxHead(nn.Module):
+    """Class and box of a region: 3 x 3 convolutions, linear layers, and a linear for each of the two.
+
+    Each class has a box of its own, the background none (torchvision's `FastRCNNPredictor` regresses that too).
+
+    Args:
+        channels: channels C of the features.
+        pool_size: side of a region's features.
+        convs: channels of the convolutions.
+        linears: channels of the linear layers.
+        classes: K.
+    """
+
+    def __init__(self, channels: int, pool_size: int, convs: Sequence[int], linears: Sequence[int], classes: int):
+        super().__init__()
+        size = (channels, pool_size, pool_size)
+        self.trunk = FastRCNNConvFCHead(size, list(convs), list(linears), norm_layer=SyncBatchNorm)
+        self.logits = nn.Linear(linears[-1], classes + 1)
+        self.offsets = nn.Linear(linears[-1], 4 * classes)
+        for layer, std in ((self.logits, 0.01), (self.offsets, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, C, side, side) to logits (n, K + 1), the background first, and offsets (n, K, 4), in fp32."""
+        x = self.trunk(pooled)
+        offsets = self.offsets(x)
+        return self.logits(x).float(), offsets.view(len(x), -1, 4).float()  # (n, K, 4)
+
+
+class MaskHead(nn.Sequential):
+    """A mask of each class: 3 x 3 convolutions, a deconvolution to twice the side, a 1 x 1 convolution.
+
+    Args:
+        channels: channels C of the features.
+        convs: channels of the convolutions.
+        upsampled: channels after the deconvolution.
+        classes: K.
+    """
+
+    def __init__(self, channels: int, convs: Sequence[int], upsampled: int, classes: int):
+        super().__init__(
+            MaskRCNNHeads(channels, list(convs), dilation=1), MaskRCNNPredictor(convs[-1], upsampled, classes)
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Features (n, C, side, side) to logits (n, K, 2 side, 2 side), in fp32."""
+        return super().forward(pooled).float()

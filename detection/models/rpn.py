@@ -1,0 +1,60 @@
+"""The region proposal network, from torchvision's parts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from yacs.config import CfgNode
+
+
+class StridedAnchors(AnchorGenerator):
+    """Anchors at fixed strides, in the precision of the images.
+
+    torchvision's divide the image by the map, which makes 61 of a stride of 64 where the coarsest map has been rounded
+    up, and take the precision of the map, in which positions may be off by pixels.
+
+    Args:
+        strides: pixels a step of each level, finest first.
+        scale: side of an anchor, over its level's stride.
+        ratios: height over width of the anchors at each place.
+    """
+
+    def __init__(self, strides: Sequence[int], scale: int, ratios: Sequence[float]):
+        super().__init__(tuple((scale * stride,) for stride in strides), (tuple(ratios),) * len(strides))
+        self.strides = list(strides)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """The anchors of each image, (n, 4): of all levels, one after the other."""
+        pixels = image_list.tensors
+        self.set_cell_anchors(pixels.dtype, pixels.device)
+        grids = [features.shape[-2:] for features in feature_maps]
+        anchors = torch.cat(self.grid_anchors(grids, [(stride, stride) for stride in self.strides]))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class Fp32RPNHead(RPNHead):
+    """torchvision's head, whose outputs are fp32 also where it computes in half precision: boxes are made of them."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness (B, anchors, H, W) and offsets (B, 4 anchors, H, W) of each map (B, C, H, W)."""
+        objectness, offsets = super().forward(x)
+        return [each.float() for each in objectness], [each.float() for each in offsets]
+
+
+def build_rpn(config: CfgNode, strides: Sequence[int]) -> RegionProposalNetwork:
+    """The network of `MODEL.RPN` on levels of these strides."""
+    rpn = config.MODEL.RPN
+    return RegionProposalNetwork(
+        StridedAnchors(strides, rpn.ANCHOR_SCALE, rpn.ANCHOR_RATIOS),
+        Fp32RPNHead(config.MODEL.FPN_CHANNELS, len(rpn.ANCHOR_RATIOS)),
+        fg_iou_thresh=rpn.POSITIVE_IOU,
+        bg_iou_thresh=rpn.NEGATIVE_IOU,
+        batch_size_per_image=rpn.SAMPLES,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pre_nms_top_n={'training': rpn.PRE_NMS_TRAIN, 'testing': rpn.PRE_NMS_TEST},
+        post_nms_top_n={'training': rpn.POST_NMS_TRAIN, 'testing': rpn.POST_NMS_TEST},
+        nms_thresh=rpn.NMS_IOU,
+    )
