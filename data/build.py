@@ -51,13 +51,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
             f'train/ and val/ in {config.DATA.DATA_PATH} have different class folders: '
             f'{", ".join(sorted(different)[:3])} is in one of them only'
         )
-    if len(dataset) < size * world_size:
-        raise DataError(
-            f'{len(dataset)} training images make no full batch: DATA.BATCH_SIZE {size} on {world_size} '
-            f'process(es) needs {size * world_size}: write a smaller --batch-size'
-        )
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
-    return _build_loader(config, SeededDataset(dataset, config.SEED), sampler, drop_last=True), eval_loader
+    return build_train_loader(config, dataset, sampler), eval_loader
 
 
 def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -67,7 +62,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
         DataError: the data cannot be used.
     """
     dataset = _open_split(config, 'val', build_transform(config, is_train=False))
-    return _build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), drop_last=False)
+    return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size))
 
 
 def build_transform(config: CfgNode, is_train: bool) -> Callable:
@@ -164,13 +159,40 @@ def _open_split(config: CfgNode, split: str, transform: Callable) -> ImageFolder
     return dataset
 
 
-def _build_loader(config: CfgNode, dataset: Dataset, sampler: Sampler, drop_last: bool) -> DataLoader:
+def build_train_loader(
+    config: CfgNode, dataset: Dataset, sampler: TrainSampler, collate_fn: Callable | None = None
+) -> DataLoader:
+    """Full batches of a data set whose augmentation depends on seed, epoch and index alone.
+
+    Args:
+        config: the config tree.
+        dataset: indexed by sample.
+        sampler: of its samples.
+        collate_fn: a batch from a list of samples; None stacks them.
+
+    Raises:
+        DataError: the data are too little for one batch a process.
+    """
+    size, world_size = config.DATA.BATCH_SIZE, sampler.world_size
+    if len(dataset) < size * world_size:
+        raise DataError(
+            f'{len(dataset)} training images make no full batch: DATA.BATCH_SIZE {size} on {world_size} '
+            f'process(es) needs {size * world_size}: write a smaller --batch-size'
+        )
+    return build_loader(config, SeededDataset(dataset, config.SEED), sampler, collate_fn, drop_last=True)
+
+
+def build_loader(
+    config: CfgNode, dataset: Dataset, sampler: Sampler, collate_fn: Callable | None = None, drop_last: bool = False
+) -> DataLoader:
+    """Batches of a data set, loaded as `DATA` says; see `build_train_loader` for the arguments."""
     workers = config.DATA.NUM_WORKERS
     return DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
+        collate_fn=collate_fn,
         multiprocessing_context='fork' if workers and sys.platform == 'linux' else None,  # Python 3.14 would not
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,

@@ -1,0 +1,6 @@
+"""Images and objects in COCO's format: reader, augmentation, loaders."""
+
+from detection.data.build import build_eval_loader, build_loaders
+from detection.data.coco import CocoDataset
+
+__all__ = ['CocoDataset', 'build_eval_loader', 'build_loaders']

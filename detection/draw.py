@@ -1,0 +1,55 @@
+"""Pictures of what a detector has found."""
+
+import colorsys
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+FONT = str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf')
+
+
+def draw_detections(
+    image: Tensor, detections: dict[str, Tensor], names: list[str], threshold: float = 0.5
+) -> Image.Image:
+    """Draw boxes, masks, and names with scores; the likeliest on top.
+
+    Args:
+        image: (3, H, W) in 0 to 1.
+        detections: the network's: `boxes` (n, 4), `labels` (n,) from 1 on, `scores` (n,) and `masks` (n, 1, H, W).
+        names: of the labels, from that of label 1 on.
+        threshold: lowest score that is drawn.
+    """
+    picture = (image.cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+    scores = detections['scores'].cpu()
+    order = scores.argsort()
+    order = order[scores[order] >= threshold]
+    if len(order):
+        boxes, labels, masks = (detections[key].cpu()[order] for key in ('boxes', 'labels', 'masks'))
+        colors = [color_of(label) for label in labels.tolist()]
+        side = min(picture.shape[1:])
+        picture = draw_segmentation_masks(picture, masks[:, 0] > 0.5, alpha=0.5, colors=colors)
+        picture = draw_bounding_boxes(
+            picture,
+            boxes,
+            [
+                f'{names[label - 1]} {score:.0%}'
+                for label, score in zip(labels.tolist(), scores[order].tolist(), strict=True)
+            ],
+            colors,
+            width=max(side // 250, 1),
+            font=FONT,
+            font_size=max(side // 35, 9),
+            fill_labels=True,
+        )
+    return to_pil_image(picture)
+
+
+def color_of(label: int) -> tuple[int, int, int]:
+    """A bright colour; those of neighbouring labels are far apart, by the golden section of the circle of hues."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.75, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
