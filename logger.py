@@ -126,6 +126,7 @@ class TrainMeter:
     def __init__(self, logger: logging.Logger, metrics: MetricsLog, state: TrainingState, epochs: int):
         self.logger, self.metrics, self.state, self.epochs = logger, metrics, state, epochs
         self.last = torch.zeros(2, device=state.device)  # loss, gradient norm
+        self.parts: dict[str, Tensor] = {}
         self.began = time.time()
         self.first_step = self.logged_step = state.step
         self.logged_time = self.began
@@ -135,8 +136,9 @@ class TrainMeter:
         """Seconds since the epoch began, or was continued."""
         return time.time() - self.began
 
-    def update(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Take in an update's loss, gradient norm and whether it was skipped, scalars on the device."""
+    def update(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor, parts: dict[str, Tensor]) -> None:
+        """Take in an update's loss, gradient norm, whether it was skipped, and the loss's parts: device scalars."""
+        self.parts = parts
         self.last = torch.stack((loss, grad_norm))
         counted = torch.stack((loss, grad_norm, torch.ones_like(loss)))
         self.state.sums += torch.where(skipped, 0, counted)
@@ -158,7 +160,7 @@ class TrainMeter:
         )
         self.metrics.write(
             'train', state.updates, epoch=state.epoch, step=state.step - 1, lr=lr, loss=loss, grad_norm=norm,
-            images_per_s=images_per_s, memory_mb=memory,
+            images_per_s=images_per_s, memory_mb=memory, **{name: part.item() for name, part in self.parts.items()},
         )  # fmt: skip
         self.logged_step, self.logged_time = state.step, now
 

@@ -22,9 +22,9 @@ def updates_per_epoch(config: CfgNode, batches: int) -> int:
     return math.ceil(batches / accumulation_steps(config))
 
 
-def learning_rate_scale(config: CfgNode, world_size: int) -> float:
-    """Factor on the config's learning rates, which are for 512 images an update."""
-    return config.DATA.BATCH_SIZE * world_size * accumulation_steps(config) / 512.0
+def learning_rate_scale(config: CfgNode, world_size: int, images: int = 512) -> float:
+    """Factor on the config's learning rates, which are for so many images an update."""
+    return config.DATA.BATCH_SIZE * world_size * accumulation_steps(config) / images
 
 
 def build_scheduler(

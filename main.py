@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
-from checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, load_weights
+from checkpoint import load_weights
 from config import changed_keys, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
+from job import continue_run, job_parser, load_start
 from launcher import start_process
 from logger import create_logger, peak_memory_mb
 from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scale, updates_per_epoch
@@ -39,7 +40,6 @@ from utils import (
     distribute,
     environment,
     mistakes_in_one_line,
-    on_main_process,
     set_arithmetic,
     set_seed,
 )
@@ -47,33 +47,15 @@ from utils import (
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag that is not given is None and overrides nothing."""
-    parser = argparse.ArgumentParser(
-        description='Train, evaluate or time an MSG-Transformer. Every setting is a key of the config tree '
+    parser = job_parser(
+        'Train, evaluate or time an MSG-Transformer. Every setting is a key of the config tree '
         '(config.py); flags go before --opts, --opts before the file, the file before the defaults.',
-        allow_abbrev=False,
+        cfg='configs/msg_tiny_p4_win7_224.yaml',
+        data='train/<class>/ and val/<class>/',
     )
-    add = parser.add_argument
-    add('--cfg', required=True, metavar='FILE', help='YAML config, such as configs/msg_tiny_p4_win7_224.yaml')
-    add(
-        '--opts',
-        nargs='+',
-        action='extend',
-        metavar='KEY VALUE',
-        help='config keys and values, such as TRAIN.EPOCHS 100 SEED 1; may be given more than once',
+    parser.add_argument(
+        '--throughput', action='store_true', default=None, help='measure images/s of the network and stop'
     )
-    add('--batch-size', type=int, metavar='N', help='images a process and step (DATA.BATCH_SIZE)')
-    add('--data-path', metavar='DIR', help='folder with train/<class>/ and val/<class>/ (DATA.DATA_PATH)')
-    add('--resume', metavar='FILE', help='checkpoint to continue, or to evaluate with --eval (MODEL.RESUME)')
-    add('--pretrained', metavar='FILE', help='checkpoint whose weights start a new run (MODEL.PRETRAINED)')
-    add('--accumulation-steps', type=int, metavar='N', help='batches an update (TRAIN.ACCUMULATION_STEPS)')
-    add('--use-checkpoint', action='store_true', default=None, help='recompute activations, for memory')
-    add('--amp-opt-level', choices=['O0', 'O1', 'O2'], help='mixed precision: O0 none, O1 autocast, O2 needs Apex')
-    add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], help='device; auto takes a GPU where there is one')
-    add('--output', metavar='DIR', help='folder of all runs; this one writes <DIR>/<MODEL.NAME>/<TAG> (output)')
-    add('--tag', metavar='NAME', help='name of this run among those of its model (default)')
-    add('--eval', action='store_true', default=None, help='evaluate --resume or --pretrained and stop')
-    add('--throughput', action='store_true', default=None, help='measure images/s of the network and stop')
-    add('--local_rank', '--local-rank', type=int, metavar='N', help='set by torch.distributed.launch; not required')
     return parser.parse_args(argv)
 
 
@@ -94,38 +76,21 @@ def main(config: CfgNode) -> None:
             if config.THROUGHPUT_MODE:
                 throughput(run, run.precision.prepare(model)[0])
                 return
-            checkpoint = load_start(run, model)
+            checkpoint = load_start(run, load_into(run, model))
             if config.EVAL_MODE:
                 evaluate(run, run.precision.prepare(model)[0], checkpoint)
             else:
                 train(run, model, checkpoint)
 
 
-def load_start(run: Run, model: nn.Module) -> dict[str, Any] | None:
-    """Load the weights the job starts from: --resume, else the run's newest complete checkpoint, else --pretrained.
+def load_into(run: Run, model: nn.Module) -> Callable[[dict[str, Any], str, bool], None]:
+    """What puts a checkpoint's weights into the network, for `load_start`; a new run may have a new head."""
 
-    Returns:
-        The checkpoint to continue or evaluate; None where a new run starts.
-    """
-    config = run.config
-    automatic = None
-    if config.TRAIN.AUTO_RESUME and not config.EVAL_MODE and not config.MODEL.RESUME:
-        folder = CheckpointFolder(run.output_dir, config.SAVE_KEEP, run.logger)
-        automatic = on_main_process(folder.newest_complete)
-    resume = config.MODEL.RESUME or automatic
-    path = resume or config.MODEL.PRETRAINED
-    if not path:
-        return None
-    try:
-        checkpoint = load_checkpoint(path)
-        new_head = load_weights(model, checkpoint, path, may_replace_head=not resume and not config.EVAL_MODE)
-    except CheckpointError as error:
-        remedy = '; to start afresh, write another --tag or --opts TRAIN.AUTO_RESUME False' if automatic else ''
-        raise CheckpointError(f'{error}{remedy}') from error
-    if new_head:
-        run.logger.info(f'the head of {path} has other classes: a new one is trained')
-    run.logger.info(f'weights of {path} loaded')
-    return checkpoint if resume or config.EVAL_MODE else None
+    def load(checkpoint: dict[str, Any], path: str, is_new_run: bool) -> None:
+        if load_weights(model, checkpoint, path, may_replace_head=is_new_run):
+            run.logger.info(f'the head of {path} has other classes: a new one is trained')
+
+    return load
 
 
 def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None:
@@ -167,13 +132,7 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
         epoch=config.TRAIN.START_EPOCH,
     )
     if checkpoint is not None:
-        notes = state.load_state_dict(checkpoint, process.rank, process.world_size)
-        notes += [f'{key} has changed' for key in changed_keys(config, checkpoint.get('config', {}))]
-        if process.device.type != 'cpu' and not config.DETERMINISTIC:
-            notes.append('DETERMINISTIC is off')
-        how = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit as if it had not stopped'
-        logger.info(f'continuing at epoch {state.epoch}, update {state.step}, max accuracy {state.max_accuracy:.2f}%')
-        logger.info(f'the run goes on, {how}')
+        continue_run(run, state, checkpoint, changed_keys(config, checkpoint.get('config', {})))
     if state.epoch >= config.TRAIN.EPOCHS:
         logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
         return

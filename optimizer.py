@@ -6,20 +6,23 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 
-def build_optimizer(config: CfgNode, model: nn.Module, lr: float | None = None) -> Optimizer:
+def build_optimizer(
+    config: CfgNode, model: nn.Module, lr: float | None = None, decay_biases: bool = False
+) -> Optimizer:
     """AdamW or SGD over two groups: decayed parameters, then the others, each in the network's order.
 
     Args:
         config: the config tree; `TRAIN` is read.
         model: the network, not wrapped: its own parameter names decide.
         lr: peak learning rate; None for `TRAIN.BASE_LR`, unscaled.
+        decay_biases: see `weight_decay_groups`.
 
     Raises:
         ValueError: an unknown `TRAIN.OPTIMIZER.NAME`.
     """
     options = config.TRAIN.OPTIMIZER
     lr = config.TRAIN.BASE_LR if lr is None else lr
-    groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY)
+    groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY, decay_biases)
     if options.NAME == 'adamw':
         fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=fused)
@@ -28,19 +31,26 @@ def build_optimizer(config: CfgNode, model: nn.Module, lr: float | None = None) 
     raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: write adamw or sgd')
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: bool = False) -> list[dict]:
     """Two parameter groups: with weight decay, and without.
 
     Vectors and biases are not decayed, nor what the network names in `no_weight_decay` (whole names) and
     `no_weight_decay_keywords` (parts of names).
+
+    Args:
+        model: the network, not wrapped.
+        weight_decay: of the first group.
+        decay_biases: decay the biases of linears and convolutions too, but not the vectors of norms.
     """
     names = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
     keywords = model.no_weight_decay_keywords() if hasattr(model, 'no_weight_decay_keywords') else set()
+    products = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    biases = {id(module.bias) for module in model.modules() if decay_biases and isinstance(module, products)}
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.ndim <= 1 or name.endswith('.bias') or name in names
-        exempt = exempt or any(keyword in name for keyword in keywords)
+        exempt = (parameter.ndim <= 1 or name.endswith('.bias')) and id(parameter) not in biases
+        exempt = exempt or name in names or any(keyword in name for keyword in keywords)
         (no_decay if exempt else decay).append(parameter)
     return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]

@@ -44,12 +44,14 @@ class Update(NamedTuple):
         grad_norm: over all processes, before clipping.
         bad_losses: how many processes had a loss that was not finite.
         skipped: whether the weights were left as they are.
+        parts: what the loss is the sum of, by name; empty where it is one.
     """
 
     loss: Tensor
     grad_norm: Tensor
     bad_losses: Tensor
     skipped: Tensor
+    parts: dict[str, Tensor]
 
 
 class Trainer:
@@ -60,11 +62,13 @@ class Trainer:
         state: where training stands.
         network: the state's model, wrapped by `distribute`.
         loader: training batches; its sampler is the state's.
-        loss_of: the mean loss of a batch, from the network (wrapped, where there are several processes) and the batch.
+        loss_of: the mean loss of a batch, from the network (wrapped, where there are several processes) and the batch,
+            or what it is the sum of, by name.
         evaluate: figures of a network, not wrapped. It calls the function that it is given now and then, at the same
             points in every process, which raises `Stopped` where training has been asked to stop.
         score: which figure is best when it is highest; of the average of the weights, where there is one.
         entries: what checkpoints hold beside the state.
+        title: what the log calls the score.
     """
 
     def __init__(
@@ -73,13 +77,15 @@ class Trainer:
         state: TrainingState,
         network: nn.Module,
         loader: DataLoader,
-        loss_of: Callable[[nn.Module, Any], Tensor],
+        loss_of: Callable[[nn.Module, Any], Tensor | dict[str, Tensor]],
         evaluate: Callable[[nn.Module, Callable[[], None]], dict[str, float]],
         score: str,
         entries: dict[str, Any],
+        title: str = 'accuracy',
     ):
         self.run, self.state, self.network, self.loader = run, state, network, loader
         self.loss_of, self.evaluate, self.score, self.entries = loss_of, evaluate, score, entries
+        self.title = title
         self.guard = NonFiniteGuard(run.config, run.precision.may_overflow, run.process.device, run.logger)
         self.folder = CheckpointFolder(run.output_dir, run.config.SAVE_KEEP, run.logger)
         self.metrics = MetricsLog(None)
@@ -139,7 +145,7 @@ class Trainer:
             score = of_average[self.score]
         is_best = score > state.max_accuracy
         state.max_accuracy = max(state.max_accuracy, score)
-        run.logger.info(f'Max accuracy: {state.max_accuracy:.2f}%')
+        run.logger.info(f'Max {self.title}: {state.max_accuracy:.2f}%')
         self.metrics.write('epoch', state.updates, epoch=epoch, **fit, **figures, max_accuracy=state.max_accuracy)
         state.end_epoch()
         is_due = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
@@ -164,7 +170,7 @@ class Trainer:
             updated = self.guard.update(
                 update.bad_losses, update.grad_norm, update.skipped, state.epoch, state.step, lr
             )
-            meter.update(update.loss, update.grad_norm, update.skipped)
+            meter.update(update.loss, update.grad_norm, update.skipped, update.parts)
             state.advance(updated)
             if (state.step - 1) % run.config.PRINT_FREQ == 0 or self._is_trained():
                 self.guard.check()
@@ -188,18 +194,21 @@ class Trainer:
     def train_step(self, batches: list[Any]) -> Update:
         """One update from the mean gradient of some batches; processes exchange gradients at the last batch only."""
         run, optimizer = self.run, self.state.optimizer
-        loss = torch.zeros((), device=run.process.device)
+        loss, parts = torch.zeros((), device=run.process.device), {}
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with synchronize_gradients(self.network, enabled=is_last):
                 with run.precision.autocast():
-                    part = self.loss_of(self.network, batch) / len(batches)
-                run.precision.backward(part, optimizer, is_last)
-            loss += part.detach()
+                    told = self.loss_of(self.network, batch)
+                    of_batch = (sum(told.values()) if isinstance(told, dict) else told) / len(batches)
+                run.precision.backward(of_batch, optimizer, is_last)
+            loss += of_batch.detach()
+            for name, part in told.items() if isinstance(told, dict) else ():
+                parts[name] = parts.get(name, 0.0) + part.detach() / len(batches)
         bad_losses = all_reduce_sum((~loss.isfinite()).float())
         veto = self.guard.veto | (bad_losses > 0)
         norm, skipped = run.precision.step(optimizer, self.state.model, run.config.TRAIN.CLIP_GRAD, veto)
-        return Update(loss, norm, bad_losses, skipped)
+        return Update(loss, norm, bad_losses, skipped, parts)
 
     def poll(self) -> None:
         """Stop where any process has been asked to; every process calls it at the same points.
