@@ -195,7 +195,7 @@ _RANGES = {
     'TRAIN.LR_SCHEDULER.DECAY_RATE': (0, 1),
 }
 
-_NO_EFFECT = {'BENCHMARK_MODE', 'SHOW', 'SHOW_SCORE', 'DATA.VAL_SPLIT', 'INPUT.TEST_SHORT'}
+_NO_EFFECT = {'BENCHMARK_MODE', 'SHOW', 'SHOW_SCORE'}
 
 _FLAGS = {'benchmark': 'BENCHMARK_MODE', 'show': 'SHOW'}
 
@@ -232,6 +232,9 @@ def _check(config: CfgNode) -> None:
         raise ConfigError('MODEL.MASK.CONVS is []: write the channels of one layer or more')
     if len(config.MODEL.MSG.DEPTHS) != 4:
         raise ConfigError(f'MODEL.MSG.DEPTHS is {config.MODEL.MSG.DEPTHS}: write four, one a level of the pyramid')
+    patch = config.MODEL.MSG.PATCH_SIZE
+    if patch & (patch - 1):
+        raise ConfigError(f'MODEL.MSG.PATCH_SIZE is {patch}: write a power of 2, as the strides of the pyramid are')
     if rpn.NEGATIVE_IOU > rpn.POSITIVE_IOU:
         raise ConfigError(
             f'MODEL.RPN.NEGATIVE_IOU is {rpn.NEGATIVE_IOU}: write at most POSITIVE_IOU, {rpn.POSITIVE_IOU}'

@@ -1,7 +1,6 @@
 """Detectors from the config tree."""
 
 from collections import OrderedDict
-from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -10,7 +9,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from yacs.config import CfgNode
 
-from checkpoint import load_weights
 from detection.models.backbone import MSGBackbone
 from detection.models.cascade import CascadeHeads
 from detection.models.rpn import build_rpn
@@ -35,7 +33,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Detector(GeneralizedRCNN):
-    """torchvision's `GeneralizedRCNN`, which knows about its backbone's weights.
+    """torchvision's `GeneralizedRCNN`, which says what of its backbone is not decayed.
 
     In training it takes images as they are and gives weighted losses by name; in evaluation it resizes them, and gives
     `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels.
@@ -47,21 +45,6 @@ class Detector(GeneralizedRCNN):
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of the names of parameters that weight decay leaves alone."""
         return self.backbone.body.no_weight_decay_keywords()
-
-    def load_classifier(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Take over a classifier's weights, all but its head; the norms of the maps before the last stay new.
-
-        Args:
-            checkpoint: from `load_checkpoint`.
-            path: where it came from, for messages.
-
-        Raises:
-            CheckpointError: it is of another network; the message names the weights.
-        """
-        body = self.backbone.body
-        own = {name: value for name, value in body.state_dict().items() if name.startswith('out_norms.')}
-        theirs = {name: value for name, value in checkpoint['model'].items() if not name.startswith('head.')}
-        load_weights(body, {'model': theirs | own}, path)
 
 
 def build_detector(config: CfgNode) -> Detector:

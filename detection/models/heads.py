@@ -38,8 +38,7 @@ class BoxHead(nn.Module):
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Features (n, C, side, side) to logits (n, K + 1), the background first, and offsets (n, K, 4), in fp32."""
         x = self.trunk(pooled)
-        offsets = self.offsets(x)
-        return self.logits(x).float(), offsets.view(len(x), -1, 4).float()  # (n, K, 4)
+        return self.logits(x).float(), self.offsets(x).unflatten(1, (-1, 4)).float()  # (n, K, 4)
 
 
 class MaskHead(nn.Sequential):

@@ -6,22 +6,21 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """PyTorch's SyncBatchNorm, which trains on GPUs only, on CPUs too.
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm with the statistics of all processes, on CPUs; PyTorch's own is for GPUs only.
 
-    So ranks keep the same running statistics, which one checkpoint can hold, whatever they train on.
+    So ranks keep the same running statistics, which one checkpoint can hold.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (n, C, H, W)."""
-        if x.device.type != 'cpu' or not self.training or not dist.is_initialized():
+        if not self.training or not dist.is_initialized():
             return super().forward(x)
         mean, variance, count = self._statistics(x.float())
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * count / (count - 1).clamp(min=1), self.momentum)
-        # F.batch_norm takes no gradient of statistics that it is given.
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shape = (1, -1, 1, 1)
         return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
@@ -33,3 +32,16 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
         variance = all_reduce((x - mean.view(1, -1, 1, 1)).square().sum(dim=(0, 2, 3))) / count
         return mean, variance, count
+
+
+def synchronize_norms(model: nn.Module, device: torch.device, processes: int) -> nn.Module:
+    """The network with PyTorch's SyncBatchNorm, of the same names and parameters, where several GPUs train it.
+
+    Args:
+        model: the network.
+        device: it is trained on.
+        processes: that train it together.
+    """
+    if device.type == 'cuda' and processes > 1:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model

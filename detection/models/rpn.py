@@ -29,7 +29,8 @@ class StridedAnchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of each image, (n, 4): of all levels, one after the other."""
         pixels = image_list.tensors
-        self.set_cell_anchors(pixels.dtype, pixels.device)
+        with torch.inference_mode(False):  # an evaluation may come first, and training cannot use its tensors
+            self.set_cell_anchors(pixels.dtype, pixels.device)
         grids = [features.shape[-2:] for features in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [(stride, stride) for stride in self.strides]))
         return [anchors] * len(image_list.image_sizes)
