@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format figures clean
+.PHONY: help demo demo-detection test test-slow lint format figures clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,10 +15,16 @@ CONFIG := configs/msg_digits_p2_win7_56.yaml
 DIGITS := $(OUTPUT)/digits
 TAG := demo_seed$(SEED)
 RUN := $(OUTPUT)/msg_digits_p2_win7_56/$(TAG)
-LAST = $$(ls -v $(RUN)/ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
+LAST = $$(ls -v $(dir $<)ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
+
+DETECTION_CONFIG := detection/configs/digits.yaml
+DIGITS_COCO := $(OUTPUT)/digits_coco
+DETECTION_RUN := $(OUTPUT)/cascade_mask_rcnn_msg_digits/$(TAG)
+DETECTION := $(PY) -m detection.main --cfg $(DETECTION_CONFIG) --data-path $(DIGITS_COCO) --output $(OUTPUT) --tag $(TAG)
 
 help:
 	@echo "make demo       set up, make the digits, train on them, evaluate, draw ($(OUTPUT)/demo_*.png)"
+	@echo "make demo-detection  the same with a detector, on digits pasted on photographs"
 	@echo "make test       set up, lint, and run the tests that take seconds"
 	@echo "make test-slow  the tests that take minutes: compilation, the demo, 20 kills, two nodes"
 	@echo "make format     put the code into the project's format"
@@ -63,6 +69,26 @@ demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+$(DIGITS_COCO)/made: tools/make_digits_coco.py tools/make_digits.py | $(VENV)/installed
+	$(PY) -m tools.make_digits_coco --output $(DIGITS_COCO)
+	touch $@
+
+$(DETECTION_RUN)/trained: $(DETECTION_CONFIG) | $(DIGITS_COCO)/made
+	if [ $(DETECTION_CONFIG) -nt $(DETECTION_RUN)/config.yaml ]; then rm -rf $(DETECTION_RUN); fi
+	$(DETECTION) --opts SEED $(SEED)
+	touch $@
+
+$(DETECTION_RUN)/evaluation.txt: $(DETECTION_RUN)/trained
+	$(DETECTION) --eval --resume $(LAST) | tee $@
+
+$(OUTPUT)/demo_detections_seed$(SEED)/drawn: $(DETECTION_RUN)/trained
+	$(PY) -m tools.predict_detection $(DIGITS_COCO)/val --limit 12 --cfg $(DETECTION_CONFIG) --resume $(LAST) --output $(@D)
+	touch $@
+
+demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(SEED)/drawn
+	@grep '^|' $<
+	@echo "Look at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
 
 # One thread a process: the tests are small, and two processes share the cores.
 test: lint

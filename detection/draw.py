@@ -5,18 +5,20 @@ from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
+LEGIBLE = 400  # pixels of a short side
 FONT = str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf')
 
 
 def draw_detections(
     image: Tensor, detections: dict[str, Tensor], names: list[str], threshold: float = 0.5
 ) -> Image.Image:
-    """Draw boxes, masks, and names with scores; the likeliest on top.
+    """Draw boxes, masks, and names with scores, the likeliest on top; small images are enlarged, to make names legible.
 
     Args:
         image: (3, H, W) in 0 to 1.
@@ -24,28 +26,22 @@ def draw_detections(
         names: of the labels, from that of label 1 on.
         threshold: lowest score that is drawn.
     """
-    picture = (image.cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+    factor = max(round(LEGIBLE / min(image.shape[1:])), 1)
+    picture = F.interpolate(image[None].cpu(), scale_factor=factor, mode='bilinear')[0]
+    picture = (picture * 255).round().clamp(0, 255).to(torch.uint8)
     scores = detections['scores'].cpu()
     order = scores.argsort()
     order = order[scores[order] >= threshold]
     if len(order):
         boxes, labels, masks = (detections[key].cpu()[order] for key in ('boxes', 'labels', 'masks'))
+        masks = F.interpolate(masks, scale_factor=factor, mode='bilinear')[:, 0] > 0.5  # (n, H, W)
         colors = [color_of(label) for label in labels.tolist()]
+        said = [f'{names[label - 1]} {score:.0%}' for label, score in zip(labels.tolist(), scores[order], strict=True)]
         side = min(picture.shape[1:])
-        picture = draw_segmentation_masks(picture, masks[:, 0] > 0.5, alpha=0.5, colors=colors)
-        picture = draw_bounding_boxes(
-            picture,
-            boxes,
-            [
-                f'{names[label - 1]} {score:.0%}'
-                for label, score in zip(labels.tolist(), scores[order].tolist(), strict=True)
-            ],
-            colors,
-            width=max(side // 250, 1),
-            font=FONT,
-            font_size=max(side // 35, 9),
-            fill_labels=True,
-        )
+        look = {'width': max(side // 250, 1), 'font': FONT, 'font_size': max(side // 35, 9), 'fill_labels': True}
+        for mask, color in zip(masks, colors, strict=True):  # torchvision's blackens where masks overlap
+            picture[:, mask] = picture[:, mask] // 2 + torch.tensor(color, dtype=torch.uint8)[:, None] // 2
+        picture = draw_bounding_boxes(picture, boxes * factor, said, colors, **look)
     return to_pil_image(picture)
 
 

@@ -1,5 +1,6 @@
 """`make demo` as a user starts it, for three seeds: minutes, so slow."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow
 
 
-def make_demo(output, seed):
-    command = ['make', 'demo', f'OUTPUT={output}', f'SEED={seed}', f'VENV={sys.prefix}']
+def make_demo(output, seed, demo='demo'):
+    command = ['make', demo, f'OUTPUT={output}', f'SEED={seed}', f'VENV={sys.prefix}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -39,3 +40,16 @@ def test_demo_reads_at_least_97_percent_of_the_held_out_digits(output, seed):
     assert f'Accuracy of the network on the 360 test images: {accuracy:.1f}%' in again
     assert 'main.py' not in again
     assert {path: path.stat().st_mtime_ns for path in output.rglob('*')} == before
+
+
+def test_the_detector_finds_the_digits_of_images_it_has_not_seen(output):
+    said = make_demo(output, 0, 'demo-detection')
+    box, mask = (re.search(rf'^\| {kind} \| [\d.]+ \| ([\d.]+)', said, re.MULTILINE)[1] for kind in ('box', 'mask'))
+    assert float(box) >= 90
+    assert float(mask) >= 90
+    run = output / 'cascade_mask_rcnn_msg_digits' / 'demo_seed0'
+    assert len({result['image_id'] for result in json.loads((run / 'results.json').read_text())}) == 200
+    pictures = list((output / 'demo_detections_seed0').glob('*.jpg'))
+    assert len(pictures) == 12
+    assert all(min(cv2.imread(str(path)).shape[:2]) == 384 for path in pictures)
+    assert 'detection.main' not in make_demo(output, 0, 'demo-detection')

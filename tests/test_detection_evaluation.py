@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -186,11 +187,13 @@ def test_drawing_shows_what_is_likely_and_nothing_else(coco):
     image, target = CocoDataset(coco, 'val')[0]
     truth = truth_of(target)
     names = ['box', 'wedge', 'rare']
-    drawn = np.asarray(draw_detections(image, truth, names, threshold=0.5)).astype(int)
-    plain = (image.permute(1, 2, 0) * 255).round().int().numpy()
-    assert drawn.shape == plain.shape == (48, 64, 3)
-    x1, y1 = (int(value) for value in target['boxes'][0, :2])
+    drawn = np.asarray(draw_detections(image, truth, names, threshold=0.5))
+    assert drawn.shape == (8 * 48, 8 * 64, 3)  # enlarged, so that names can be read
+    x1, y1 = (int(value) * 8 for value in target['boxes'][0, :2])
     assert tuple(drawn[y1, x1]) in {color_of(label) for label in target['labels'].tolist()}
-    untouched = draw_detections(image, truth | {'scores': truth['scores'] * 0 + 0.4}, names, threshold=0.5)
-    np.testing.assert_array_equal(np.asarray(untouched), plain)
+    plain = np.asarray(draw_detections(image, truth | {'scores': truth['scores'] * 0 + 0.4}, names, threshold=0.5))
+    wide = (F.interpolate(image[None], scale_factor=8, mode='bilinear')[0] * 255).round().to(torch.uint8)
+    np.testing.assert_array_equal(plain, wide.permute(1, 2, 0).numpy())
+    large = torch.rand(3, 500, 600)
+    assert draw_detections(large, none_of(target), names).size == (600, 500)
     assert len({color_of(label) for label in range(1, 81)}) == 80

@@ -27,8 +27,8 @@ def make_digits(output: Path) -> dict[str, int]:
         Images written, by split.
     """
     digits = load_digits()
-    train, val = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
-    for split, indices in (('train', train), ('val', val)):
+    splits = split_digits(digits.target)
+    for split, indices in splits.items():
         for index in indices:
             folder = output / split / str(digits.target[index])
             folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,13 @@ def make_digits(output: Path) -> dict[str, int]:
             image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
             if not cv2.imwrite(str(folder / f'{index:04d}.png'), image):
                 raise OSError(f'cannot write {folder / f"{index:04d}.png"}')
-    return {'train': len(train), 'val': len(val)}
+    return {split: len(indices) for split, indices in splits.items()}
+
+
+def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers of the digits of `train` and `val`."""
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return {'train': train, 'val': val}
 
 
 def main() -> None:

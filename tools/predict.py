@@ -49,6 +49,11 @@ def find_images(places: list[Path]) -> list[Path]:
     return images
 
 
+def some_of(images: list[Path], limit: int | None) -> list[Path]:
+    """So many of the images, chosen at random but always the same; None takes all."""
+    return images if limit is None or limit >= len(images) else sorted(random.Random(0).sample(images, limit))
+
+
 @torch.inference_mode()
 def predict(
     config: CfgNode, model: nn.Module, classes: list[str], images: list[Path], batch_size: int = 64
@@ -113,9 +118,7 @@ def main() -> None:
         model = build_model(config)
         checkpoint = load_checkpoint(args.resume)
         load_weights(model, checkpoint, args.resume)
-        images = find_images(args.images)
-        if args.limit is not None and args.limit < len(images):
-            images = sorted(random.Random(0).sample(images, args.limit))
+        images = some_of(find_images(args.images), args.limit)
         classes = checkpoint.get('classes') or [str(label) for label in range(config.MODEL.NUM_CLASSES)]
         guesses = predict(config, model, classes, images)
     for guess in guesses:
