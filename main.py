@@ -66,7 +66,8 @@ def main(config: CfgNode) -> None:
         set_seed(config.SEED + process.rank)
         output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
         logger = create_logger(output_dir, process.rank)
-        run = Run(config, process, build_precision(config, process.device), output_dir, logger)
+        precision = build_precision(config, process.device, config.TRAIN.COMPILE or config.TEST.COMPILE)
+        run = Run(config, process, precision, output_dir, logger)
         with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
             logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
             logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')

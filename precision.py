@@ -168,18 +168,22 @@ class ApexPrecision:
                 master.copy_(saved)
 
 
-def build_precision(config: CfgNode, device: torch.device) -> Precision | ApexPrecision:
+def build_precision(config: CfgNode, device: torch.device, compiles: bool = False) -> Precision | ApexPrecision:
     """The precision of `AMP_BACKEND`, `AMP_OPT_LEVEL` and `AMP_DTYPE`.
 
     By default the published O1 on a GPU, by Apex where it is installed and nothing is compiled, and fp32 elsewhere. O0
     needs no backend.
+
+    Args:
+        config: the config tree.
+        device: of this process.
+        compiles: whether torch.compile, which cannot take Apex in, runs the network.
 
     Raises:
         ConfigError: Apex is asked for, by name or by O2, where it cannot be used.
     """
     level = config.AMP_OPT_LEVEL or ('O1' if device.type == 'cuda' else 'O0')
     amp = None
-    compiles = config.TRAIN.COMPILE or config.TEST.COMPILE
     if config.AMP_BACKEND == 'apex':
         amp = import_apex_amp()
         if amp is None or device.type != 'cuda':

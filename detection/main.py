@@ -35,6 +35,7 @@ from logger import create_logger, peak_memory_mb
 from lr_scheduler import accumulation_steps, learning_rate_scale, updates_per_epoch
 from optimizer import build_optimizer
 from precision import build_precision
+from timing import Spread, in_turns
 from trainer import Run, Trainer, progress
 from training_state import TrainingState
 from utils import distribute, environment, mistakes_in_one_line, set_arithmetic, set_seed, writing_in
@@ -115,6 +116,8 @@ def train(run: Run, model: Detector, checkpoint: dict[str, Any] | None) -> None:
 
     # Data, losses
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
+    for note in train_loader.dataset.dataset.notes:
+        logger.info(f'training images: {note}')
 
     def losses_of(network: nn.Module, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
         images, targets = batch
@@ -238,13 +241,11 @@ def save_picture(picture: Any, folder: Path, image_id: Any) -> None:
 
 @torch.inference_mode()
 def benchmark(run: Run, model: Detector) -> float:
-    """Log images/s of the whole detector, one image a time, the median of at least five seconds of runs.
+    """Log images/s of the whole detector, one image a time, the median of five seconds.
 
     The image is random, as high as in evaluation and 1.6 times as wide (1280 x 800). What it holds depends on the
     weights: a new detector finds nothing, and so spends no time on masks.
     """
-    from torch.utils.benchmark import Timer  # loads PyTorch's C++ compiler support, which no other job needs
-
     model.eval()
     side = run.config.INPUT.TEST_SHORT
     image = torch.rand(3, side, round(1.6 * side), device=run.process.device)
@@ -254,8 +255,7 @@ def benchmark(run: Run, model: Detector) -> float:
             return model([image])
 
     found = len(forward()[0]['boxes'])
-    timer = Timer('forward()', globals={'forward': forward}, num_threads=torch.get_num_threads())
-    images_per_s = 1 / timer.blocked_autorange(min_run_time=5).median
+    images_per_s = 1 / Spread.of(in_turns({'forward': forward}, 10, run.process.device, least=0.5)['forward']).median
     run.logger.info(
         f'image {image.shape[2]} x {side} throughput {images_per_s:.2f} images/s, '
         f'{found} detections, mem {peak_memory_mb(run.process.device):.0f}MB'

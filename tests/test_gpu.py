@@ -1,5 +1,7 @@
 """What the CPU tests show, on a GPU."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from checkpoint import load_checkpoint
 from models import MSGTransformer, build_model
 from precision import Precision, build_precision, import_apex_amp
 from tests.fill import fill_, golden, images, labels
+from tests.test_msg_transformer import micro
 from tests.test_resume import RANDOM, differences, last
 from tests.test_training import PLAIN, folder_of, records
+from timing import Setting, Task, in_turns
 from trainer import Trainer
 from utils import set_arithmetic
 
@@ -51,6 +55,19 @@ def test_mixed_precision_is_near_fp32(dtype):
         with Precision('O1', dtype, torch.device('cuda')).autocast():
             low = model(x).float()
     assert (low - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.parametrize('compile', ['compiled', 'graphs'])
+@pytest.mark.parametrize('mode', ['inference', 'train'])
+def test_compiled_tasks_run_as_eager_ones_and_are_measured(mode, compile):
+    network, device = fill_(micro()), torch.device('cuda')
+    tasks = [Task(copy.deepcopy(network), Setting(mode, compile=how, size=56), device) for how in ('eager', compile)]
+    tasks[1].images, tasks[1].targets = tasks[0].images, tasks[0].targets
+    for _ in range(3):  # updates, or the same logits
+        torch.testing.assert_close(tasks[1](), tasks[0](), rtol=1e-3, atol=1e-3)
+    assert tasks[1].peak_memory() > tasks[1].held() > 0
+    times = in_turns({'task': tasks[1]}, 3, device)['task']
+    assert len(times) == 3
 
 
 @pytest.mark.parametrize('level', ['O0', 'O1'])

@@ -10,7 +10,8 @@ from torch import nn
 
 from config import ConfigError
 from precision import ApexPrecision, Precision, build_precision, import_apex_amp
-from tests.fill import fill_
+from tests.fill import fill_, images
+from tests.test_golden import build
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -244,15 +245,15 @@ def test_a_run_with_apex(apex, tiny_config, image_tree, monkeypatch):
 
 
 def test_which_backend_is_chosen(apex, tiny_config):
-    def choose(device=GPU, **options):
-        return str(build_precision(tiny_config(**options), device))
+    def choose(device=GPU, compiles=False, **options):
+        return str(build_precision(tiny_config(**options), device, compiles))
 
     assert choose() == choose(AMP_BACKEND='apex') == 'Apex O1'  # published
     assert choose(AMP_OPT_LEVEL='O2') == 'Apex O2'
     assert choose(AMP_BACKEND='native') == 'float16 autocast'
     assert choose(AMP_DTYPE='bfloat16') == 'bfloat16 autocast'  # which Apex does not know
     assert choose(AMP_OPT_LEVEL='O0') == choose(AMP_OPT_LEVEL='O0', AMP_BACKEND='apex') == 'float32'
-    assert choose(TRAIN__COMPILE='True') == choose(TEST__COMPILE='True') == 'float16 autocast'  # no Apex in graphs
+    assert choose(compiles=True) == 'float16 autocast'  # no Apex in graphs
     assert choose(CPU) == 'float32'
     assert choose(CPU, AMP_OPT_LEVEL='O1') == 'float16 autocast'
     for device, options, told in (
@@ -295,3 +296,14 @@ def test_default_is_fp32_on_a_cpu_and_published_o1_on_a_gpu(tiny_config):
     assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'), CPU)) == 'bfloat16 autocast'
     assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O0'), GPU)) == 'float32'
     assert str(build_precision(tiny_config(AMP_BACKEND='native'), GPU)) == 'float16 autocast'
+
+
+@torch.inference_mode()
+def test_bf16_logits_are_within_two_percent_of_fp32():
+    model = build('v1', 'tiny').eval()
+    x = images(1, 224)
+    exact = model(x)
+    with Precision('O1', torch.bfloat16, CPU).autocast():
+        low = model(x)
+    assert low.dtype is torch.bfloat16
+    assert 0 < (low.float() - exact).norm() < 0.02 * exact.norm()

@@ -57,7 +57,7 @@ class CocoDataset(Dataset):
         self.images = [image for image in tree['images'] if objects[image['id']] or not is_train]
         if not self.images:
             raise DataError(f'{self.annotation_file}: none of its images has an object to learn')
-        # Packed: as Python objects, COCO's would fill 3 GB anew in each loader process that touches them.
+        # Packed: as Python objects, COCO's would be copied anew into each loader process that touches them.
         self.objects = [pickle.dumps(objects[image['id']]) for image in self.images]
         left_out = len(tree['images']) - len(self.images)
         counts = {'images without objects': left_out, 'crowd regions': crowds, 'boxes without area': flat}
