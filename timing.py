@@ -66,7 +66,9 @@ def unavailable(setting: Setting, device: torch.device) -> str:
             return f'this GPU has no {setting.precision}'
         return ''
     if setting.precision == 'tf32' or setting.compile == 'graphs':
-        return f'{setting.precision}, {setting.compile}: for GPUs'
+        return f'{setting.precision}, {setting.compile}: for GPUs of NVIDIA'
+    if device.type != 'cpu':
+        return ''
     if setting.precision == 'bf16' and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 'this processor has no bf16 instructions'
     if setting.precision == 'fp16' and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -128,10 +130,14 @@ class Task:
 
     def warm_up(self) -> None:
         """Compile, and let libraries choose their algorithms and allocators their blocks."""
-        import torch._inductor.config as inductor  # seconds to import, for compiled networks only
+        if self.setting.compile != 'eager':
+            import torch._dynamo.config as dynamo  # seconds to import
+            import torch._inductor.config as inductor
 
-        with inductor.patch(freezing=self.setting.compile == 'frozen'):
-            self()
+            # Networks of a class count together, and PyTorch would run those after the eighth eagerly.
+            many = {'recompile_limit': 1000, 'accumulated_recompile_limit': 1000, 'fail_on_recompile_limit_hit': True}
+            with dynamo.patch(many), inductor.patch(freezing=self.setting.compile == 'frozen'):
+                self()
         for _ in range(2):
             self()
 
@@ -145,7 +151,7 @@ class Task:
     def peak_memory(self) -> int:
         """Most bytes at any time of a run after `warm_up`: what is held, and what the run allocates.
 
-        Workspace that libraries take from the system themselves is not in it.
+        Workspace that libraries take from the system themselves is not in it, nor what CUDA graphs keep for themselves.
         """
         if self.device.type == 'cuda':
             before = torch.cuda.memory_allocated(self.device)

@@ -195,6 +195,8 @@ class Trainer:
         """One update from the mean gradient of some batches; processes exchange gradients at the last batch only."""
         run, optimizer = self.run, self.state.optimizer
         loss, parts = torch.zeros((), device=run.process.device), {}
+        # Statistics of batch norms, into which a bad batch goes before the update is skipped
+        statistics = [(b, b.clone()) for b in self.state.model.buffers() if b.is_floating_point()]
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with synchronize_gradients(self.network, enabled=is_last):
@@ -208,6 +210,8 @@ class Trainer:
         bad_losses = all_reduce_sum((~loss.isfinite()).float())
         veto = self.guard.veto | (bad_losses > 0)
         norm, skipped = run.precision.step(optimizer, self.state.model, run.config.TRAIN.CLIP_GRAD, veto)
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(skipped, before, buffer))
         return Update(loss, norm, bad_losses, skipped, parts)
 
     def poll(self) -> None:

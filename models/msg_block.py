@@ -57,7 +57,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
 
-        self._kept_bias: tuple[tuple, Tensor] | None = None  # what it was made from, and the bias
+        self._kept_bias: tuple[tuple, tuple, Tensor] | None = None  # versions, what it was made from, and the bias
 
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (h, N, N)."""
@@ -76,13 +76,18 @@ class WindowAttention(nn.Module):
         sources = (self.relative_position_bias_table, self.rel_pos_msg)
         if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
             return self.position_bias().to(dtype).unsqueeze(0)
-        # Optimizers and load_state_dict count up the version; `_apply` and `train` drop what it does not tell.
-        key = (dtype, *((id(source), source.data_ptr(), source._version) for source in sources))
-        if self._kept_bias is None or self._kept_bias[0] != key:
+        # Most changes count up the version. What it does not tell drops the bias: `_apply`, `train`, and a forward pass
+        # with gradients, since a fused optimizer may step by them.
+        if any(source.grad is not None for source in sources):
+            self._kept_bias = None
+        versions = (dtype, *((source.data_ptr(), source._version) for source in sources))
+        kept = self._kept_bias  # read once: another thread may drop it
+        if kept is None or kept[0] != versions or any(a is not b for a, b in zip(kept[1], sources, strict=True)):
             bias = self.position_bias().to(dtype)
             N = bias.shape[-1]
-            self._kept_bias = key, F.pad(bias, (0, -N % 16))[..., :N].unsqueeze(0)
-        return self._kept_bias[1]
+            # With its sources, whose place in memory no others can take then.
+            kept = self._kept_bias = versions, sources, F.pad(bias, (0, -N % 16))[..., :N].unsqueeze(0)
+        return kept[2]
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._kept_bias = None
@@ -109,6 +114,8 @@ class WindowAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (windows, h, N, d)
         q = q[:, :, :queries]
         if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                self._kept_bias = None
             # Plain products: the fused kernels are slow where the bias wants a gradient.
             bias = self.position_bias()[:, :queries]
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)

@@ -273,7 +273,8 @@ def _check_channels(embed_dim: int, num_heads: Sequence[int], regions: Sequence[
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to a part of this module, and so to all its tokens."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return any(getattr(part, kind) for part in module.modules() for kind in hooks)
 
 
 def _init_linear(module: nn.Module) -> None:

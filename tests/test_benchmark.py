@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from config import ConfigError
@@ -60,7 +61,7 @@ def test_writes_table_figures_and_chart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['benchmark', *arguments])
     benchmark.main()
     out = capsys.readouterr().out
-    assert out.count('not run: tf32, eager: for GPUs') == 4
+    assert out.count('not run: tf32, eager: for GPUs of NVIDIA') == 4
     assert 'train, fp32, fastest of each, batch 2, 56 px: tiny eager, test_convnext eager: ' in out
     assert (tmp_path / 'of' / 'all.md').read_text().strip() in out
     report = json.loads((tmp_path / 'of' / 'all.json').read_text())
@@ -78,9 +79,45 @@ def test_writes_table_figures_and_chart(tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'of' / 'all.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_chart_of_one_size_has_bars(tmp_path):
+@pytest.mark.parametrize(
+    ('flags', 'told'),
+    [
+        (['swin_giant'], "error: no network 'swin_giant': give a config file"),
+        ([str(TINY), '--sizes', '28', '30'], 'error: image size 30 x 30: '),
+        ([str(TINY), '--modes', 'train', '--compile', 'frozen', '--sizes', '28'], 'error: nothing of this can be run'),
+        ([str(TINY), str(TINY), '--sizes', '28'], 'error: two of the networks have the same name'),
+        ([str(TINY), '--rounds', '0'], 'argument --rounds: 0 is not a whole number from 1 on'),
+        ([str(TINY), 'test_vit', '--best'], 'error: --best is of one network'),
+        ([str(TINY), '--sizes', '28', '--output', '/dev/null/of'], 'error: output folder /dev/null: '),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(monkeypatch, capsys, flags, told):
+    monkeypatch.setattr('sys.argv', ['benchmark', *flags, '--device', 'cpu'])
+    monkeypatch.setattr(benchmark, 'in_turns', lambda *_: pytest.fail('measures'))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert told in f'{stopped.value} {capsys.readouterr().err}'
+
+
+def test_best_prints_every_way(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['benchmark', str(TINY), '--best', '--sizes', '28', '--device', 'cpu'])
+    found = [('int8', Spread(1, 1, 1), 0.5), ('fp32', Spread(2, 2, 2), 0.0)]
+    monkeypatch.setattr(benchmark, 'find_best', lambda name, setting, error, rounds, device: ('fp32', found))
+    benchmark.main()
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        '| int8 | 1000.0 (1000.0 to 1000.0) | 0.5 |',
+        '| fp32 | 2000.0 (2000.0 to 2000.0) | 0 |',
+        'fastest with an error of at most 0.02: fp32',
+    ]
+
+
+def test_chart_of_one_size_has_bars(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, path, dpi: figures.append(figure))
     benchmark.draw([result('a', 'eager', 0.2), result('b', 'eager', 0.1)], tmp_path / 'bars.png')
-    assert (tmp_path / 'bars.png').stat().st_size > 5000
+    time, memory = figures[0].axes
+    assert [bar.get_width() for bar in time.patches] == [200, 100]
+    assert [bar.get_width() for bar in memory.patches] == [3, 3]
 
 
 def test_the_best_way_is_the_fastest_within_the_error(monkeypatch):

@@ -132,6 +132,8 @@ def test_a_file_in_another_format_is_told(coco, parts, told):
         ({'bbox': [float('nan'), 2, 3, 4]}, r'has the box \[nan'),
         ({'segmentation': []}, 'annotation 41, of 0.png, has no mask: write its "segmentation" as polygons'),
         ({'segmentation': [[1, 2, 3, 4]]}, 'has no mask'),
+        ({'segmentation': {'size': [40, 30], 'counts': [5, -1]}}, 'has a mask of size'),
+        ({'segmentation': {'size': [40, 30], 'counts': [5, 3]}}, 'has a mask of size'),
         ({'segmentation': {'counts': [48 * 64], 'size': [64, 48]}}, r'mask of size \[64, 48\].*\[48, 64\]'),
     ],
 )

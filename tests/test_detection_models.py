@@ -387,6 +387,7 @@ def _norm(x: torch.Tensor) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_batch_norm_of_two_processes_is_that_of_all_their_regions(tmp_path: Path):
     """Shares of different sizes: outputs, statistics and gradients."""
     with one_thread():

@@ -125,6 +125,7 @@ def test_evaluation_prints_the_table_writes_results_and_draws(tiny, coco):
     assert row.groups() == (f'{told["box_AP"]:.2f}', f'{told["box_AP50"]:.2f}')
 
 
+@pytest.mark.slow
 def test_two_processes(tiny, tmp_path, coco):
     """Training keeps the same statistics on both, is continued to the bit, and evaluates as one process does."""
     flags = ['-m', 'detection.main', '--cfg', TINY_DETECTOR, '--data-path', coco, '--output', tmp_path / 'output']

@@ -143,7 +143,7 @@ def test_the_bias_is_kept_in_evaluation():
 
 
 @pytest.mark.parametrize('parameter', ['relative_position_bias_table', 'rel_pos_msg'])
-@pytest.mark.parametrize('change', ['step', 'load', 'assign', 'no_grad', 'data', 'to', 'swap'])
+@pytest.mark.parametrize('change', ['step', 'adamw', 'load', 'assign', 'no_grad', 'data', 'to', 'swap'])
 def test_the_kept_bias_is_never_stale(change, parameter):
     attention = fill_(WindowAttention(16, 3, 4)).eval()
     x = torch.randn(6, 10, 16)
@@ -151,9 +151,11 @@ def test_the_kept_bias_is_never_stale(change, parameter):
     state = {k: v.clone() for k, v in attention.state_dict().items()}
     state[parameter][:] = state[parameter].flip(0) * 3
     tensor = getattr(attention, parameter)
-    if change == 'step':
+    if change in ('step', 'adamw'):
         attention(x).square().sum().backward()
-        torch.optim.SGD([tensor], lr=100.0).step()
+        evaluated(attention, x)  # between the gradients and the step
+        sgd = change == 'step'
+        (torch.optim.SGD([tensor], lr=100.0) if sgd else torch.optim.AdamW([tensor], lr=1.0, fused=True)).step()
         state[parameter] = tensor.detach().clone()
     elif change in ('load', 'assign'):
         attention.load_state_dict(state, assign=change == 'assign')
@@ -173,6 +175,23 @@ def test_the_kept_bias_is_never_stale(change, parameter):
     after = evaluated(attention, x)
     assert torch.equal(after, evaluated(fresh, x))
     assert not torch.allclose(after, before)
+
+
+def test_the_kept_bias_is_of_the_tensors_that_are_there():
+    attention = fill_(WindowAttention(16, 3, 4)).eval()
+    x = torch.randn(6, 10, 16)
+    parameters = dict(attention.named_parameters())
+    for factor in (1.0, 2.0, 3.0):  # each time freed, and allocated in the same place
+        swapped = {name: value * factor if 'bias_table' in name else value for name, value in parameters.items()}
+        plain = torch.func.functional_call(attention, swapped, x)
+        with torch.no_grad():
+            kept = torch.func.functional_call(attention, {k: v.detach().clone() for k, v in swapped.items()}, x)
+        torch.testing.assert_close(kept, plain)
+        del swapped, plain
+    copied = copy.deepcopy(attention)
+    with torch.no_grad():
+        copied.relative_position_bias_table.mul_(5)
+    torch.testing.assert_close(evaluated(copied, x), copied(x))
 
 
 def test_the_kept_bias_serves_both_modes_without_gradients():

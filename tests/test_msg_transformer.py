@@ -292,6 +292,16 @@ def test_defaults_are_tiny_with_drop_path():
 
 
 @pytest.mark.parametrize('training', [True, False])
+def test_backward_hooks_see_all_tokens_of_the_last_stage(training):
+    model = fill_(micro()).train(training)
+    shapes = []
+    model.layers[-1].register_full_backward_hook(lambda module, inputs, outputs: shapes.append('stage'))
+    model.layers[-1].blocks[-1].norm2.register_full_backward_hook(lambda module, i, o: shapes.append(o[0].shape))
+    F.cross_entropy(model(images(2, 56)), labels(2, 10)).backward()
+    assert shapes == [(2, 1, 1, 50, model.num_features), 'stage']
+
+
+@pytest.mark.parametrize('training', [True, False])
 def test_hooks_see_all_tokens_of_the_last_stage_and_change_nothing(training):
     plain = fill_(micro()).train(training)
     watched = copy.deepcopy(plain)

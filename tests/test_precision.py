@@ -227,7 +227,7 @@ def test_a_run_with_apex(apex, tiny_config, image_tree, monkeypatch):
     from checkpoint import load_checkpoint
     from tests.test_training import folder_of, records
 
-    monkeypatch.setattr(program, 'build_precision', lambda config, device: ApexPrecision('O1', apex))
+    monkeypatch.setattr(program, 'build_precision', lambda *_: ApexPrecision('O1', apex))
     config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__ACCUMULATION_STEPS='4')
     apex.scale = 2.0**10
     program.main(config)
@@ -261,7 +261,7 @@ def test_which_backend_is_chosen(apex, tiny_config):
         (GPU, {'AMP_BACKEND': 'apex', 'AMP_DTYPE': 'bfloat16'}, 'AMP_DTYPE is bfloat16, which Apex does not know'),
         (
             GPU,
-            {'AMP_BACKEND': 'apex', 'TEST__COMPILE': 'True'},
+            {'AMP_BACKEND': 'apex', 'compiles': True},
             'torch.compile cannot take in: write native',
         ),
         (GPU, {'AMP_OPT_LEVEL': 'O2', 'TRAIN__EMA_DECAY': '0.9'}, 'EMA_DECAY cannot average the half-precision'),

@@ -102,7 +102,7 @@ def test_peak_memory_is_what_is_held_and_what_a_run_allocates():
 
 def test_what_a_device_cannot_run_is_said(monkeypatch):
     assert unavailable(Setting('train', compile='frozen'), CPU) == 'frozen weights do not train'
-    assert unavailable(Setting(), CPU) == ''
+    assert unavailable(Setting(), CPU) == unavailable(Setting(precision='fp16'), torch.device('mps')) == ''
     assert 'for GPUs' in unavailable(Setting(precision='tf32'), CPU)
     assert 'for GPUs' in unavailable(Setting(compile='graphs'), CPU)
     for has in (True, False):

@@ -26,7 +26,7 @@ from launcher import choose_device
 from models import build_model
 from timing import COMPILES, MODES, PRECISIONS, Product, Setting, Spread, Task, in_turns, unavailable
 from tools.benchmark_chart import draw
-from utils import environment, mistakes_in_one_line
+from utils import environment, mistakes_in_one_line, writing_in
 
 PRODUCT = 'plain product'
 
@@ -218,14 +218,23 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--modes', nargs='+', choices=MODES, default=['inference'], help='train: forward, loss, backward, update')
     add('--precisions', nargs='+', choices=PRECISIONS, default=['fp32'], help='bf16 and fp16 are autocast')
     add('--compile', nargs='+', choices=COMPILES, default=['eager', 'compiled'], help='graphs: with CUDA graphs')
-    add('--batches', nargs='+', type=int, default=[8], metavar='N', help='images a run; 1 gives latency (8)')
-    add('--sizes', nargs='+', type=int, default=[224], metavar='N', help='side of the images, in pixels (224)')
-    add('--rounds', type=int, default=20, metavar='N', help='how often each is timed (20)')
+    add('--batches', nargs='+', type=_positive, default=[8], metavar='N', help='images a run; 1 gives latency (8)')
+    add('--sizes', nargs='+', type=_positive, default=[224], metavar='N', help='side of the images, in pixels (224)')
+    add('--rounds', type=_positive, default=20, metavar='N', help='how often each is timed (20)')
     add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], default='auto', help='auto takes a GPU if there is one')
-    add('--best', action='store_true', help='find the fastest way to run inference of the first network')
+    add('--best', action='store_true', help='find the fastest way to run inference of the one network; prints only')
     add('--max-error', type=float, default=0.02, metavar='X', help='of --best, relative to fp32 logits (0.02)')
     add('--output', type=Path, metavar='NAME', help='writes NAME.md, NAME.json and NAME.png (output/benchmark)')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.best and len(args.networks) > 1:
+        parser.error('--best is of one network')
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text} is not a whole number from 1 on')
+    return int(text)
 
 
 def main() -> None:
@@ -233,9 +242,20 @@ def main() -> None:
     args = parse_option()
     torch.manual_seed(0)
     with mistakes_in_one_line():
-        device = choose_device(args.device, None, 0)
-        for name in args.networks:
-            build_network(name, args.sizes[0])
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        ConfigError: a network or a setting that cannot be measured; before any is.
+    """
+    device = choose_device(args.device, None, 0)
+    for name, size in product(args.networks, args.sizes):
+        build_network(name, size)
+    if len({short(name) for name in args.networks}) < len(args.networks):
+        raise ConfigError('two of the networks have the same name: rename a config file')
     if args.best:
         setting = Setting(batch=args.batches[0], size=args.sizes[0])
         best, found = find_best(args.networks[0], setting, args.max_error, args.rounds, device)
@@ -254,6 +274,11 @@ def main() -> None:
             print(f'{_in_words(setting)}: not run: {reason}')
         else:
             settings.append(setting)
+    if not settings:
+        raise ConfigError('nothing of this can be run here: write other --precisions, --modes or --compile')
+    output = args.output or Path('output') / 'benchmark'
+    with writing_in(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
     results, lines = [], []
     for group in compare(args.networks, settings, args.rounds, device):
         results += group
@@ -262,12 +287,10 @@ def main() -> None:
     where = environment(device)
     text = '\n\n'.join([table(results), '\n'.join(lines), ' | '.join(f'{k} {v}' for k, v in where.items())]) + '\n'
     print(text)
-    output = args.output or Path('output') / 'benchmark'
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix('.md').write_text(text)
+    Path(f'{output}.md').write_text(text)
     records = {'environment': where, 'results': [result.record() for result in results]}
-    output.with_suffix('.json').write_text(json.dumps(records, indent=1) + '\n')
-    draw(results, output.with_suffix('.png'))
+    Path(f'{output}.json').write_text(json.dumps(records, indent=1) + '\n')
+    draw(results, Path(f'{output}.png'))
     print(f'wrote {output}.md, {output}.json, {output}.png')
 
 

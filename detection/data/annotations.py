@@ -93,16 +93,20 @@ def _check_shapes(annotation: dict[str, Any], image: dict[str, Any], where: str)
     if not (_are_numbers(box) and len(box) == 4 and box[2] >= 0 and box[3] >= 0):
         raise DataError(f'{where} has the box {box}: write [x, y, width, height] in pixels, or remove it')
     if isinstance(shape, dict):
-        if 'counts' not in shape or shape.get('size') != [image['height'], image['width']]:
+        counts, size = shape.get('counts'), [image['height'], image['width']]
+        runs = _are_numbers(counts) and min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]
+        if not (isinstance(counts, str) or runs) or shape.get('size') != size:
             raise DataError(
-                f'{where} has a mask of size {shape.get("size")}: write "counts", and "size" as the '
-                f"image's [height, width], {[image['height'], image['width']]}"
+                f'{where} has a mask of size {shape.get("size")}: write "size" as the image\'s [height, width], '
+                f'{size}, and as many pixels in "counts"'
             )
         return
-    # pycocotools takes a polygon of 4 numbers for a box
-    if not (
-        isinstance(shape, list) and shape and all(_are_numbers(p) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
-    ):
+    if isinstance(shape, list) and all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in shape):
+        # One of two corners has no area, and pycocotools would take it for a box.
+        annotation['segmentation'] = shape = [polygon for polygon in shape if len(polygon) >= 6]
+    else:
+        shape = []
+    if not shape:
         raise DataError(
             f'{where} has no mask: write its "segmentation" as polygons of three or more corners, or run lengths'
         )
