@@ -174,6 +174,7 @@ def evaluate_share(rank, world_size, coco, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_and_the_file_of_one(coco, tmp_path):
     evaluation, figures = evaluate(CocoDataset(coco, 'val'), range(7), guess_of)
     evaluation.write(tmp_path / 'alone.json')

@@ -85,6 +85,7 @@ def test_drawings_have_their_images_places_and_overwrite_none(digits, tmp_path):
         drawn_paths([tmp_path], tmp_path)
 
 
+@pytest.mark.slow
 def test_predictions_as_a_user_starts_them(digits, tmp_path):
     torch.manual_seed(0)
     names = [f'digit {number}' for number in range(10)]
@@ -112,6 +113,7 @@ def test_predictions_as_a_user_starts_them(digits, tmp_path):
         assert np.abs(cv2.resize(large, small.shape[1::-1]).astype(int) - small).max() > 60  # something is drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('tool', 'flags', 'message'),
     [
