@@ -19,6 +19,12 @@ from timing import Setting, Task
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Networks of a class count together, and PyTorch refuses to compile a ninth."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(('version', 'size'), GOLDEN)
 @torch.inference_mode()
 def test_recorded_outputs(version, size):
