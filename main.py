@@ -7,7 +7,6 @@ README has the commands for several GPUs and nodes.
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from models import build_model
 from optimizer import build_optimizer
 from precision import build_precision
 from timing import Spread, in_turns
-from trainer import Run, Trainer, progress
+from trainer import Run, Trainer, batches_short, progress
 from training_state import TrainingState
 from utils import (
     all_reduce_sum,
@@ -206,8 +205,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], 
             )
         poll()
     images = len(loader.dataset)
-    batches_of_rank_0 = math.ceil(math.ceil(images / process.world_size) / loader.batch_size)
-    for _ in range(len(loader), batches_of_rank_0):
+    for _ in range(batches_short(loader, process.world_size)):
         poll()
     result = Evaluation.from_sums(all_reduce_sum(sums))
     run.logger.info(f' * Acc@1 {result.acc1:.3f} Acc@5 {result.acc5:.3f}')

@@ -1,6 +1,7 @@
 """The training loop of any task: updates, evaluation after each epoch, checkpoints, and an orderly stop."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -263,3 +264,8 @@ def groups(batches: Iterable, size: int) -> Iterator[list]:
     batches = iter(batches)
     while group := list(islice(batches, size)):
         yield group
+
+
+def batches_short(loader: DataLoader, world_size: int) -> int:
+    """How many batches fewer this process's share of the evaluation images has than rank 0's, which is the largest."""
+    return math.ceil(math.ceil(len(loader.dataset) / world_size) / loader.batch_size) - len(loader)

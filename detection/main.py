@@ -7,7 +7,6 @@ README has the commands for several GPUs.
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from lr_scheduler import accumulation_steps, learning_rate_scale, updates_per_ep
 from optimizer import build_optimizer
 from precision import build_precision
 from timing import Spread, in_turns
-from trainer import Run, Trainer, progress
+from trainer import Run, Trainer, batches_short, progress
 from training_state import TrainingState
 from utils import distribute, environment, mistakes_in_one_line, set_arithmetic, set_seed, writing_in
 
@@ -224,8 +223,7 @@ def validate(
             )
         poll()
     images = len(loader.dataset)
-    batches_of_rank_0 = math.ceil(math.ceil(images / process.world_size) / loader.batch_size)
-    for _ in range(len(loader), batches_of_rank_0):
+    for _ in range(batches_short(loader, process.world_size)):
         poll()
     evaluation.finish()
     run.logger.info(f'{images} images:\n{evaluation.table()}')
