@@ -86,9 +86,13 @@ $(OUTPUT)/demo_detections_seed$(SEED)/drawn: $(DETECTION_RUN)/trained
 	$(PY) -m tools.predict_detection $(DIGITS_COCO)/val --limit 12 --cfg $(DETECTION_CONFIG) --resume $(LAST) --output $(@D)
 	touch $@
 
-demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(SEED)/drawn
+$(OUTPUT)/demo_detection_curves_seed$(SEED).png: $(DETECTION_RUN)/trained
+	$(PY) -m tools.plot --run $(DETECTION_RUN) --output $@
+
+demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(SEED)/drawn \
+		$(OUTPUT)/demo_detection_curves_seed$(SEED).png
 	@grep '^|' $<
-	@echo "Look at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
+	@echo "Look at $(OUTPUT)/demo_detection_curves_seed$(SEED).png and at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
 
 # One thread a process: the tests are small, and two processes share the cores.
 test: lint

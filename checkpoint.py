@@ -221,7 +221,7 @@ class CheckpointFolder:
 
 
 def load_weights(
-    model: nn.Module, checkpoint: dict[str, Any], path: str | Path, may_replace_head: bool = False
+    model: nn.Module, checkpoint: dict[str, Any], path: str | Path, replaceable: str | None = None
 ) -> bool:
     """Load a checkpoint's weights, every one of them.
 
@@ -229,17 +229,18 @@ def load_weights(
         model: the network, not wrapped.
         checkpoint: from `load_checkpoint`.
         path: where it came from, for messages.
-        may_replace_head: keep the network's own head if the checkpoint's has other classes.
+        replaceable: what the names of weights begin with (a regular expression) that are for the classes: the network
+            keeps its own if the checkpoint's are for others.
 
     Returns:
-        Whether the network kept its own head.
+        Whether the network kept weights of its own.
 
     Raises:
         CheckpointError: names the missing, unexpected and misshapen weights.
     """
     theirs, ours = dict(checkpoint['model']), model.state_dict()
-    heads = {name for name in theirs.keys() | ours.keys() if name.startswith('head.')}
-    replaced = may_replace_head and any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
+    heads = {name for name in theirs.keys() | ours.keys() if replaceable and re.match(replaceable, name)}
+    replaced = any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
     if replaced:
         theirs = {name: value for name, value in theirs.items() if name not in heads}
         theirs |= {name: value for name, value in ours.items() if name in heads}

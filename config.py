@@ -5,7 +5,7 @@ values derived at run time (scaled learning rates, rank, output folder) are loca
 """
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from config_tree import ConfigError, ConfigTree, get
 
-__all__ = ['TREE', 'ConfigError', 'changed_keys', 'check_job', 'get_config', 'load_config']
+__all__ = ['TREE', 'ConfigError', 'check_job', 'get_config', 'load_config']
 
 _C = CfgNode()
 
@@ -328,11 +328,6 @@ def get_config(args: Namespace) -> CfgNode:
         ConfigError: a file, key or value that cannot work.
     """
     return TREE.load_with_flags(args)
-
-
-def changed_keys(config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
-    """Keys that have changed since a checkpoint was saved; see `ConfigTree.changed_keys`."""
-    return TREE.changed_keys(config, saved)
 
 
 def check_job(config: CfgNode) -> None:

@@ -9,39 +9,26 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 from checkpoint import load_weights
-from config import changed_keys, get_config
+from config import TREE, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
-from job import continue_run, job_parser, load_start
-from launcher import start_process
-from logger import create_logger, peak_memory_mb
-from lr_scheduler import accumulation_steps, build_scheduler, learning_rate_scale, updates_per_epoch
+from job import continue_run, job_parser, load_start, prepare_training, started
+from logger import peak_memory_mb
+from lr_scheduler import build_scheduler, learning_rate_scale
 from models import build_model
 from optimizer import build_optimizer
-from precision import build_precision
 from timing import Spread, in_turns
 from trainer import Run, Trainer, batches_short, progress
-from training_state import TrainingState
-from utils import (
-    all_reduce_sum,
-    compiled,
-    distribute,
-    environment,
-    mistakes_in_one_line,
-    set_arithmetic,
-    set_seed,
-)
+from utils import all_reduce_sum, compiled, mistakes_in_one_line
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,34 +47,25 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(config: CfgNode) -> None:
     """Do the config's job in this process; its folder is `<OUTPUT>/<MODEL.NAME>/<TAG>`."""
-    set_arithmetic(config.TF32, config.DETERMINISTIC)
-    with start_process(config.DEVICE, config.LOCAL_RANK) as process:
-        set_seed(config.SEED + process.rank)
-        output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
-        logger = create_logger(output_dir, process.rank)
-        precision = build_precision(config, process.device, config.TRAIN.COMPILE or config.TEST.COMPILE)
-        run = Run(config, process, precision, output_dir, logger)
-        with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
-            logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
-            logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')
-            model = build_model(config).to(process.device)
-            parameters = sum(p.numel() for p in model.parameters())
-            logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
-            if config.THROUGHPUT_MODE:
-                throughput(run, run.precision.prepare(model)[0])
-                return
-            checkpoint = load_start(run, load_into(run, model))
-            if config.EVAL_MODE:
-                evaluate(run, run.precision.prepare(model)[0], checkpoint)
-            else:
-                train(run, model, checkpoint)
+    with started(config, compiles=config.TRAIN.COMPILE or config.TEST.COMPILE) as run:
+        model = build_model(config).to(run.process.device)
+        parameters = sum(p.numel() for p in model.parameters())
+        run.logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
+        if config.THROUGHPUT_MODE:
+            throughput(run, run.precision.prepare(model)[0])
+            return
+        checkpoint = load_start(run, not config.EVAL_MODE, load_into(run, model))
+        if config.EVAL_MODE:
+            evaluate(run, run.precision.prepare(model)[0], checkpoint)
+        else:
+            train(run, model, checkpoint)
 
 
 def load_into(run: Run, model: nn.Module) -> Callable[[dict[str, Any], str, bool], None]:
     """What puts a checkpoint's weights into the network, for `load_start`; a new run may have a new head."""
 
     def load(checkpoint: dict[str, Any], path: str, is_new_run: bool) -> None:
-        if load_weights(model, checkpoint, path, may_replace_head=is_new_run):
+        if load_weights(model, checkpoint, path, r'head\.' if is_new_run else None):
             run.logger.info(f'the head of {path} has other classes: a new one is trained')
 
     return load
@@ -95,7 +73,7 @@ def load_into(run: Run, model: nn.Module) -> Callable[[dict[str, Any], str, bool
 
 def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None:
     """Train to the last epoch, evaluating after each; continue the checkpoint if there is one."""
-    config, process, logger = run.config, run.process, run.logger
+    config, process = run.config, run.process
 
     # Data, loss
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
@@ -111,31 +89,12 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
     # Optimizer, schedule
     scale = learning_rate_scale(config, process.world_size)
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale)
-    model, optimizer = run.precision.prepare(model, optimizer)
-    network = distribute(model, process.device, config.DETERMINISTIC)  # with rank 0's weights on every rank
-    network = compiled(network, config.TRAIN.COMPILE, config.COMPILE_MODE)
-    steps_per_epoch = updates_per_epoch(config, len(train_loader))
-    images_per_batch = config.DATA.BATCH_SIZE * process.world_size
-
-    # Where to start
-    state = TrainingState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, steps_per_epoch, lr_scale=scale),
-        precision=run.precision,
-        sampler=train_loader.sampler,
-        device=process.device,
-        steps_per_epoch=steps_per_epoch,
-        images_per_epoch=images_per_batch * len(train_loader),
-        images_per_update=images_per_batch * accumulation_steps(config),
-        ema=ModelEmaV3(model, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
-        epoch=config.TRAIN.START_EPOCH,
+    network, state = prepare_training(
+        run, model, optimizer, train_loader, partial(build_scheduler, config, lr_scale=scale), config.TRAIN.START_EPOCH
     )
+    network = compiled(network, config.TRAIN.COMPILE, config.COMPILE_MODE)
     if checkpoint is not None:
-        continue_run(run, state, checkpoint, changed_keys(config, checkpoint.get('config', {})))
-    if state.epoch >= config.TRAIN.EPOCHS:
-        logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
-        return
+        continue_run(run, state, checkpoint, TREE.changed_keys(config, checkpoint.get('config', {})))
     entries = {'classes': eval_loader.dataset.classes}
     Trainer(run, state, network, train_loader, loss_of, figures_of, 'acc1', entries).fit()
 

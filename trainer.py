@@ -102,6 +102,9 @@ class Trainer:
         """
         run, state = self.run, self.state
         epochs = run.config.TRAIN.EPOCHS
+        if state.epoch >= epochs:
+            run.logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {epochs}')
+            return
         if run.process.rank == 0:
             run.logger.info(f'config:\n{run.config.dump()}')
             with writing_in(run.output_dir):

@@ -9,14 +9,13 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 from checkpoint import load_weights
@@ -28,16 +27,13 @@ from detection.models import build_detector
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from detection.schedule import build_scheduler
-from job import continue_run, job_parser, load_start
-from launcher import start_process
-from logger import create_logger, peak_memory_mb
-from lr_scheduler import accumulation_steps, learning_rate_scale, updates_per_epoch
+from job import continue_run, job_parser, load_start, prepare_training, started
+from logger import peak_memory_mb
+from lr_scheduler import learning_rate_scale
 from optimizer import build_optimizer
-from precision import build_precision
 from timing import Spread, in_turns
 from trainer import Run, Trainer, batches_short, progress
-from training_state import TrainingState
-from utils import distribute, environment, mistakes_in_one_line, set_arithmetic, set_seed, writing_in
+from utils import mistakes_in_one_line, writing_in
 
 # Images an update that the config's learning rate is for.
 PUBLISHED_BATCH = 16
@@ -59,35 +55,33 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(config: CfgNode) -> None:
     """Do the config's job in this process; its folder is `<OUTPUT>/<MODEL.NAME>/<TAG>`."""
-    set_arithmetic(config.TF32, config.DETERMINISTIC)
-    with start_process(config.DEVICE, config.LOCAL_RANK) as process:
-        set_seed(config.SEED + process.rank)
-        output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
-        logger = create_logger(output_dir, process.rank)
-        run = Run(config, process, build_precision(config, process.device), output_dir, logger)
-        with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
-            logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
-            logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')
-            model = build_detector(config).to(process.device)
-            logger.info(f'{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()):,} parameters')
-            checkpoint = load_start(run, load_into(run, model))
-            if config.BENCHMARK_MODE:
-                benchmark(run, run.precision.prepare(model)[0])
-            elif config.EVAL_MODE:
-                evaluate(run, run.precision.prepare(model)[0], checkpoint)
-            else:
-                train(run, model, checkpoint)
+    trains = not (config.EVAL_MODE or config.BENCHMARK_MODE)
+    with started(config) as run:
+        model = build_detector(config).to(run.process.device)
+        run.logger.info(f'{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()):,} parameters')
+        checkpoint = load_start(run, trains, load_into(run, model))
+        if trains:
+            train(run, model, checkpoint)
+        elif config.BENCHMARK_MODE:
+            benchmark(run, run.precision.prepare(model)[0])
+        else:
+            evaluate(run, run.precision.prepare(model)[0], checkpoint)
 
 
 def load_into(run: Run, model: Detector) -> Callable[[dict[str, Any], str, bool], None]:
-    """What puts a checkpoint's weights into the detector, for `load_start`; a new run may start from a classifier's."""
+    """What puts a checkpoint's weights into the detector, for `load_start`.
+
+    A new run may start from a classifier's, or from those of a detector of other classes.
+    """
 
     def load(checkpoint: dict[str, Any], path: str, is_new_run: bool) -> None:
         if is_new_run and not any(name.startswith('backbone.') for name in checkpoint['model']):
             load_classifier(model, checkpoint, path)
             run.logger.info(f'{path} is a classifier: its weights start the backbone')
         else:
-            load_weights(model, checkpoint, path)
+            of_classes = r'roi_heads\..*(logits|offsets)\.'
+            if load_weights(model, checkpoint, path, of_classes if is_new_run else None):
+                run.logger.info(f'{path} has other classes: the last layers of the heads are trained anew')
 
     return load
 
@@ -129,29 +123,9 @@ def train(run: Run, model: Detector, checkpoint: dict[str, Any] | None) -> None:
     model = synchronize_norms(model, process.device, process.world_size)
     scale = learning_rate_scale(config, process.world_size, PUBLISHED_BATCH)
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale, decay_biases=True)  # as published
-    model, optimizer = run.precision.prepare(model, optimizer)
-    network = distribute(model, process.device, config.DETERMINISTIC)  # with rank 0's weights on every rank
-    steps_per_epoch = updates_per_epoch(config, len(train_loader))
-    images_per_batch = config.DATA.BATCH_SIZE * process.world_size
-
-    # Where to start
-    state = TrainingState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer, steps_per_epoch),
-        precision=run.precision,
-        sampler=train_loader.sampler,
-        device=process.device,
-        steps_per_epoch=steps_per_epoch,
-        images_per_epoch=images_per_batch * len(train_loader),
-        images_per_update=images_per_batch * accumulation_steps(config),
-        ema=ModelEmaV3(model, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
-    )
+    network, state = prepare_training(run, model, optimizer, train_loader, partial(build_scheduler, config))
     if checkpoint is not None:
         continue_run(run, state, checkpoint, TREE.changed_keys(config, checkpoint.get('config', {})))
-    if state.epoch >= config.TRAIN.EPOCHS:
-        logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {config.TRAIN.EPOCHS}')
-        return
     entries = {'classes': class_names(eval_loader)}
     Trainer(run, state, network, train_loader, losses_of, figures_of, 'box_AP', entries, 'box AP').fit()
 

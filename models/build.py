@@ -1,5 +1,7 @@
 """A network from the config tree."""
 
+from typing import Any
+
 from torch import nn
 from yacs.config import CfgNode
 
@@ -17,24 +19,32 @@ def build_model(config: CfgNode) -> nn.Module:
     msg = config.MODEL.MSG
     return MSGTransformer(
         img_size=config.DATA.IMG_SIZE,
-        patch_size=msg.PATCH_SIZE,
         in_chans=msg.IN_CHANS,
         num_classes=config.MODEL.NUM_CLASSES,
-        embed_dim=msg.EMBED_DIM,
-        depths=msg.DEPTHS,
-        num_heads=msg.NUM_HEADS,
-        window_size=msg.WINDOW_SIZE,
-        mlp_ratio=msg.MLP_RATIO,
-        qkv_bias=msg.QKV_BIAS,
-        qk_scale=msg.QK_SCALE,
-        drop_rate=config.MODEL.DROP_RATE,
-        attn_drop_rate=config.MODEL.ATTN_DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
         ape=msg.APE,
-        patch_norm=msg.PATCH_NORM,
-        shuffle_size=msg.SHUF_SIZE,
-        manip_type=msg.MANIP_TYPE,
-        embed_type=msg.EMBED_TYPE,
-        merge_type=msg.MERGE_TYPE,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
+        **network_options(config),
     )
+
+
+def network_options(config: CfgNode) -> dict[str, Any]:
+    """The arguments of a network of any task, from `config.MODEL` and `TRAIN.USE_CHECKPOINT`; see `MSGTransformer`."""
+    msg = config.MODEL.MSG
+    return {
+        'patch_size': msg.PATCH_SIZE,
+        'embed_dim': msg.EMBED_DIM,
+        'depths': msg.DEPTHS,
+        'num_heads': msg.NUM_HEADS,
+        'window_size': msg.WINDOW_SIZE,
+        'mlp_ratio': msg.MLP_RATIO,
+        'qkv_bias': msg.QKV_BIAS,
+        'qk_scale': msg.QK_SCALE,
+        'drop_rate': config.MODEL.DROP_RATE,
+        'attn_drop_rate': config.MODEL.ATTN_DROP_RATE,
+        'drop_path_rate': config.MODEL.DROP_PATH_RATE,
+        'patch_norm': msg.PATCH_NORM,
+        'shuffle_size': msg.SHUF_SIZE,
+        'manip_type': msg.MANIP_TYPE,
+        'embed_type': msg.EMBED_TYPE,
+        'merge_type': msg.MERGE_TYPE,
+        'use_checkpoint': config.TRAIN.USE_CHECKPOINT,
+    }

@@ -53,4 +53,5 @@ def test_the_detector_finds_the_digits_of_images_it_has_not_seen(output):
     pictures = list((output / 'demo_detections_seed0').glob('*.jpg'))
     assert len(pictures) == 12
     assert all(min(cv2.imread(str(path)).shape[:2]) == 384 for path in pictures)
+    assert cv2.imread(str(output / 'demo_detection_curves_seed0.png')) is not None
     assert 'detection.main' not in make_demo(output, 0, 'demo-detection')

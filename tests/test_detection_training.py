@@ -148,7 +148,7 @@ def test_two_processes(tiny, tmp_path, coco):
     assert table == [line for line in done.stdout.splitlines() if line.startswith('| ')][-4:]
 
 
-def test_a_classifier_starts_a_detector_and_a_detector_another(tiny, tmp_path):
+def test_a_classifier_starts_a_detector_and_a_detector_another(tiny, tmp_path, capsys):
     msg = tiny().MODEL.MSG
     options = {'embed_dim': msg.EMBED_DIM, 'depths': msg.DEPTHS, 'num_heads': msg.NUM_HEADS}
     classifier = MSGTransformer(**options, shuffle_size=msg.SHUF_SIZE, num_classes=5)
@@ -166,6 +166,17 @@ def test_a_classifier_starts_a_detector_and_a_detector_another(tiny, tmp_path):
     second = load_checkpoint(folder_of(other) / 'ckpt_epoch_0.pth')['model']
     running = ('running_mean', 'running_var', 'num_batches_tracked')
     assert all(torch.equal(second[name], value) for name, value in first.items() if not name.endswith(running))
+    more = build_detector(tiny(MODEL__NUM_CLASSES='7')).state_dict()
+    torch.save({'model': more}, tmp_path / 'more.pth')
+    third = tiny(TAG='third', MODEL__PRETRAINED=str(tmp_path / 'more.pth'), **still)
+    program.main(third)
+    weights = load_checkpoint(folder_of(third) / 'ckpt_epoch_0.pth')['model']
+    assert {re.split(r'[.]', name)[-2] for name, value in more.items() if value.shape != weights[name].shape} == {
+        'logits', 'offsets', 'mask_fcn_logits'
+    }  # fmt: skip
+    taken = {name: value for name, value in more.items() if value.shape == weights[name].shape}
+    assert all(torch.equal(weights[name], value) for name, value in taken.items() if not name.endswith(running))
+    assert 'more.pth has other classes' in capsys.readouterr().out
 
 
 def test_benchmark(tiny, capsys, monkeypatch):

@@ -223,11 +223,12 @@ def test_apex_prepares_a_network_for_evaluation(apex):
 
 def test_a_run_with_apex(apex, tiny_config, image_tree, monkeypatch):
     """The whole program on the stand-in, which a CPU can run; its scale is saved and restored."""
+    import job
     import main as program
     from checkpoint import load_checkpoint
     from tests.test_training import folder_of, records
 
-    monkeypatch.setattr(program, 'build_precision', lambda *_: ApexPrecision('O1', apex))
+    monkeypatch.setattr(job, 'build_precision', lambda *_: ApexPrecision('O1', apex))
     config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__ACCUMULATION_STEPS='4')
     apex.scale = 2.0**10
     program.main(config)

@@ -3,6 +3,7 @@ import json
 import cv2
 import pytest
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 import main as program
@@ -80,15 +81,29 @@ def test_curves(tmp_path):
         read_epochs(run / 'metrics.jsonl')
 
 
+def test_curves_of_a_detector(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *_, **__: figures.append(figure))
+    figures_of_epochs = [{'train_loss': 3, 'lr': 0.1, 'box_AP': 20 + n, 'mask_AP': 10 + n} for n in range(2)]
+    records = [{'kind': 'epoch', 'epoch': n} | figures for n, figures in enumerate(figures_of_epochs)]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    plot(tmp_path, tmp_path / 'curves.png')
+    loss, accuracy, _ = figures[0].axes
+    assert [line.get_label() for line in loss.lines] == ['training (augmented)']
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[20, 21], [10, 11]]
+    assert accuracy.get_title() == 'Box AP 21.0 %, Mask AP 11.0 % at the end'
+
+
 def test_predictions(tiny_config, image_tree, tmp_path):
     config = tiny_config()
     model = fill_(build_model(config))
     images = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
     assert len(images) == 13
-    guesses = predict(config, model, ['class_0', 'class_1', 'class_2'], images, batch_size=5)
+    cpu = torch.device('cpu')
+    guesses = predict(config, model, ['class_0', 'class_1', 'class_2'], images, cpu, batch_size=5)
     assert [guess.truth for guess in guesses] == ['class_0'] * 4 + ['class_1'] * 4 + ['class_2'] * 4 + ['class_0']
     assert all(1 / 3 <= guess.probability <= 1 for guess in guesses)
-    alone = predict(config, model, ['a', 'b', 'c'], images[4:5])
+    alone = predict(config, model, ['a', 'b', 'c'], images[4:5], cpu)
     assert alone[0].truth is None
     assert alone[0].probability == pytest.approx(guesses[4].probability, rel=1e-5)
     draw_sheet(guesses, tmp_path / 'sheet.png')

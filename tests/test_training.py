@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from yacs.config import CfgNode
 
+import job
 import main as program
 from checkpoint import CheckpointError, load_checkpoint
 from config import load_config
@@ -459,8 +460,8 @@ def test_epochs_and_seeds_shuffle_differently(tiny_config, image_tree, monkeypat
 
 def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch):
     seeds = []
-    monkeypatch.setattr(program, 'start_process', lambda *_: contextlib.nullcontext(Process(3, 8, CPU)))
-    monkeypatch.setattr(program, 'set_seed', seeds.append)
+    monkeypatch.setattr(job, 'start_process', lambda *_: contextlib.nullcontext(Process(3, 8, CPU)))
+    monkeypatch.setattr(job, 'set_seed', seeds.append)
     monkeypatch.setattr(program, 'throughput', lambda *_: None)
     program.main(tiny_config(SEED='40', THROUGHPUT_MODE='True'))
     assert seeds == [43]

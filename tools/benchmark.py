@@ -25,6 +25,7 @@ from config import ConfigError, load_config
 from launcher import choose_device
 from models import build_model
 from timing import COMPILES, MODES, PRECISIONS, Product, Setting, Spread, Task, in_turns, unavailable
+from tools.arguments import positive
 from tools.benchmark_chart import draw
 from utils import environment, mistakes_in_one_line, writing_in
 
@@ -218,9 +219,9 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--modes', nargs='+', choices=MODES, default=['inference'], help='train: forward, loss, backward, update')
     add('--precisions', nargs='+', choices=PRECISIONS, default=['fp32'], help='bf16 and fp16 are autocast')
     add('--compile', nargs='+', choices=COMPILES, default=['eager', 'compiled'], help='graphs: with CUDA graphs')
-    add('--batches', nargs='+', type=_positive, default=[8], metavar='N', help='images a run; 1 gives latency (8)')
-    add('--sizes', nargs='+', type=_positive, default=[224], metavar='N', help='side of the images, in pixels (224)')
-    add('--rounds', type=_positive, default=20, metavar='N', help='how often each is timed (20)')
+    add('--batches', nargs='+', type=positive, default=[8], metavar='N', help='images a run; 1 gives latency (8)')
+    add('--sizes', nargs='+', type=positive, default=[224], metavar='N', help='side of the images, in pixels (224)')
+    add('--rounds', type=positive, default=20, metavar='N', help='how often each is timed (20)')
     add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], default='auto', help='auto takes a GPU if there is one')
     add('--best', action='store_true', help='find the fastest way to run inference of the one network; prints only')
     add('--max-error', type=float, default=0.02, metavar='X', help='of --best, relative to fp32 logits (0.02)')
@@ -229,12 +230,6 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.best and len(args.networks) > 1:
         parser.error('--best is of one network')
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text} is not a whole number from 1 on')
-    return int(text)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draw a run's curves from its metrics.jsonl: losses, top-1 accuracy and learning rate over the epochs.
+"""Draw a run's curves from its metrics.jsonl: losses, accuracy and learning rate over the epochs.
 
 python -m tools.plot --run output/msg_tiny_p4_win7_224/default --output curves.png
 """
@@ -10,6 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+# What metrics.jsonl calls the accuracies of classifiers and detectors.
+SCORES = {'acc1': 'Top-1 accuracy', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
 
 
 def read_epochs(path: Path) -> list[dict]:
@@ -42,14 +45,19 @@ def plot(run: Path, output: Path) -> None:
     figure = Figure(figsize=(12, 3.5), layout='constrained')
     loss, accuracy, rate = figure.subplots(1, 3)
     loss.plot(number, [record['train_loss'] for record in epochs], label='training (augmented)')
-    loss.plot(number, [record['val_loss'] for record in epochs], label='evaluation')
+    if 'val_loss' in epochs[0]:  # detectors have none
+        loss.plot(number, [record['val_loss'] for record in epochs], label='evaluation')
     loss.set_title('Loss')
     loss.set_ylim(bottom=0)
     loss.legend()
-    top1 = [record['acc1'] for record in epochs]
-    accuracy.plot(number, top1)
-    accuracy.set_title(f'Top-1 accuracy: {top1[-1]:.1f} % at the end')
+    scores = {name: title for name, title in SCORES.items() if name in epochs[0]}
+    for name, title in scores.items():
+        accuracy.plot(number, [record[name] for record in epochs], label=title)
+    at_the_end = ', '.join(f'{title} {epochs[-1][name]:.1f} %' for name, title in scores.items())
+    accuracy.set_title(f'{at_the_end} at the end')
     accuracy.set_ylabel('%')
+    if len(scores) > 1:
+        accuracy.legend()
     rate.plot(number, [record['lr'] for record in epochs])
     rate.set_title('Learning rate')
     for axes in (loss, accuracy, rate):

@@ -5,7 +5,6 @@
 An image argument is a file or a folder; in a tree of class folders, an image's folder is taken for its class.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -22,7 +21,9 @@ from checkpoint import load_checkpoint, load_weights
 from config import load_config
 from data.build import build_transform, image_mode
 from data.image_folder import DataError, load_image
+from launcher import choose_device
 from models import build_model
+from tools.arguments import pictures_parser
 from utils import mistakes_in_one_line
 
 
@@ -56,15 +57,21 @@ def some_of(images: list[Path], limit: int | None) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    config: CfgNode, model: nn.Module, classes: list[str], images: list[Path], batch_size: int = 64
+    config: CfgNode,
+    model: nn.Module,
+    classes: list[str],
+    images: list[Path],
+    device: torch.device,
+    batch_size: int = 64,
 ) -> list[Guess]:
     """Classify images, prepared as for evaluation.
 
     Args:
         config: of the network.
-        model: the network, with its weights.
+        model: the network, with its weights, on the device.
         classes: names of the network's classes.
         images: files.
+        device: where to compute.
         batch_size: images at a time.
     """
     transform, mode = build_transform(config, is_train=False), image_mode(config)
@@ -72,7 +79,7 @@ def predict(
     guesses = []
     for start in range(0, len(images), batch_size):
         paths = images[start : start + batch_size]
-        batch = torch.stack([transform(load_image(path, mode)) for path in paths])
+        batch = torch.stack([transform(load_image(path, mode)) for path in paths]).to(device)
         probabilities, labels = model(batch).softmax(dim=1).max(dim=1)
         for path, probability, label in zip(paths, probabilities.tolist(), labels.tolist(), strict=True):
             truth = path.parent.name if path.parent.name in classes else None
@@ -102,25 +109,18 @@ def draw_sheet(guesses: list[Guess], output: Path, columns: int = 8) -> None:
 
 def main() -> None:
     """Read the command line, print a line an image and draw the sheet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
-    add('--cfg', required=True, metavar='FILE', help='YAML config of the network')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
-    add('--output', type=Path, metavar='FILE', help='sheet of the images and guesses to draw')
-    add('--limit', type=int, metavar='N', help='take N of the images, chosen at random but always the same')
+    parser = pictures_parser(__doc__.splitlines()[0])
+    parser.add_argument('--output', type=Path, metavar='FILE', help='sheet of the images and guesses to draw')
     args = parser.parse_intermixed_args()
-    if args.limit is not None and args.limit < 1:
-        parser.error(f'--limit {args.limit}: write at least 1')
     with mistakes_in_one_line():
         config = load_config(args.cfg, args.opts)
-        model = build_model(config)
+        device = choose_device(config.DEVICE, None, config.LOCAL_RANK)
+        model = build_model(config).to(device)
         checkpoint = load_checkpoint(args.resume)
         load_weights(model, checkpoint, args.resume)
         images = some_of(find_images(args.images), args.limit)
         classes = checkpoint.get('classes') or [str(label) for label in range(config.MODEL.NUM_CLASSES)]
-        guesses = predict(config, model, classes, images)
+        guesses = predict(config, model, classes, images, device)
     for guess in guesses:
         print(f'{guess.path}\t{guess.name}\t{guess.probability:.3f}')
     judged = [guess for guess in guesses if guess.truth is not None]

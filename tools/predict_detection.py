@@ -5,7 +5,6 @@
 An image argument is a file or a folder; drawn images have the names, and in the folder the places, of the given ones.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from detection.config import load_config
 from detection.draw import draw_detections
 from detection.models import build_detector
 from launcher import choose_device
+from tools.arguments import pictures_parser
 from tools.predict import find_images, some_of
 from utils import mistakes_in_one_line
 
@@ -62,18 +62,11 @@ def drawn_paths(places: list[Path], output: Path) -> dict[Path, Path]:
 
 def main() -> None:
     """Read the command line, print a line an object and draw the images."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = pictures_parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
-    add('--cfg', required=True, metavar='FILE', help='YAML config of the detector')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add('--resume', required=True, metavar='FILE', help='checkpoint of the detector')
     add('--output', type=Path, required=True, metavar='DIR', help='folder to draw the images into')
     add('--score', type=float, metavar='S', help='lowest score that is told and drawn (SHOW_SCORE)')
-    add('--limit', type=int, metavar='N', help='take N of the images, chosen at random but always the same')
     args = parser.parse_intermixed_args()
-    if args.limit is not None and args.limit < 1:
-        parser.error(f'--limit {args.limit}: write at least 1')
     with mistakes_in_one_line():
         config = load_config(args.cfg, args.opts)
         least = config.SHOW_SCORE if args.score is None else args.score

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from detection.models.backbone import MSGBackbone
 from detection.models.cascade import CascadeHeads
 from detection.models.rpn import build_rpn
+from models.build import network_options
 
 
 class FeaturePyramid(nn.Module):
@@ -54,25 +55,7 @@ def build_detector(config: CfgNode) -> Detector:
         PyramidError: the channels do not divide, or the lists describe different numbers of stages.
     """
     msg = config.MODEL.MSG
-    body = MSGBackbone(
-        patch_size=msg.PATCH_SIZE,
-        embed_dim=msg.EMBED_DIM,
-        depths=msg.DEPTHS,
-        num_heads=msg.NUM_HEADS,
-        window_size=msg.WINDOW_SIZE,
-        mlp_ratio=msg.MLP_RATIO,
-        qkv_bias=msg.QKV_BIAS,
-        qk_scale=msg.QK_SCALE,
-        drop_rate=config.MODEL.DROP_RATE,
-        attn_drop_rate=config.MODEL.ATTN_DROP_RATE,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
-        patch_norm=msg.PATCH_NORM,
-        shuffle_size=msg.SHUF_SIZE,
-        manip_type=msg.MANIP_TYPE,
-        embed_type=msg.EMBED_TYPE,
-        merge_type=msg.MERGE_TYPE,
-        use_checkpoint=config.TRAIN.USE_CHECKPOINT,
-    )
+    body = MSGBackbone(**network_options(config))
     strides = [msg.PATCH_SIZE * 2**i for i in range(len(msg.DEPTHS) + 1)]
     return Detector(
         FeaturePyramid(body, config.MODEL.FPN_CHANNELS),
