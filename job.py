@@ -110,6 +110,17 @@ def load_start(run: Run, trains: bool, load: Callable[[dict[str, Any], str, bool
     return checkpoint if resume or not trains else None
 
 
+def compare_classes(run: Run, checkpoint: dict[str, Any], classes: list[str]) -> None:
+    """Warn where the data's classes are not those that a checkpoint, in the same order, was trained on."""
+    theirs = checkpoint.get('classes') or classes
+    different = [f'{ours} for {other}' for ours, other in zip(classes, theirs, strict=False) if ours != other]
+    if different:
+        run.logger.warning(
+            f'{len(different)} of the {len(classes)} classes are not those of the checkpoint ({different[0]}): '
+            f'accuracies mean nothing unless they are other names of the same'
+        )
+
+
 def prepare_training(
     run: Run,
     model: nn.Module,

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 from checkpoint import load_weights
 from config import TREE, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
-from job import continue_run, job_parser, load_start, prepare_training, started
+from job import compare_classes, continue_run, job_parser, load_start, prepare_training, started
 from logger import peak_memory_mb
 from lr_scheduler import build_scheduler, learning_rate_scale
 from models import build_model
@@ -93,15 +93,17 @@ def train(run: Run, model: nn.Module, checkpoint: dict[str, Any] | None) -> None
         run, model, optimizer, train_loader, partial(build_scheduler, config, lr_scale=scale), config.TRAIN.START_EPOCH
     )
     network = compiled(network, config.TRAIN.COMPILE, config.COMPILE_MODE)
+    classes = eval_loader.dataset.classes
     if checkpoint is not None:
+        compare_classes(run, checkpoint, classes)
         continue_run(run, state, checkpoint, TREE.changed_keys(config, checkpoint.get('config', {})))
-    entries = {'classes': eval_loader.dataset.classes}
-    Trainer(run, state, network, train_loader, loss_of, figures_of, 'acc1', entries).fit()
+    Trainer(run, state, network, train_loader, loss_of, figures_of, 'acc1', {'classes': classes}).fit()
 
 
 def evaluate(run: Run, model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Evaluate the checkpoint's weights, which the network has, and their average if it holds one."""
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
+    compare_classes(run, checkpoint, loader.dataset.classes)
     validate(run, model, loader)
     if 'model_ema' in checkpoint:
         average = copy.deepcopy(model)  # Apex keeps half-precision copies of the weights that a network had

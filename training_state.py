@@ -183,4 +183,5 @@ class TrainingState:
             ) from error
 
     def _position_schedule(self) -> None:
-        self.scheduler.step_update(max(self.updates - 1, 0))
+        if self.updates:  # the scheduler was made for the first
+            self.scheduler.step_update(self.updates - 1)

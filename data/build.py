@@ -62,7 +62,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
         DataError: the data cannot be used.
     """
     dataset = _open_split(config, 'val', build_transform(config, is_train=False))
-    return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size))
+    return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), config.DATA.BATCH_SIZE)
 
 
 def build_transform(config: CfgNode, is_train: bool) -> Callable:
@@ -179,17 +179,22 @@ def build_train_loader(
             f'{len(dataset)} training images make no full batch: DATA.BATCH_SIZE {size} on {world_size} '
             f'process(es) needs {size * world_size}: write a smaller --batch-size'
         )
-    return build_loader(config, SeededDataset(dataset, config.SEED), sampler, collate_fn, drop_last=True)
+    return build_loader(config, SeededDataset(dataset, config.SEED), sampler, size, collate_fn, drop_last=True)
 
 
 def build_loader(
-    config: CfgNode, dataset: Dataset, sampler: Sampler, collate_fn: Callable | None = None, drop_last: bool = False
+    config: CfgNode,
+    dataset: Dataset,
+    sampler: Sampler,
+    batch_size: int,
+    collate_fn: Callable | None = None,
+    drop_last: bool = False,
 ) -> DataLoader:
     """Batches of a data set, loaded as `DATA` says; see `build_train_loader` for the arguments."""
     workers = config.DATA.NUM_WORKERS
     return DataLoader(
         dataset,
-        batch_size=config.DATA.BATCH_SIZE,
+        batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate_fn,

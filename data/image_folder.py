@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
@@ -45,14 +46,22 @@ def open_folder(root: Path, transform: Callable, mode: str = 'RGB') -> ImageFold
     return ImageFolder(root, transform, loader=partial(load_image, mode=mode))
 
 
-def load_image(path: str | Path, mode: str = 'RGB') -> Image.Image:
-    """Read and decode one image.
+def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
+    """Read and decode one image; of 16 bits a pixel, the upper 8.
+
+    Args:
+        path: of the file.
+        mode: PIL mode: RGB, or L for one grey channel.
+        upright: turn the image as its camera says (EXIF). Data sets are read as they are, like everywhere.
 
     Raises:
         DataError: the file is not an image, or is cut short.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file) if upright else file
+            if image.mode.startswith('I;16'):  # which PIL would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert(mode)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(

@@ -57,12 +57,14 @@ _C.INPUT = CfgNode()
 _C.INPUT.FLIP = 0.5
 # Short side of training images, in pixels: one of these
 _C.INPUT.TRAIN_SHORT = list(range(480, 801, 32))
-# Longest side of any image, in pixels; goes before the short side
+# Longest side of an image that the network sees, in pixels; goes before the short side
 _C.INPUT.MAX_LONG = 1333
 # Probability that a training image is resized and cropped before
 _C.INPUT.CROP_PROB = 0.5
 # Short side of images before a crop, in pixels: one of these
 _C.INPUT.CROP_RESIZE = [400, 500, 600]
+# Longest side of images before a crop, in pixels
+_C.INPUT.CROP_MAX_LONG = 4200
 # Sides of a crop, smallest and largest, in pixels
 _C.INPUT.CROP_SIZE = [384, 600]
 # Short side of evaluation images, in pixels
@@ -158,6 +160,7 @@ _RANGES = {
     'INPUT.MAX_LONG': (1, _INF),
     'INPUT.CROP_PROB': (0, 1),
     'INPUT.CROP_RESIZE': (1, _INF),
+    'INPUT.CROP_MAX_LONG': (1, _INF),
     'INPUT.CROP_SIZE': (1, _INF),
     'INPUT.TEST_SHORT': (1, _INF),
     'MODEL.NUM_CLASSES': (1, _INF),

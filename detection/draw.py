@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 LEGIBLE = 400  # pixels of a short side
+LARGEST = 4000  # pixels of a long side of an enlarged image
 FONT = str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf')
 
 
@@ -26,7 +27,8 @@ def draw_detections(
         names: of the labels, from that of label 1 on.
         threshold: lowest score that is drawn.
     """
-    factor = max(round(LEGIBLE / min(image.shape[1:])), 1)
+    short, long = sorted(image.shape[1:])
+    factor = max(min(round(LEGIBLE / short), LARGEST // long), 1)
     picture = F.interpolate(image[None].cpu(), scale_factor=factor, mode='bilinear')[0]
     picture = (picture * 255).round().clamp(0, 255).to(torch.uint8)
     scores = detections['scores'].cpu()

@@ -27,7 +27,7 @@ from detection.models import build_detector
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from detection.schedule import build_scheduler
-from job import continue_run, job_parser, load_start, prepare_training, started
+from job import compare_classes, continue_run, job_parser, load_start, prepare_training, started
 from logger import peak_memory_mb
 from lr_scheduler import learning_rate_scale
 from optimizer import build_optimizer
@@ -124,9 +124,11 @@ def train(run: Run, model: Detector, checkpoint: dict[str, Any] | None) -> None:
     scale = learning_rate_scale(config, process.world_size, PUBLISHED_BATCH)
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale, decay_biases=True)  # as published
     network, state = prepare_training(run, model, optimizer, train_loader, partial(build_scheduler, config))
+    classes = class_names(eval_loader)
     if checkpoint is not None:
+        compare_classes(run, checkpoint, classes)
         continue_run(run, state, checkpoint, TREE.changed_keys(config, checkpoint.get('config', {})))
-    entries = {'classes': class_names(eval_loader)}
+    entries = {'classes': classes}
     Trainer(run, state, network, train_loader, losses_of, figures_of, 'box_AP', entries, 'box AP').fit()
 
 
@@ -136,6 +138,7 @@ def evaluate(run: Run, model: Detector, checkpoint: dict[str, Any]) -> None:
     What is found is written into the run's folder: `results.json`, and `results_average.json`.
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
+    compare_classes(run, checkpoint, class_names(loader))
     validate(run, model, loader, show=run.config.SHOW).write(run.output_dir / 'results.json')
     if 'model_ema' in checkpoint:
         average = copy.deepcopy(model)

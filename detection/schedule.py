@@ -5,7 +5,14 @@ from timm.scheduler import MultiStepLRScheduler
 from yacs.config import CfgNode
 
 
-def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> MultiStepLRScheduler:
+class UpdateSchedule(MultiStepLRScheduler):
+    """Rates by update: `step_update(k)`, called after update k, sets that of update k + 1."""
+
+    def _get_lr(self, t: int) -> list[float]:
+        return super()._get_lr(t + 1)
+
+
+def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> UpdateSchedule:
     """The schedule of `TRAIN`; call its `step_update(k)` after update k, as of the root's lr_scheduler.py.
 
     Args:
@@ -14,10 +21,10 @@ def build_scheduler(config: CfgNode, optimizer: torch.optim.Optimizer, steps_per
         steps_per_epoch: updates in an epoch.
     """
     train = config.TRAIN
-    return MultiStepLRScheduler(
+    return UpdateSchedule(
         optimizer,
-        # timm drops one update before the one it is told, so update 27 n, which runs at 27 n - 1, is the first to drop.
-        decay_t=[epoch * steps_per_epoch for epoch in train.LR_SCHEDULER.DECAY_EPOCHS],
+        # timm drops one update before the one it is told.
+        decay_t=[epoch * steps_per_epoch + 1 for epoch in train.LR_SCHEDULER.DECAY_EPOCHS],
         decay_rate=train.LR_SCHEDULER.DECAY_RATE,
         warmup_t=train.WARMUP_STEPS,
         warmup_lr_init=train.WARMUP_FACTOR * optimizer.param_groups[0]['lr'],

@@ -15,6 +15,7 @@ from torchvision import transforms
 
 from data import DataError, build_criterion, build_eval_loader, build_loaders, build_mixup
 from data.build import build_transform
+from data.image_folder import load_image
 from data.samplers import ShardSampler
 from tests.conftest import write_images
 
@@ -92,6 +93,16 @@ def test_grey_images_for_a_network_of_one_channel(tiny_config, image_tree):
         assert next(iter(loader))[0].shape == (4, 1, 28, 28)
     with pytest.raises(DataError, match='IN_CHANS is 4.*write 3 or 1'):
         build_eval_loader(tiny_config(MODEL__MSG__IN_CHANS='4', DATA__DATA_PATH=str(image_tree)))
+
+
+def test_pictures_are_turned_where_asked_and_16_bits_are_not_clipped(tmp_path):
+    turned = Image.new('RGB', (4, 2), 'red')
+    turned.getexif()[0x0112] = 6  # a quarter to the right
+    turned.save(tmp_path / 'turned.jpg', exif=turned.getexif())
+    assert load_image(tmp_path / 'turned.jpg').size == (4, 2)
+    assert load_image(tmp_path / 'turned.jpg', upright=True).size == (2, 4)
+    Image.fromarray(np.array([[0, 256, 40000, 65535]], dtype=np.uint16)).save(tmp_path / 'deep.png')
+    assert np.asarray(load_image(tmp_path / 'deep.png', 'L')).tolist() == [[0, 1, 156, 255]]
 
 
 def test_loaders(tiny_config, image_tree):

@@ -197,4 +197,5 @@ def test_drawing_shows_what_is_likely_and_nothing_else(coco):
     np.testing.assert_array_equal(plain, wide.permute(1, 2, 0).numpy())
     large = torch.rand(3, 500, 600)
     assert draw_detections(large, none_of(target), names).size == (600, 500)
+    assert draw_detections(torch.rand(3, 3, 900), none_of(target), names).size == (3600, 12)
     assert len({color_of(label) for label in range(1, 81)}) == 80

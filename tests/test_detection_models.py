@@ -18,6 +18,7 @@ from detection.models.cascade import CascadeHeads, Regions, crop_masks, mask_los
 from detection.models.norm import SyncBatchNorm, synchronize_norms
 from detection.models.pooler import AlignedPooler
 from detection.models.rpn import StridedAnchors
+from detection.models.transform import paste_masks
 from models import MSGTransformer
 from optimizer import weight_decay_groups
 from tests.conftest import ROOT, one_thread
@@ -112,7 +113,8 @@ def test_anchors_keep_their_strides_and_their_precision():
     torch.testing.assert_close((last[:, :2] + last[:, 2:]) / 2, torch.tensor([[19 * 64.0, 12 * 64.0]] * 3))
     size = last[:, 2:] - last[:, :2]
     torch.testing.assert_close(size[1], torch.tensor([512.0, 512.0]))
-    assert (size[:, 1] / size[:, 0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.01)
+    assert (size[:, 1] / size[:, 0]).tolist() == pytest.approx([0.5, 1, 2])
+    assert size.prod(dim=1).tolist() == pytest.approx([512.0**2] * 3)
 
 
 def test_a_stage_samples_by_its_own_overlap_and_has_the_objects_themselves():
@@ -181,6 +183,42 @@ def test_masks_are_cut_out_of_their_objects():
     assert (cropped[1] == (torch.arange(28) >= 14)).all()
     assert (cropped[2] == (torch.arange(28) < 14)[:, None]).all()
     assert crop_masks(target['masks'], boxes[:0], torch.zeros(0), 28).shape == (0, 28, 28)
+
+
+def test_a_mask_that_is_cut_out_and_pasted_back_is_the_same():
+    """Small objects too, at boxes between the pixels, as the shape of a disc shows."""
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing='ij')
+    centres = torch.tensor([[10.0, 10.0, 5.0], [32.3, 20.6, 8.0], [45.5, 30.2, 16.0]])
+    discs = torch.stack([(x + 0.5 - cx) ** 2 + (y + 0.5 - cy) ** 2 < radius**2 for cx, cy, radius in centres])
+    boxes = torch.cat((centres[:, :2] - centres[:, 2:], centres[:, :2] + centres[:, 2:]), dim=1)
+    cut = crop_masks(discs, boxes, torch.arange(3), side=28)
+    pasted = paste_masks(cut[:, None], boxes, (48, 64))[:, 0] > 0.5
+    overlaps = (pasted & discs).sum(dim=(1, 2)) / (pasted | discs).sum(dim=(1, 2))
+    assert overlaps.tolist() == pytest.approx([1, 1, 1], abs=0.02)
+
+
+def test_masks_cover_the_pixels_whose_centres_are_in_their_boxes():
+    boxes = torch.tensor([[2.4, 1.6, 5.6, 4.4], [-3, -3, 2, 2], [60, 40, 80, 50], [7, 7, 7, 9], [70, 9, 80, 20]])
+    pasted = paste_masks(torch.ones(5, 1, 28, 28, dtype=torch.float16), boxes, (48, 64))
+    assert pasted.dtype == torch.float32
+    for mask, (rows, columns) in zip(
+        pasted[:3, 0], [((2, 4), (2, 6)), ((0, 2), (0, 2)), ((40, 48), (60, 64))], strict=True
+    ):
+        inside = torch.zeros(48, 64, dtype=torch.bool)
+        inside[slice(*rows), slice(*columns)] = True
+        assert torch.equal(mask > 0.5, inside)
+    assert not pasted[3:].any()  # no width, outside
+    half = torch.zeros(1, 1, 2, 2)
+    half[..., 0] = 1  # the left half
+    (values,) = paste_masks(half, torch.tensor([[10.0, 10.0, 18.0, 18.0]]), (48, 64))[0]
+    assert values[14, 12:16].tolist() == pytest.approx([1 - 1 / 8, 1 - 3 / 8, 1 - 5 / 8, 1 - 7 / 8])
+
+
+def test_an_image_of_a_pixel_by_thousands_is_searched():
+    detector = build_detector(tiny()).eval()
+    with torch.inference_mode():
+        (found,) = detector([torch.rand(3, 1, 2000)])
+    assert found['masks'].shape[2:] == (1, 2000)
 
 
 def test_the_loss_of_masks_is_that_of_the_right_class():

@@ -81,8 +81,14 @@ def test_drawings_have_their_images_places_and_overwrite_none(digits, tmp_path):
         drawn_paths([train, val], tmp_path)
     with pytest.raises(DataError, match=r'000001.jpg would be overwritten: write another --output'):
         drawn_paths([val], digits / 'val')
+    for output in (digits, digits / 'drawn'):
+        with pytest.raises(DataError, match='is in .*, with the images: write another'):
+            drawn_paths([digits], output)
+    (tmp_path / 'none').mkdir()
     with pytest.raises(DataError, match='no images in'):
-        drawn_paths([tmp_path], tmp_path)
+        drawn_paths([tmp_path / 'none'], tmp_path)
+    with pytest.raises(DataError, match='nowhere does not exist: give image files or folders'):
+        drawn_paths([tmp_path / 'nowhere'], tmp_path)
 
 
 @pytest.mark.slow

@@ -75,10 +75,11 @@ def test_learning_rates_are_the_recipes(tiny):
     scheduler = build_scheduler(config, optimizer, steps_per_epoch=10)
     rates = []
     for update in range(40):
-        scheduler.step_update(max(update - 1, 0))  # as `TrainingState` does before update k
+        if update:  # as `TrainingState` does before update k
+            scheduler.step_update(update - 1)
         rates.append(optimizer.param_groups[0]['lr'])
-    ramp = [0.001 + 0.999 * max(update - 1, 0) / 5 for update in range(6)]
-    assert rates == pytest.approx(ramp + [1.0] * 14 + [0.1] * 10 + [0.01] * 10)
+    ramp = [0.001 + 0.999 * update / 5 for update in range(5)]
+    assert rates == pytest.approx(ramp + [1.0] * 15 + [0.1] * 10 + [0.01] * 10)
 
 
 def test_the_learning_rate_is_for_16_images_and_a_continued_run_keeps_it(tiny):
@@ -103,7 +104,7 @@ def test_a_continued_run_ends_with_the_same_bits(tiny, options):
     assert 'not bit for bit: SEED has changed' in (folder_of(other) / 'log_rank0.txt').read_text()
 
 
-def test_evaluation_prints_the_table_writes_results_and_draws(tiny, coco):
+def test_evaluation_prints_the_table_writes_results_and_draws(tiny, coco, capsys):
     config = tiny(MODEL__BOX__SCORE='0.0', TRAIN__EMA_DECAY='0.5')
     program.main(config)
     path = str(folder_of(config) / 'ckpt_epoch_1.pth')
@@ -123,6 +124,13 @@ def test_evaluation_prints_the_table_writes_results_and_draws(tiny, coco):
     row = re.search(r'\| box \| ([\d.]+) \| ([\d.]+)', (folder / 'log_rank0.txt').read_text())
     told = records(config, 'epoch')[-1]
     assert row.groups() == (f'{told["box_AP"]:.2f}', f'{told["box_AP50"]:.2f}')
+    # Whatever the batch of training, and the names of the classes
+    tree = read_tree(coco, 'val')
+    write_tree(coco, 'val', tree | {'categories': [tree['categories'][0] | {'name': 'crate'}, *tree['categories'][1:]]})
+    other = tiny(TAG='other', DATA__BATCH_SIZE='3', **options)
+    program.main(other)
+    assert (folder_of(other) / 'results.json').read_bytes() == (folder / 'results.json').read_bytes()
+    assert '1 of the 3 classes are not those of the checkpoint (crate for box)' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -140,12 +148,14 @@ def test_two_processes(tiny, tmp_path, coco):
     assert 'bit for bit as if it had not stopped' in done.stdout
     assert differences(last(whole), last(tiny(TAG='again'))) == []
 
-    one = tiny(
-        TAG='one', EVAL_MODE='True', MODEL__RESUME=str(folder_of(whole) / 'ckpt_epoch_1.pth'), MODEL__BOX__SCORE='0.0'
-    )
+    path = str(folder_of(whole) / 'ckpt_epoch_1.pth')
+    one = tiny(TAG='one', EVAL_MODE='True', MODEL__RESUME=path, MODEL__BOX__SCORE='0.0', DATA__BATCH_SIZE='2')
     program.main(one)
-    table = [line for line in (folder_of(one) / 'log_rank0.txt').read_text().splitlines() if line.startswith('| ')]
-    assert table == [line for line in done.stdout.splitlines() if line.startswith('| ')][-4:]
+    done = start(*TORCHRUN, *flags, '--tag', 'both', '--eval', '--resume', path, *batch)
+    assert done.returncode == 0, done.stderr
+    found = [(folder_of(tiny(TAG=tag)) / 'results.json').read_bytes() for tag in ('one', 'both')]
+    assert len(json.loads(found[0])) > 4
+    assert found[0] == found[1]
 
 
 def test_a_classifier_starts_a_detector_and_a_detector_another(tiny, tmp_path, capsys):

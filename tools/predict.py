@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
 from torchvision.datasets.folder import is_image_file
 from yacs.config import CfgNode
@@ -40,10 +39,12 @@ def find_images(places: list[Path]) -> list[Path]:
     """The images among files and below folders.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or a place does not exist.
     """
     images = []
     for place in places:
+        if not place.exists():
+            raise DataError(f'{place} does not exist: give image files or folders')
         images += sorted(filter(lambda path: is_image_file(path.name), place.rglob('*'))) if place.is_dir() else [place]
     if not images:
         raise DataError(f'no images in {", ".join(map(str, places))}')
@@ -79,7 +80,7 @@ def predict(
     guesses = []
     for start in range(0, len(images), batch_size):
         paths = images[start : start + batch_size]
-        batch = torch.stack([transform(load_image(path, mode)) for path in paths]).to(device)
+        batch = torch.stack([transform(load_image(path, mode, upright=True)) for path in paths]).to(device)
         probabilities, labels = model(batch).softmax(dim=1).max(dim=1)
         for path, probability, label in zip(paths, probabilities.tolist(), labels.tolist(), strict=True):
             truth = path.parent.name if path.parent.name in classes else None
@@ -95,8 +96,7 @@ def draw_sheet(guesses: list[Guess], output: Path, columns: int = 8) -> None:
     for axes in grid.flat:
         axes.axis('off')
     for axes, guess in zip(grid.flat, guesses, strict=False):
-        with Image.open(guess.path) as image:
-            axes.imshow(image.convert('RGB'))
+        axes.imshow(load_image(guess.path, upright=True))
         wrong = guess.truth not in (None, guess.name)
         axes.set_title(
             f'{guess.name} ({guess.probability:.0%})' + (f'\nis {guess.truth}' if wrong else ''),

@@ -37,7 +37,7 @@ def detect(
     """
     model.eval()
     for path in images:
-        image = pil_to_tensor(load_image(path)).to(device).float() / 255
+        image = pil_to_tensor(load_image(path, upright=True)).to(device).float() / 255
         [found] = model([image])
         yield path, image, found
 
@@ -50,11 +50,14 @@ def drawn_paths(places: list[Path], output: Path) -> dict[Path, Path]:
     """
     paths = {}
     for place in places:
+        if place.resolve() in (output.resolve(), *output.resolve().parents):
+            raise DataError(f'--output {output} is in {place}, with the images: write another')
         for image in find_images([place]):
             paths[image] = output / (image.relative_to(place) if place.is_dir() else image.name)
-    for image, drawn in paths.items():
-        if drawn.resolve() == image.resolve():
-            raise DataError(f'{image} would be overwritten: write another --output')
+    images = {image.resolve() for image in paths}
+    for drawn in paths.values():
+        if drawn.resolve() in images:
+            raise DataError(f'{drawn} would be overwritten: write another --output')
     if len(set(paths.values())) < len(paths):
         raise DataError('several images have the same name: give the folder that they are all in, or fewer of them')
     return paths

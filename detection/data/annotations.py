@@ -6,6 +6,7 @@ Shapes: n objects, an image of H x W pixels.
 import json
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from data import DataError
+
+# What these keys hold, in whatever part of a file.
+_TYPES = {'id': int, 'image_id': int, 'category_id': int, 'width': int, 'height': int, 'file_name': str, 'name': str}
 
 # What the parts of a file must say of each of their entries.
 _KEYS = {
@@ -40,13 +44,18 @@ def read_annotations(path: Path) -> dict[str, Any]:
         for number, entry in enumerate(tree[part]):
             if missing := [key for key in keys if key not in entry]:
                 raise DataError(f'{path}: entry {number} of "{part}" has no {", ".join(missing)}: add it')
+            if wrong := [key for key in _TYPES.keys() & entry.keys() if not _is_a(entry[key], _TYPES[key])]:
+                kind = 'text' if _TYPES[wrong[0]] is str else 'a whole number'
+                raise DataError(
+                    f'{path}: entry {number} of "{part}" has the {wrong[0]} {entry[wrong[0]]!r}: write {kind}'
+                )
     for part in ('images', 'categories'):
         if not tree[part]:
             raise DataError(f'annotation file {path} has no {part}')
         if double := _first_double(entry['id'] for entry in tree[part]):
             raise DataError(f'{path}: two of the {part} have the id {double[0]}: give each its own')
     for image in tree['images']:
-        if not all(isinstance(image[side], int) and image[side] > 0 for side in ('width', 'height')):
+        if not min(image['width'], image['height']) > 0:
             raise DataError(f'{path}: image {image["file_name"]} has no width and height in pixels: write them')
     images = {image['id']: image for image in tree['images']}
     categories = {category['id'] for category in tree['categories']}
@@ -61,8 +70,14 @@ def read_annotations(path: Path) -> dict[str, Any]:
         image = images[annotation['image_id']]
         _check_shapes(annotation, image, f'{where}, of {image["file_name"]},')
         annotation['id'] = number
-        annotation.setdefault('iscrowd', 0)
-        if 'area' not in annotation:
+        if annotation.setdefault('iscrowd', 0) not in (0, 1):
+            raise DataError(f'{where} has iscrowd {annotation["iscrowd"]!r}: write 0 or 1')
+        if 'area' in annotation:
+            if not (_are_numbers([annotation['area']]) and annotation['area'] >= 0):
+                raise DataError(
+                    f'{where} has the area {annotation["area"]!r}: write the pixels of its mask, or leave it out'
+                )
+        else:
             annotation['area'] = float(coco_mask.area(to_rle(annotation['segmentation'], image)))
     tree.setdefault('info', {})
     return tree
@@ -94,14 +109,21 @@ def _check_shapes(annotation: dict[str, Any], image: dict[str, Any], where: str)
         raise DataError(f'{where} has the box {box}: write [x, y, width, height] in pixels, or remove it')
     if isinstance(shape, dict):
         counts, size = shape.get('counts'), [image['height'], image['width']]
-        runs = _are_numbers(counts) and min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]
-        if not (isinstance(counts, str) or runs) or shape.get('size') != size:
+        runs = _run_lengths(counts) if isinstance(counts, str) else counts
+        are_runs = isinstance(runs, list) and all(_is_a(run, int) and run >= 0 for run in runs)
+        if not (are_runs and sum(runs) == size[0] * size[1]) or shape.get('size') != size:
             raise DataError(
                 f'{where} has a mask of size {shape.get("size")}: write "size" as the image\'s [height, width], '
                 f'{size}, and as many pixels in "counts"'
             )
         return
     if isinstance(shape, list) and all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in shape):
+        sides = image['width'], image['height']
+        for place, side in ((place, side) for polygon in shape for place, side in zip(polygon, cycle(sides))):
+            if not -side <= place <= 2 * side:  # pycocotools fills memory with the outlines of such
+                raise DataError(
+                    f'{where} has a corner at {place}, far outside of the image: move it, or remove the mask'
+                )
         # One of two corners has no area, and pycocotools would take it for a box.
         annotation['segmentation'] = shape = [polygon for polygon in shape if len(polygon) >= 6]
     else:
@@ -110,6 +132,29 @@ def _check_shapes(annotation: dict[str, Any], image: dict[str, Any], where: str)
         raise DataError(
             f'{where} has no mask: write its "segmentation" as polygons of three or more corners, or run lengths'
         )
+
+
+def _run_lengths(text: str) -> list[int]:
+    """The run lengths in COCO's compressed form; -1 of what is not in it.
+
+    Each is in characters of five bits, lowest first, and from the fourth on the difference to the last but one.
+    """
+    runs: list[int] = []
+    value = bits = 0
+    for code in (ord(character) - 48 for character in text):
+        if not 0 <= code < 64 or bits > 40:
+            return [-1]
+        value |= (code & 31) << bits
+        bits += 5
+        if not code & 32:  # the last of a number
+            value -= (1 << bits) if code & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = bits = 0
+    return [-1] if bits else runs
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Any) -> bool:

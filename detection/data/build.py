@@ -38,13 +38,17 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
 
 
 def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Batches of this process's share of the evaluation images; all processes together see each image once.
+    """This process's share of the evaluation images, one a batch; all processes together see each image once.
+
+    What a detector finds on an image depends a little on how far the largest of its batch pads it, and must not depend
+    on which images those are.
 
     Raises:
         DataError: the data cannot be used.
     """
     dataset = _open_split(config, config.DATA.VAL_SPLIT)
-    return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), collate_fn=collate)
+    sampler = ShardSampler(len(dataset), rank, world_size)
+    return build_loader(config, dataset, sampler, batch_size=1, collate_fn=collate)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

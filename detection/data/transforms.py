@@ -31,7 +31,7 @@ class TrainTransform:
         if _draw() < sizes.FLIP:
             image, target = flip(image, target)
         if _draw() < sizes.CROP_PROB:
-            image, target = resize(image, target, _choose(sizes.CROP_RESIZE), sizes.MAX_LONG)
+            image, target = resize(image, target, _choose(sizes.CROP_RESIZE), sizes.CROP_MAX_LONG)
             image, target = random_crop(image, target, *sizes.CROP_SIZE)
         return resize(image, target, _choose(sizes.TRAIN_SHORT), sizes.MAX_LONG)
 
@@ -44,10 +44,9 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor, Target]:
-    """Resize as evaluation does: the short side to `short` pixels, or less where the long one would exceed `long`."""
+    """Resize as evaluation does, to `fitted_size`."""
     height, width = image.shape[1:]
-    scale = min(short / min(height, width), long / max(height, width))
-    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    size = fitted_size(height, width, short, long)
     if size == (height, width):
         return image, target
     factors = torch.tensor((size[1] / width, size[0] / height) * 2)
@@ -55,6 +54,12 @@ def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor
     masks = F.interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
     resized = F.interpolate(image[None], size, mode='bilinear')[0]
     return resized, target | {'boxes': target['boxes'] * factors, 'masks': masks}
+
+
+def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """Height and width with the short side of `short` pixels, or less where the long one would exceed `long`."""
+    scale = min(short / min(height, width), long / max(height, width))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 def random_crop(image: Tensor, target: Target, low: int, high: int) -> tuple[Tensor, Target]:

@@ -5,13 +5,13 @@ from collections import OrderedDict
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from yacs.config import CfgNode
 
 from detection.models.backbone import MSGBackbone
 from detection.models.cascade import CascadeHeads
 from detection.models.rpn import build_rpn
+from detection.models.transform import DetectorTransform
 from models.build import network_options
 
 
@@ -65,13 +65,12 @@ def build_detector(config: CfgNode) -> Detector:
     )
 
 
-def build_transform(config: CfgNode, multiple: int) -> GeneralizedRCNNTransform:
-    """Normalise images and pad them to one size, a multiple of the coarsest map's stride; resize in evaluation only."""
-    return GeneralizedRCNNTransform(
+def build_transform(config: CfgNode, multiple: int) -> DetectorTransform:
+    """What `INPUT` says of evaluation, with sides padded to a multiple of the coarsest map's stride."""
+    return DetectorTransform(
         min_size=config.INPUT.TEST_SHORT,
         max_size=config.INPUT.MAX_LONG,
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
         size_divisible=multiple,
-        _skip_resize=True,  # of training images, which the data's transforms resize
     )

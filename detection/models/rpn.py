@@ -11,10 +11,10 @@ from yacs.config import CfgNode
 
 
 class StridedAnchors(AnchorGenerator):
-    """Anchors at fixed strides, in the precision of the images.
+    """Anchors at fixed strides, of exact sizes, in the precision of the images.
 
     torchvision's divide the image by the map, which makes 61 of a stride of 64 where the coarsest map has been rounded
-    up, and take the precision of the map, in which positions may be off by pixels.
+    up, are rounded to whole pixels, and take the precision of the map, in which positions may be off by pixels.
 
     Args:
         strides: pixels a step of each level, finest first.
@@ -25,6 +25,19 @@ class StridedAnchors(AnchorGenerator):
     def __init__(self, strides: Sequence[int], scale: int, ratios: Sequence[float]):
         super().__init__(tuple((scale * stride,) for stride in strides), (tuple(ratios),) * len(strides))
         self.strides = list(strides)
+
+    def generate_anchors(
+        self,
+        scales: Sequence[int],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """The anchors at one place, around 0, (n, 4): of all ratios at the first scale, then at the next."""
+        root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        sides = torch.stack((1 / root, root), dim=1)  # width and height
+        halves = torch.cat([sides * scale / 2 for scale in scales])
+        return torch.cat((-halves, halves), dim=1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors of each image, (n, 4): of all levels, one after the other."""
