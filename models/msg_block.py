@@ -7,15 +7,45 @@ Source: Fang et al., arXiv:2105.15168, section 3.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from models.pyramid import StageLayout
 from models.windows import relative_position_index, shuffle_msg_tokens
+
+
+class KeptBias(NamedTuple):
+    """A position bias, what it was made from, and what tells whether that is still the same.
+
+    The sources are held, so that no others can have their identity.
+    """
+
+    key: tuple
+    sources: tuple[Tensor, ...]
+    bias: Tensor
+
+
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: a fused one does not count up the versions of what it changes."""
+
+    count = 0
+
+    @classmethod
+    def add(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.add)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, in which tensors have no address and checkpoints fail."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class WindowAttention(nn.Module):
@@ -57,7 +87,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
 
-        self._kept_bias: tuple[tuple, tuple, Tensor] | None = None  # versions, what it was made from, and the bias
+        self._kept_bias: KeptBias | None = None
 
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (h, N, N)."""
@@ -71,32 +101,34 @@ class WindowAttention(nn.Module):
         """The position bias (1, h, N, N) in the type of the queries, made once and kept until its parameters change.
 
         Rows begin at multiples of 16 elements: CUDA's memory-efficient kernel would copy any other bias at every call.
-        Inside `torch.compile` nothing is kept; the few operations are fused there, or folded where weights are frozen.
+        What writes to a parameter's `.data`, which PyTorch does not tell, must call `eval()` after it.
+
+        It is made anew where keeping makes no sense: in `torch.compile` (which fuses the few operations, or folds them
+        where weights are frozen), `torch.jit.trace`, transforms of `torch.func`, and of tensors of inference mode.
         """
         sources = (self.relative_position_bias_table, self.rel_pos_msg)
-        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+        passing = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
+        if passing or any(source.is_inference() for source in sources):
             return self.position_bias().to(dtype).unsqueeze(0)
-        # Most changes count up the version. What it does not tell drops the bias: `_apply`, `train`, and a forward pass
-        # with gradients, since a fused optimizer may step by them.
-        if any(source.grad is not None for source in sources):
-            self._kept_bias = None
-        versions = (dtype, *((source.data_ptr(), source._version) for source in sources))
+        key = (dtype, _OptimizerSteps.count, *((id(each), each.data_ptr(), each._version) for each in sources))
         kept = self._kept_bias  # read once: another thread may drop it
-        if kept is None or kept[0] != versions or any(a is not b for a, b in zip(kept[1], sources, strict=True)):
+        if kept is None or kept.key != key:
             bias = self.position_bias().to(dtype)
             N = bias.shape[-1]
-            # With its sources, whose place in memory no others can take then.
-            kept = self._kept_bias = versions, sources, F.pad(bias, (0, -N % 16))[..., :N].unsqueeze(0)
-        return kept[2]
+            kept = self._kept_bias = KeptBias(key, sources, F.pad(bias, (0, -N % 16))[..., :N].unsqueeze(0))
+        return kept.bias
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._kept_bias = None
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As in `nn.Module`; also forgets the kept bias, for code that writes to `.data` behind autograd's back."""
+        """As in `nn.Module`; also forgets the kept bias."""
         self._kept_bias = None
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {'_kept_bias': None}
 
     def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
         """Attend within windows.
@@ -114,8 +146,6 @@ class WindowAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (windows, h, N, d)
         q = q[:, :, :queries]
         if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                self._kept_bias = None
             # Plain products: the fused kernels are slow where the bias wants a gradient.
             bias = self.position_bias()[:, :queries]
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
@@ -148,7 +178,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token of x (..., C) by itself."""
         hidden = self.fc1(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _is_transformed():
             # What GELU gives is a fifth of a network's activations, and sooner computed again than kept. Compiled
             # code weighs that by itself.
             return checkpoint(self._contract, hidden, use_reentrant=False, preserve_rng_state=self.drop.p > 0)

@@ -45,38 +45,31 @@ class MSGStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, patches: Tensor, msg: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, msg: Tensor, msg_only: bool = False) -> tuple[Tensor | None, Tensor]:
         """Transform and merge.
 
         Args:
             patches: (B, H, W, C).
             msg: MSG tokens (B, nH, nW, C).
+            msg_only: in the last stage, give no patches, and leave out the work for them alone: in its last block they
+                are keys and values only, since nothing reads what they attend to, nor their MLP.
 
         Returns:
             Patches (B, H/2, W/2, 2C) and MSG tokens (B, nH/2, nW/2, 2C); in the last stage, of the shapes that came in.
         """
-        patches, msg = split_windows(self._run_blocks(patches, msg), self.layout.window)
-        if self.downsample is not None:
-            patches, msg = self.downsample(patches), self.downsample(msg)
-        return patches, msg
-
-    def forward_msg(self, patches: Tensor, msg: Tensor) -> Tensor:
-        """The MSG tokens (B, nH, nW, C) of `forward` in the last stage, without the work for its patches alone.
-
-        In the last block patches are keys and values only: nothing reads what they attend to, nor their MLP.
-        """
-        return self._run_blocks(patches, msg, msg_only=True).squeeze(3)
-
-    def _run_blocks(self, patches: Tensor, msg: Tensor, msg_only: bool = False) -> Tensor:
-        """Windows (B, nH, nW, N, C) after the last block; with `msg_only` (B, nH, nW, 1, C)."""
-        x = join_windows(patches, msg)
+        x = join_windows(patches, msg)  # (B, nH, nW, N, C)
         for i, block in enumerate(self.blocks):
             arguments = x, msg_only and i == len(self.blocks) - 1
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        return x
+        if msg_only:
+            return None, x.squeeze(3)
+        patches, msg = split_windows(x, self.layout.window)
+        if self.downsample is not None:
+            patches, msg = self.downsample(patches), self.downsample(msg)
+        return patches, msg
 
     def flops(self) -> int:
         """Multiply-adds of one image, by the authors' formula."""
@@ -152,10 +145,10 @@ class MSGTransformer(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f'{name} is {value!r}: write one of {", ".join(known)}')
-        if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
+        if not len(depths) == len(num_heads) == len(shuffle_size) > 0 or min(depths) < 1:
             raise PyramidError(
                 f'depths {list(depths)}, num_heads {list(num_heads)} and shuffle_size {list(shuffle_size)} '
-                f'describe different numbers of stages: write one entry a stage in each'
+                f'describe different numbers of stages, or one without blocks: write one entry a stage in each'
             )
         self.img_size = Size(img_size, img_size) if isinstance(img_size, int) else Size(*img_size)
         layouts = plan_pyramid(self.img_size, patch_size, window_size, list(shuffle_size))
@@ -225,7 +218,7 @@ class MSGTransformer(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             patches, msg = layer(patches, msg)
-        msg = last(patches, msg)[1] if _has_hooks(last) else last.forward_msg(patches, msg)
+        _, msg = last(patches, msg, msg_only=not _has_hooks(last))
         return self.norm(msg).mean(dim=(1, 2))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -66,6 +66,19 @@ def test_outputs_of_every_stage(version, size):
         assert_close(regions.flatten()[:4], stage['head'])
 
 
+@pytest.mark.parametrize(('version', 'size'), GOLDEN)
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_outputs_as_in_evaluation(version, size, mode):
+    """Where nobody listens to the stages, the last block gives MSG tokens only; the second run has a kept bias."""
+    record = GOLDEN[version, size]
+    model = build(version, size).eval()
+    with mode():
+        for _ in range(2):
+            logits = model(images(2, record['size']))
+            assert_close(logits[:, :10], record['logits'])
+            assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
+
+
 @pytest.mark.parametrize(('version', 'size'), WITH_GRADIENTS)
 def test_loss_and_gradient_norms(version, size):
     record = GOLDEN[version, size]

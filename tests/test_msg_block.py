@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_the_bias_is_kept_in_evaluation():
 
 
 @pytest.mark.parametrize('parameter', ['relative_position_bias_table', 'rel_pos_msg'])
-@pytest.mark.parametrize('change', ['step', 'adamw', 'load', 'assign', 'no_grad', 'data', 'to', 'swap'])
+@pytest.mark.parametrize('change', ['step', 'adamw', 'by_hand', 'load', 'assign', 'no_grad', 'data', 'to', 'swap'])
 def test_the_kept_bias_is_never_stale(change, parameter):
     attention = fill_(WindowAttention(16, 3, 4)).eval()
     x = torch.randn(6, 10, 16)
@@ -151,11 +152,16 @@ def test_the_kept_bias_is_never_stale(change, parameter):
     state = {k: v.clone() for k, v in attention.state_dict().items()}
     state[parameter][:] = state[parameter].flip(0) * 3
     tensor = getattr(attention, parameter)
-    if change in ('step', 'adamw'):
-        attention(x).square().sum().backward()
+    if change in ('step', 'adamw', 'by_hand'):
+        if change == 'by_hand':
+            tensor.grad = torch.ones_like(tensor)
+        else:
+            attention(x).square().sum().backward()
         evaluated(attention, x)  # between the gradients and the step
         sgd = change == 'step'
-        (torch.optim.SGD([tensor], lr=100.0) if sgd else torch.optim.AdamW([tensor], lr=1.0, fused=True)).step()
+        optimizer = torch.optim.SGD([tensor], lr=100.0) if sgd else torch.optim.AdamW([tensor], lr=1.0, fused=True)
+        optimizer.step()
+        optimizer.zero_grad()
         state[parameter] = tensor.detach().clone()
     elif change in ('load', 'assign'):
         attention.load_state_dict(state, assign=change == 'assign')
@@ -192,6 +198,37 @@ def test_the_kept_bias_is_of_the_tensors_that_are_there():
     with torch.no_grad():
         copied.relative_position_bias_table.mul_(5)
     torch.testing.assert_close(evaluated(copied, x), copied(x))
+
+
+def test_the_kept_bias_is_in_no_file_and_no_trace():
+    attention = fill_(WindowAttention(16, 3, 4)).eval()
+    x = torch.randn(6, 10, 16)
+    evaluated(attention, x)
+    assert b'KeptBias' not in pickle.dumps(attention)
+    assert evaluated(pickle.loads(pickle.dumps(attention)), x).equal(evaluated(attention, x))
+    with torch.no_grad():
+        traced = torch.jit.trace(attention, x, check_trace=False)
+        attention.rel_pos_msg.mul_(3)
+        torch.testing.assert_close(traced(x), attention(x))
+
+
+def test_transforms_of_functions_go_through_a_block():
+    block, x = wide()
+    block.eval()
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(block, parameters, x[None]).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    loss(parameters, x[1]).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(per_sample[name][1], parameter.grad, rtol=1e-4, atol=1e-4)
+    evaluated(block, x)
+    stacked, _ = torch.func.stack_module_state([block, copy.deepcopy(block)])
+    with torch.no_grad():
+        both = torch.func.vmap(lambda p: torch.func.functional_call(block, p, x))(stacked)
+        torch.testing.assert_close(both[1], block(x))
 
 
 def test_the_kept_bias_serves_both_modes_without_gradients():

@@ -28,7 +28,7 @@ def complexity(model: nn.Module, channels: int, size: int) -> Complexity:
 
     The measure counts products of matrices and convolutions, without norms, biases, softmax and GELU; the formula
     counts norms too. Both are of all tokens, as published; a classifier leaves out of its last block what nothing
-    reads (`MSGStage.forward_msg`).
+    reads (`msg_only` of `MSGStage`).
     """
     listener = model.layers[-1].register_forward_hook(lambda *_: None)  # to it, the last stage gives all tokens
     with FlopCounterMode(display=False) as counter:
