@@ -26,7 +26,7 @@ from logger import peak_memory_mb
 from lr_scheduler import build_scheduler, learning_rate_scale
 from models import build_model
 from optimizer import build_optimizer
-from timing import Spread, in_turns
+from timing import alone
 from trainer import Run, Trainer, batches_short, progress
 from utils import all_reduce_sum, compiled, mistakes_in_one_line
 
@@ -176,7 +176,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], 
 
 @torch.inference_mode()
 def throughput(run: Run, model: nn.Module) -> float:
-    """Log images/s of the forward pass on a random batch, the median of five seconds; see also `tools.benchmark`."""
+    """Log images/s of the forward pass on a random batch, the median of ten turns; see also `tools.benchmark`."""
     data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
     images = torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)
     network = compiled(model.eval(), run.config.TEST.COMPILE, run.config.COMPILE_MODE)
@@ -187,7 +187,7 @@ def throughput(run: Run, model: nn.Module) -> float:
 
     for _ in range(3):
         forward()
-    seconds = Spread.of(in_turns({'forward': forward}, 10, run.process.device, least=0.5)['forward'])
+    seconds = alone(forward, run.process.device)
     images_per_s = data.BATCH_SIZE / seconds.median
     low, high = data.BATCH_SIZE / seconds.high, data.BATCH_SIZE / seconds.low
     run.logger.info(

@@ -8,14 +8,14 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from precision import Precision
 
@@ -76,6 +76,11 @@ def unavailable(setting: Setting, device: torch.device) -> str:
     return ''
 
 
+def image_channels(network: nn.Module) -> int:
+    """Channels of the images that a network takes: its first convolution's."""
+    return next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
+
+
 class Task:
     """One network under one setting: calling it runs a batch, or an update, of random images.
 
@@ -89,9 +94,8 @@ class Task:
         self.network, self.setting, self.device = network.to(device), setting, device
         low = setting.precision in ('bf16', 'fp16')
         self.precision = Precision('O1' if low else 'O0', PRECISIONS[setting.precision], device)
-        channels = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
-        self.images = torch.randn(setting.batch, channels, setting.size, setting.size, device=device)
-        with torch.no_grad(), self.arithmetic():
+        self.images = torch.randn(setting.batch, image_channels(network), setting.size, setting.size, device=device)
+        with torch.no_grad(), self.precision.autocast():
             classes = network.eval()(self.images[:1]).shape[1]
         self.targets = torch.randint(classes, (setting.batch,), device=device)
         self.optimizer = None
@@ -105,24 +109,21 @@ class Task:
             options = {'freezing': setting.compile == 'frozen', 'triton.cudagraphs': setting.compile == 'graphs'}
             self.runs = torch.compile(network, options=options, dynamic=False)
 
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Context of the setting's precision."""
-        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = products.allow_tf32, convolutions.allow_tf32
-        products.allow_tf32 = convolutions.allow_tf32 = self.setting.precision == 'tf32'
-        try:
-            with self.precision.autocast():
-                yield
-        finally:
-            products.allow_tf32, convolutions.allow_tf32 = before
-
     def __call__(self) -> Tensor:
-        """Run once; logits (B, classes), or the loss of an update."""
-        if self.optimizer is None:
-            with torch.inference_mode(), self.arithmetic():
-                return self.runs(self.images)
-        with self.arithmetic():
+        """Run once; logits (B, classes), or the loss of an update. One image is waited for, for its latency."""
+        with tf32(self.setting.precision == 'tf32'):
+            result = self._infer() if self.optimizer is None else self._update()
+        if self.setting.batch == 1:
+            synchronize(self.device)
+        return result
+
+    @torch.inference_mode()
+    def _infer(self) -> Tensor:
+        with self.precision.autocast():
+            return self.runs(self.images)
+
+    def _update(self) -> Tensor:
+        with self.precision.autocast():
             loss = F.cross_entropy(self.runs(self.images), self.targets)
         self.precision.backward(loss, self.optimizer)
         self.precision.step(self.optimizer, self.network, max_norm=5.0, veto=torch.zeros_like(loss, dtype=torch.bool))
@@ -166,14 +167,45 @@ class Task:
         return self.held() + int(max(0, changes.cumsum().max(initial=0)))
 
     def multiply_adds(self) -> int:
-        """Multiply-adds of a run, counted over its real operators: products of matrices and convolutions."""
+        """Multiply-adds of a run; see the function."""
         with torch.device('meta'):
             network, images = copy.deepcopy(self.network).to('meta'), torch.empty(self.images.shape)
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(self.optimizer is not None):
+
+        def run() -> None:
             logits = network(images)
             if self.optimizer is not None:
                 logits.sum().backward()
-        return counter.get_total_flops() // 2  # it counts multiplications and additions apart
+
+        with torch.set_grad_enabled(self.optimizer is not None):
+            return multiply_adds(run)
+
+
+def multiply_adds(run: Callable[[], object]) -> int:
+    """Multiply-adds of what is called, counted over its real operators: products of matrices and convolutions."""
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        run()
+    return counter.get_total_flops() // 2  # it counts multiplications and additions apart
+
+
+def _convolution_backward(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *arguments: Any, **_: Any
+) -> int:
+    """Multiplications and additions of the gradients of a convolution, from shapes; PyTorch's own overlooks groups."""
+    transposed, wanted = arguments[4], arguments[7]  # gradients of the input, of the weight
+    return conv_flop_count(x, weight, grad, transposed) * (wanted[0] + wanted[1])
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Context in which GPUs round fp32 products and convolutions to TensorFloat-32, or do not."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 class Product:
@@ -186,7 +218,7 @@ class Product:
     """
 
     def __init__(self, precision: str, device: torch.device, multiply_adds: int):
-        side = 4096 if device.type == 'cuda' else 1024
+        side = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
         rows = max(1, round(multiply_adds / side**2))
         self.precision, self.multiply_adds = precision, rows * side**2
         self.left = torch.randn(rows, side, device=device, dtype=PRECISIONS[precision])
@@ -194,12 +226,8 @@ class Product:
 
     def __call__(self) -> Tensor:
         """Multiply once."""
-        products = torch.backends.cuda.matmul
-        before, products.allow_tf32 = products.allow_tf32, self.precision == 'tf32'
-        try:
+        with tf32(self.precision == 'tf32'):
             return self.left @ self.right
-        finally:
-            products.allow_tf32 = before
 
 
 def in_turns(
@@ -233,6 +261,11 @@ def in_turns(
         for name in names[first:] + names[:first]:
             times[name].append(seconds(tasks[name], repeats[name]))
     return times
+
+
+def alone(task: Callable[[], object], device: torch.device) -> Spread:
+    """Seconds a run of one task, over ten turns of half a second, or of one run that takes longer."""
+    return Spread.of(in_turns({'alone': task}, 10, device, least=0.5)['alone'])
 
 
 def synchronize(device: torch.device) -> None:

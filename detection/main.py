@@ -31,7 +31,7 @@ from job import compare_classes, continue_run, job_parser, load_start, prepare_t
 from logger import peak_memory_mb
 from lr_scheduler import learning_rate_scale
 from optimizer import build_optimizer
-from timing import Spread, in_turns
+from timing import alone
 from trainer import Run, Trainer, batches_short, progress
 from utils import mistakes_in_one_line, writing_in
 
@@ -216,7 +216,7 @@ def save_picture(picture: Any, folder: Path, image_id: Any) -> None:
 
 @torch.inference_mode()
 def benchmark(run: Run, model: Detector) -> float:
-    """Log images/s of the whole detector, one image a time, the median of five seconds.
+    """Log images/s of the whole detector, one image a time, the median of ten turns.
 
     The image is random, as high as in evaluation and 1.6 times as wide (1280 x 800). What it holds depends on the
     weights: a new detector finds nothing, and so spends no time on masks.
@@ -230,7 +230,7 @@ def benchmark(run: Run, model: Detector) -> float:
             return model([image])
 
     found = len(forward()[0]['boxes'])
-    images_per_s = 1 / Spread.of(in_turns({'forward': forward}, 10, run.process.device, least=0.5)['forward']).median
+    images_per_s = 1 / alone(forward, run.process.device).median
     run.logger.info(
         f'image {image.shape[2]} x {side} throughput {images_per_s:.2f} images/s, '
         f'{found} detections, mem {peak_memory_mb(run.process.device):.0f}MB'

@@ -26,31 +26,33 @@ def test_networks_come_from_a_config_timm_and_torchvision():
 
 
 def result(network, compile, seconds):
-    spread = Spread(seconds, seconds, seconds)
-    return Result(network, Setting(compile=compile), spread, Spread(2, 1, 3), Spread(0.5, 0.4, 0.6), 3 * 2**20, 10**9)
+    """Measured in three rounds, of which the last took twice as long; the peer's took twice and the product's half."""
+    times = [seconds, seconds, 2 * seconds]
+    halves = [each / 2 for each in times]
+    return Result(network, Setting(compile=compile), times, [2 * each for each in times], halves, 3 * 2**20, 10**9)
 
 
 def test_the_fastest_way_of_each_network_is_compared():
     results = [result('a', 'eager', 0.2), result('a', 'compiled', 0.1)]
-    results += [result('b', 'eager', 0.12), result('b', 'compiled', 0.15)]
-    expected = 'inference, fp32, fastest of each, batch 8, 224 px: a compiled, b eager: 1.20 x'
+    results += [result('b', 'eager', 0.12)._replace(times=[0.12, 0.11, 0.15]), result('b', 'compiled', 0.15)]
+    expected = 'inference, fp32, fastest of each, batch 8, 224 px: a compiled, b eager: 1.10 (0.92 to 1.15) x'
     assert best_of_each(results) == expected
     cells = [cell.strip() for cell in table(results).splitlines()[2].strip('|').split('|')]
-    assert cells[:4] == ['a', 'inference, fp32, eager, batch 8, 224 px', '200.0 (200.0 to 200.0)', '40.0']
-    assert cells[4:] == ['2.00 (1.00 to 3.00)', '50 %', '3', '1.00G']
+    assert cells[:4] == ['a', 'inference, fp32, eager, batch 8, 224 px', '200.0 (200.0 to 300.0)', '40.0']
+    assert cells[4:] == ['2.00 (2.00 to 2.00)', '50 %', '3', '1.00G']
 
 
 def test_ratios_are_within_rounds(monkeypatch):
     def in_turns(tasks, rounds, device):
-        times = iter(([1.0, 2.0, 3.0], [2.0, 8.0, 9.0], [0.5, 2.0, 0.75]))
+        times = iter(([1.0, 2.0, 3.0], [2.0, 8.0, 9.0], [0.5, 2.0, 0.75], [1.0, 1.0, 1.0]))
         return {name: next(times) for name in tasks}
 
     monkeypatch.setattr(benchmark, 'in_turns', in_turns)
     ((ours, peer),) = compare([str(TINY), 'test_resnet'], [Setting(batch=2, size=28)], 3, CPU)
     assert ours.ratio.median == 3.0  # of 2, 4 and 3
     assert peer.ratio == (1.0, 1.0, 1.0)
-    rows = round(ours.multiply_adds / 1024**2) or 1
-    assert ours.limit.median == pytest.approx(0.5 * ours.multiply_adds / (rows * 1024**2))  # of 0.5, 1 and 0.25
+    assert ours.limit.median == pytest.approx(0.5, rel=0.05)  # of 0.5, 1 and 0.25, of a product of nearly as many
+    assert peer.limit.median == pytest.approx(1 / 8, rel=0.05)
     assert ours.seconds.median == 2.0
 
 
@@ -88,6 +90,15 @@ def test_writes_table_figures_and_chart(tmp_path, monkeypatch, capsys):
         ([str(TINY), str(TINY), '--sizes', '28'], 'error: two of the networks have the same name'),
         ([str(TINY), '--rounds', '0'], 'argument --rounds: 0 is not a whole number from 1 on'),
         ([str(TINY), 'test_vit', '--best'], 'error: --best is of one network'),
+        ([str(TINY), '--best', '--sizes', '28', '56'], 'error: --best tries every precision'),
+        ([str(TINY), '--best', '--sizes', '28', '--modes', 'train'], 'error: --best tries every precision'),
+        (
+            ['torchvision:vit_b_32', '--sizes', '64'],
+            'error: torchvision:vit_b_32 cannot be measured (inference, batch 8',
+        ),
+        (['torchvision:googlenet', '--modes', 'train', '--sizes', '64'], 'px): it gives no logits (batch, classes)'),
+        (['torchvision:resnet18', '--modes', 'train', '--sizes', '32', '--batches', '1'], 'Expected more than 1 value'),
+        ([str(TINY), '--sizes', '28', '--output', '/proc/of'], 'error: output folder /proc: '),
         ([str(TINY), '--sizes', '28', '--output', '/dev/null/of'], 'error: output folder /dev/null: '),
     ],
 )

@@ -21,6 +21,7 @@ from tests.test_command_line import start
 from tests.test_detection_models import TINY_DETECTOR
 from tests.test_resume import differences, last
 from tests.test_training import RecordingNode, folder_of, records
+from timing import Spread
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone']
 PARTS = {f'loss_{part}_{i}' for part in ('classifier', 'box', 'mask') for i in range(3)}
@@ -192,11 +193,11 @@ def test_a_classifier_starts_a_detector_and_a_detector_another(tiny, tmp_path, c
 def test_benchmark(tiny, capsys, monkeypatch):
     monkeypatch.setattr(program, 'train', lambda *_: pytest.fail('--benchmark trains'))
 
-    # Half a second for the one image.
-    def halves(tasks, *_, **__):
-        return {name: [len(task()) / 2] for name, task in tasks.items()}
+    def half(task, device):
+        assert len(task()) == 1  # image
+        return Spread(0.5, 0.4, 0.6)
 
-    monkeypatch.setattr(program, 'in_turns', halves)
+    monkeypatch.setattr(program, 'alone', half)
     program.main(tiny(BENCHMARK_MODE='True'))
     assert re.search(r'image 102 x 64 throughput 2.00 images/s, \d+ detections', capsys.readouterr().out)
 

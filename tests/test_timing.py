@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import timing
-from timing import Product, Setting, Spread, Task, in_turns, unavailable
+from timing import Product, Setting, Spread, Task, in_turns, multiply_adds, unavailable
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 
@@ -62,10 +62,21 @@ def test_precision_is_the_settings():
     task = Task(network(), Setting(precision='bf16', batch=2, size=8), CPU)
     assert task().dtype is torch.bfloat16
     task = Task(network(), Setting(precision='tf32', batch=2, size=8), CPU)
-    with task.arithmetic():
-        assert torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32
+    task()
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'tf32'])
+def test_tf32_is_for_the_backward_pass_too(precision):
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    task, seen, before = Task(network(), Setting('train', precision, batch=2, size=8), CPU), [], flags()
+    weight = next(task.network.parameters())
+    task.network.register_forward_hook(lambda *_: seen.append(flags()))
+    weight.register_hook(lambda _: seen.append(flags()))
+    task()
+    assert seen == [(precision == 'tf32',) * 2] * 2
+    assert flags() == before
 
 
 def test_multiply_adds_are_counted_over_the_operators():
@@ -73,7 +84,21 @@ def test_multiply_adds_are_counted_over_the_operators():
     assert Task(network(), Setting(batch=2, size=8), CPU).multiply_adds() == forward
     weights_and_inputs = forward + forward + 2 * 32 * 5  # the convolution's images want no gradient
     assert Task(network(), Setting('train', batch=2, size=8), CPU).multiply_adds() == weights_and_inputs
-    assert Product('fp32', CPU, 5 * 1024**2).multiply_adds == 5 * 1024**2
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_multiply_adds_of_the_gradients_of_convolutions_in_groups(groups):
+    convolution, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 5, 5, requires_grad=True)
+    forward = 2 * 25 * 8 * (8 // groups) * 9
+    assert multiply_adds(lambda: convolution(x)) == forward
+    assert multiply_adds(lambda: convolution(x).sum().backward()) == 3 * forward
+
+
+@pytest.mark.parametrize(('wanted', 'side'), [(3 * 1024**3, 1024), (30**3, 30), (1, 1)])
+def test_a_product_is_as_square_as_its_size_allows(wanted, side):
+    product = Product('fp32', CPU, wanted)
+    assert product.multiply_adds == product.left.numel() * product.right.shape[1] == wanted
+    assert product.right.shape == (side, side)
 
 
 def test_peak_memory_is_what_is_held_and_what_a_run_allocates():

@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from config import ConfigError, load_config
 from launcher import choose_device
 from models import build_model
-from timing import COMPILES, MODES, PRECISIONS, Product, Setting, Spread, Task, in_turns, unavailable
+from timing import COMPILES, MODES, PRECISIONS, Product, Setting, Spread, Task, image_channels, in_turns, unavailable
 from tools.arguments import positive
 from tools.benchmark_chart import draw
 from utils import environment, mistakes_in_one_line, writing_in
-
-PRODUCT = 'plain product'
 
 
 class Result(NamedTuple):
@@ -38,27 +36,47 @@ class Result(NamedTuple):
     Attributes:
         network: its name.
         setting: how it was run.
-        seconds: a run.
-        ratio: the peer's time under the same setting over this one's, within a round; None where there is no peer.
-        limit: the time of a plain product of as many multiply-adds over this one's, within a round.
+        times: seconds a run, in each round.
+        peer_times: the peer's under the same setting, in the same rounds; None where there is no peer.
+        product_times: of a plain product of as many multiply-adds, in the same rounds.
         memory: most bytes at any time.
         multiply_adds: of a run, over the real operators.
     """
 
     network: str
     setting: Setting
-    seconds: Spread
-    ratio: Spread | None
-    limit: Spread
+    times: list[float]
+    peer_times: list[float] | None
+    product_times: list[float]
     memory: int
     multiply_adds: int
 
+    @property
+    def seconds(self) -> Spread:
+        """Seconds a run."""
+        return Spread.of(self.times)
+
+    @property
+    def ratio(self) -> Spread | None:
+        """The peer's time over this one's, within a round."""
+        return self.peer_times and ratio(self.peer_times, self.times)
+
+    @property
+    def limit(self) -> Spread:
+        """The product's time over this one's, within a round."""
+        return ratio(self.product_times, self.times)
+
     def record(self) -> dict[str, Any]:
         """The result as plain data."""
-        return {
-            key: value._asdict() if isinstance(value, (Setting, Spread)) else value
-            for key, value in self._asdict().items()
-        }
+        spreads = {'seconds': self.seconds, 'ratio': self.ratio, 'limit': self.limit}
+        told = {name: spread and spread._asdict() for name, spread in spreads.items()}
+        counts = {'memory': self.memory, 'multiply_adds': self.multiply_adds}
+        return {'network': self.network, 'setting': self.setting._asdict()} | told | counts
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> Spread:
+    """Of times over others of the same rounds."""
+    return Spread.of([a / b for a, b in zip(times, others, strict=True)])
 
 
 def build_network(name: str, size: int) -> nn.Module:
@@ -104,27 +122,24 @@ def compare(
         for (name, setting), task in tasks.items():
             _progress(f'{name}: {_in_words(setting)}: first runs')
             task.warm_up()
-        limit = Product(group[0].precision, device, next(iter(tasks.values())).multiply_adds())
-        limit()
+        counts = {name: task.multiply_adds() for (name, _), task in tasks.items()}
+        products = {name: Product(group[0].precision, device, count) for name, count in counts.items()}
+        for plain in products.values():
+            plain()
         _progress(f'{_in_words(group[0])}: {rounds} rounds')
-        times = in_turns({**tasks, PRODUCT: limit}, rounds, device)
-        results = []
-        for (name, setting), task in tasks.items():
-            seconds, peer = times[name, setting], times[short(names[-1]), setting]
-            counted = task.multiply_adds()
-            scale = counted / limit.multiply_adds
-            results.append(
-                Result(
-                    name,
-                    setting,
-                    Spread.of(seconds),
-                    Spread.of([b / a for a, b in zip(seconds, peer, strict=True)]) if len(names) > 1 else None,
-                    Spread.of([scale * b / a for a, b in zip(seconds, times[PRODUCT], strict=True)]),
-                    task.peak_memory(),
-                    counted,
-                )
+        times = in_turns({**tasks, **products}, rounds, device)
+        yield [
+            Result(
+                network=name,
+                setting=setting,
+                times=times[name, setting],
+                peer_times=times[short(names[-1]), setting] if len(names) > 1 else None,
+                product_times=[seconds * counts[name] / products[name].multiply_adds for seconds in times[name]],
+                memory=task.peak_memory(),
+                multiply_adds=counts[name],
             )
-        yield results
+            for (name, setting), task in tasks.items()
+        ]
 
 
 def find_best(
@@ -196,11 +211,14 @@ def best_of_each(results: Sequence[Result]) -> str:
         if r.network not in fastest or r.seconds.median < fastest[r.network].seconds.median:
             fastest[r.network] = r
     *others, peer = fastest.values()
-    return '\n'.join(
-        f'{_in_words(r.setting._replace(compile="fastest of each"))}: {r.network} {r.setting.compile}, '
-        f'{peer.network} {peer.setting.compile}: {peer.seconds.median / r.seconds.median:.2f} x'
-        for r in others
-    )
+    lines = []
+    for r in others:
+        of = ratio(peer.times, r.times)
+        lines.append(
+            f'{_in_words(r.setting._replace(compile="fastest of each"))}: {r.network} {r.setting.compile}, '
+            f'{peer.network} {peer.setting.compile}: {of.median:.2f} ({of.low:.2f} to {of.high:.2f}) x'
+        )
+    return '\n'.join(lines)
 
 
 def _in_words(setting: Setting) -> str:
@@ -229,6 +247,11 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.best and len(args.networks) > 1:
         parser.error('--best is of one network')
+    finds = [
+        name for name in ('modes', 'precisions', 'compile', 'output') if getattr(args, name) != parser.get_default(name)
+    ]
+    if args.best and (finds or len(args.batches) > 1 or len(args.sizes) > 1):
+        parser.error('--best tries every precision and compilation of inference, and prints: give a batch and a size')
     return args
 
 
@@ -247,19 +270,8 @@ def measure(args: argparse.Namespace) -> None:
         ConfigError: a network or a setting that cannot be measured; before any is.
     """
     device = choose_device(args.device, None, 0)
-    for name, size in product(args.networks, args.sizes):
-        build_network(name, size)
     if len({short(name) for name in args.networks}) < len(args.networks):
         raise ConfigError('two of the networks have the same name: rename a config file')
-    if args.best:
-        setting = Setting(batch=args.batches[0], size=args.sizes[0])
-        best, found = find_best(args.networks[0], setting, args.max_error, args.rounds, device)
-        print('| way | ms (quartiles) | error |\n|---|---|---|')
-        for way, seconds, error in found:
-            low, high = 1e3 * seconds.low, 1e3 * seconds.high
-            print(f'| {way} | {1e3 * seconds.median:.1f} ({low:.1f} to {high:.1f}) | {error:.2g} |')
-        print(f'fastest with an error of at most {args.max_error:g}: {best}')
-        return
     settings = []
     for values in product(args.modes, args.precisions, args.batches, args.sizes, args.compile):
         mode, precision, batch, size, how = values
@@ -271,22 +283,61 @@ def measure(args: argparse.Namespace) -> None:
             settings.append(setting)
     if not settings:
         raise ConfigError('nothing of this can be run here: write other --precisions, --modes or --compile')
+    for name, mode, batch, size in product(args.networks, args.modes, args.batches, args.sizes):
+        check(name, Setting(mode, batch=batch, size=size))
+    if args.best:
+        print_best(args.networks[0], settings[0], args.max_error, args.rounds, device)
+        return
     output = args.output or Path('output') / 'benchmark'
     with writing_in(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
+        write([], [], output, device)
     results, lines = [], []
     for group in compare(args.networks, settings, args.rounds, device):
         results += group
         if len(args.networks) > 1:
             lines.append(best_of_each(group))
+        with writing_in(output.parent):  # after each group, since the next may not come to its end
+            text = write(results, lines, output, device)
+            draw(results, Path(f'{output}.png'))
+    print(f'{text}\nwrote {output}.md, {output}.json, {output}.png')
+
+
+def check(name: str, setting: Setting) -> None:
+    """Run a network once, without gradients, to see whether it can be measured.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    network = build_network(name, setting.size).train(setting.mode == 'train')
+    where = f'{name} cannot be measured ({setting.mode}, batch {setting.batch}, {setting.size} px)'
+    try:
+        with torch.no_grad():
+            logits = network(torch.zeros(setting.batch, image_channels(network), setting.size, setting.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(f'{where}: {" ".join(str(error).split())}') from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ConfigError(f'{where}: it gives no logits (batch, classes)')
+
+
+def print_best(name: str, setting: Setting, max_error: float, rounds: int, device: torch.device) -> None:
+    """Print what `find_best` finds, as a Markdown table."""
+    best, found = find_best(name, setting, max_error, rounds, device)
+    print('| way | ms (quartiles) | error |\n|---|---|---|')
+    for way, seconds, error in found:
+        median, low, high = (1e3 * value for value in seconds)
+        print(f'| {way} | {median:.1f} ({low:.1f} to {high:.1f}) | {error:.2g} |')
+    print(f'fastest with an error of at most {max_error:g}: {best}')
+
+
+def write(results: Sequence[Result], lines: Sequence[str], output: Path, device: torch.device) -> str:
+    """Write the results, as a Markdown table with lines below it and as JSON; gives the Markdown."""
     where = environment(device)
     text = '\n\n'.join([table(results), '\n'.join(lines), ' | '.join(f'{k} {v}' for k, v in where.items())]) + '\n'
-    print(text)
     Path(f'{output}.md').write_text(text)
     records = {'environment': where, 'results': [result.record() for result in results]}
     Path(f'{output}.json').write_text(json.dumps(records, indent=1) + '\n')
-    draw(results, Path(f'{output}.png'))
-    print(f'wrote {output}.md, {output}.json, {output}.png')
+    return text
 
 
 if __name__ == '__main__':

@@ -37,7 +37,7 @@ def _bars(axes: Axes, results: Sequence['Result'], values: Sequence[float], unit
         places = [settings.index(setting) + number * height for setting, _ in of_network]
         bars = axes.barh(places, [value for _, value in of_network], height, label=network)
         axes.bar_label(bars, fmt='%.0f', padding=2, fontsize=8)
-    words = [f'{s.mode}\n{s.precision}, {s.compile}' for s in settings]
+    words = [f'{s.mode}, batch {s.batch}\n{s.precision}, {s.compile}, {s.size} px' for s in settings]
     axes.set_yticks([place + (len(networks) - 1) * height / 2 for place in range(len(settings))], words)
     axes.invert_yaxis()
     axes.set_xlabel(unit)

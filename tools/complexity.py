@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model
+from timing import multiply_adds
 from utils import mistakes_in_one_line
 
 
@@ -31,11 +31,9 @@ def complexity(model: nn.Module, channels: int, size: int) -> Complexity:
     reads (`msg_only` of `MSGStage`).
     """
     listener = model.layers[-1].register_forward_hook(lambda *_: None)  # to it, the last stage gives all tokens
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, channels, size, size))
+    measured = multiply_adds(lambda: model(torch.zeros(1, channels, size, size)))
     listener.remove()
-    parameters = sum(p.numel() for p in model.parameters())
-    return Complexity(parameters, model.flops(), counter.get_total_flops() // 2)  # it counts additions apart
+    return Complexity(sum(p.numel() for p in model.parameters()), model.flops(), measured)
 
 
 def main() -> None:

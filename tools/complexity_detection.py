@@ -10,11 +10,11 @@ import argparse
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from detection.config import load_config
 from detection.models import build_detector
+from timing import multiply_adds
 from utils import mistakes_in_one_line
 
 
@@ -37,20 +37,20 @@ def complexity(
         proposals: regions that each stage's box head sees.
         detections: regions that each stage's mask head sees.
     """
-    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+    with torch.device('meta'):
         model = build_detector(config).eval()
-        levels = model.backbone(torch.empty(1, 3, height, width))
-        model.rpn.head(list(levels.values()))
-        heads = model.roi_heads
-        for count, pool, of_stages in (
-            (proposals, heads.box_pool, heads.box_heads),
-            (detections, heads.mask_pool, heads.mask_heads),
-        ):
-            pooled = torch.empty(count, config.MODEL.FPN_CHANNELS, pool.size, pool.size)
-            for head in of_stages:
-                head(pooled)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Complexity(parameters, counter.get_total_flops() // 2)  # it counts additions apart
+        heads, channels = model.roi_heads, config.MODEL.FPN_CHANNELS
+
+        def run() -> None:
+            model.rpn.head(list(model.backbone(torch.empty(1, 3, height, width)).values()))
+            for count, pool, of_stages in (
+                (proposals, heads.box_pool, heads.box_heads),
+                (detections, heads.mask_pool, heads.mask_heads),
+            ):
+                for head in of_stages:
+                    head(torch.empty(count, channels, pool.size, pool.size))
+
+        return Complexity(sum(p.numel() for p in model.parameters()), multiply_adds(run))
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def main() -> None:
         counted = {config.MODEL.NAME: complexity(config) for config in map(load_config, args.configs)}
     print('| detector | parameters | multiply-adds at 1280 x 800 |')
     print('|---|---|---|')
-    for name, (parameters, multiply_adds) in counted.items():
-        print(f'| {name} | {parameters:,} | {multiply_adds / 1e9:.2f}G |')
+    for name, each in counted.items():
+        print(f'| {name} | {each.parameters:,} | {each.multiply_adds / 1e9:.2f}G |')
 
 
 if __name__ == '__main__':
