@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -115,6 +116,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the loaders raise many kinds, none of which they promise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # where PyTorch tells how to run what a file holds
+            reason = "it is none of PyTorch's files, or holds more than data"
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {reason}') from error
     weights = checkpoint.get('model') if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

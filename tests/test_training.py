@@ -291,6 +291,20 @@ def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
     assert left() == before
 
 
+def test_classes_of_other_names_than_the_checkpoints_are_told(tiny_config, image_tree, capsys):
+    options = {'DATA__DATA_PATH': str(image_tree), **PLAIN}
+    program.main(tiny_config(**options))
+    for split in ('train', 'val'):
+        (image_tree / split / 'class_2').rename(image_tree / split / 'other')
+    assert 'are not those of the checkpoint' not in capsys.readouterr().out
+    told = '1 of the 3 classes are not those of the checkpoint (other for class_2)'
+    path = str(folder_of(tiny_config()) / 'ckpt_epoch_1.pth')
+    program.main(tiny_config(EVAL_MODE='True', MODEL__RESUME=path, **options))
+    assert told in capsys.readouterr().out
+    program.main(tiny_config(TRAIN__EPOCHS='3', **options))
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('batch_size', ['1', '4', '5', '12', '50'])
 def test_evaluation_counts_every_image_once_at_any_batch_size(tiny_config, image_tree, batch_size):
     config = tiny_config(DATA__DATA_PATH=str(image_tree), DATA__BATCH_SIZE=batch_size)

@@ -284,7 +284,7 @@ def measure(args: argparse.Namespace) -> None:
     if not settings:
         raise ConfigError('nothing of this can be run here: write other --precisions, --modes or --compile')
     for name, mode, batch, size in product(args.networks, args.modes, args.batches, args.sizes):
-        check(name, Setting(mode, batch=batch, size=size))
+        check(name, Setting(mode, batch=batch, size=size), device)
     if args.best:
         print_best(args.networks[0], settings[0], args.max_error, args.rounds, device)
         return
@@ -303,17 +303,18 @@ def measure(args: argparse.Namespace) -> None:
     print(f'{text}\nwrote {output}.md, {output}.json, {output}.png')
 
 
-def check(name: str, setting: Setting) -> None:
-    """Run a network once, without gradients, to see whether it can be measured.
+def check(name: str, setting: Setting, device: torch.device) -> None:
+    """Run a network once on the device, without gradients, to see whether it can be measured.
 
     Raises:
         ConfigError: it cannot.
     """
-    network = build_network(name, setting.size).train(setting.mode == 'train')
+    network = build_network(name, setting.size).to(device).train(setting.mode == 'train')
+    shape = setting.batch, image_channels(network), setting.size, setting.size
     where = f'{name} cannot be measured ({setting.mode}, batch {setting.batch}, {setting.size} px)'
     try:
         with torch.no_grad():
-            logits = network(torch.zeros(setting.batch, image_channels(network), setting.size, setting.size))
+            logits = network(torch.zeros(shape, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f'{where}: {" ".join(str(error).split())}') from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
