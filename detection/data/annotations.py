@@ -6,7 +6,6 @@ Shapes: n objects, an image of H x W pixels.
 import json
 import math
 from collections.abc import Iterable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +117,13 @@ def _check_shapes(annotation: dict[str, Any], image: dict[str, Any], where: str)
             )
         return
     if isinstance(shape, list) and all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in shape):
-        sides = image['width'], image['height']
-        for place, side in ((place, side) for polygon in shape for place, side in zip(polygon, cycle(sides))):
-            if not -side <= place <= 2 * side:  # pycocotools fills memory with the outlines of such
+        for first, side in enumerate((image['width'], image['height'])):
+            places = [
+                place for polygon in shape if polygon for place in (min(polygon[first::2]), max(polygon[first::2]))
+            ]
+            if far := [place for place in places if not -side <= place <= 2 * side]:  # would fill pycocotools' memory
                 raise DataError(
-                    f'{where} has a corner at {place}, far outside of the image: move it, or remove the mask'
+                    f'{where} has a corner at {far[0]}, far outside of the image: move it, or remove the mask'
                 )
         # One of two corners has no area, and pycocotools would take it for a box.
         annotation['segmentation'] = shape = [polygon for polygon in shape if len(polygon) >= 6]
