@@ -224,6 +224,7 @@ def children(pid):
     return [int(child) for child in listed.split()]
 
 
+@pytest.mark.slow
 def test_three_ranks_add_their_gradients_in_the_same_order_after_a_stop(folder):
     """Two ranks do in any case; three only where PyTorch does not group the gradients anew after the first update."""
     ranks = [*TORCHRUN, '3']
@@ -364,6 +365,7 @@ def mounted(path, options):
         subprocess.run(['umount', '-l', path], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='mounts a tmpfs, which is of Linux')
 def test_a_full_and_a_read_only_file_system(folder, undisturbed):
     with mounted(folder / 'disk', 'size=2m'):
