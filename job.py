@@ -102,7 +102,7 @@ def load_start(run: Run, trains: bool, load: Callable[[dict[str, Any], str, bool
         return None
     try:
         checkpoint = load_checkpoint(path)
-        load(checkpoint, path, trains and not resume)
+        load(checkpoint, path, not resume and not config.EVAL_MODE)
     except CheckpointError as error:
         remedy = '; to start afresh, write another --tag or --opts TRAIN.AUTO_RESUME False' if automatic else ''
         raise CheckpointError(f'{error}{remedy}') from error

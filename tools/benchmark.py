@@ -122,7 +122,8 @@ def compare(
         for (name, setting), task in tasks.items():
             _progress(f'{name}: {_in_words(setting)}: first runs')
             task.warm_up()
-        counts = {name: task.multiply_adds() for (name, _), task in tasks.items()}
+        one_of_each = {name: task for (name, _), task in tasks.items()}  # however it is compiled
+        counts = {name: task.multiply_adds() for name, task in one_of_each.items()}
         products = {name: Product(group[0].precision, device, count) for name, count in counts.items()}
         for plain in products.values():
             plain()
