@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import CheckpointError
 from config import ConfigError
 from data import DataError
-from models.pyramid import PyramidError
 from signals import EXIT_STOPPED, Stopped
 
 Result = TypeVar('Result')
@@ -36,7 +35,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, PyramidError, DataError, CheckpointError, FloatingPointError) as mistake:
+    except (ConfigError, DataError, CheckpointError, FloatingPointError) as mistake:
         sys.exit(f'error: {mistake}')
     except Stopped:
         sys.exit(EXIT_STOPPED)

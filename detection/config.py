@@ -11,7 +11,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 import config as classifier
-from config import check_job
+from config import check_job, check_shape
 from config_tree import ConfigError, ConfigTree
 
 _SHARED = classifier.TREE.part([
@@ -24,6 +24,7 @@ _SHARED = classifier.TREE.part([
     'MODEL.MSG.SHUF_SIZE', 'MODEL.MSG.MANIP_TYPE', 'MODEL.MSG.EMBED_TYPE', 'MODEL.MSG.MERGE_TYPE',
     'TRAIN.EPOCHS', 'TRAIN.WEIGHT_DECAY', 'TRAIN.BASE_LR', 'TRAIN.CLIP_GRAD', 'TRAIN.AUTO_RESUME',
     'TRAIN.ACCUMULATION_STEPS', 'TRAIN.NONFINITE', 'TRAIN.NONFINITE_LIMIT', 'TRAIN.EMA_DECAY', 'TRAIN.USE_CHECKPOINT',
+    'TRAIN.RECOMPUTE_MLP',
     'TRAIN.OPTIMIZER.NAME', 'TRAIN.OPTIMIZER.EPS', 'TRAIN.OPTIMIZER.BETAS', 'TRAIN.OPTIMIZER.MOMENTUM',
 ])  # fmt: skip
 
@@ -256,6 +257,7 @@ def _check(config: CfgNode) -> None:
     if config.SHOW and not config.EVAL_MODE:
         raise ConfigError('--show draws detections of an evaluation: add --eval')
     check_job(config)
+    check_shape(config, None)
 
 
 TREE = ConfigTree(

@@ -1,6 +1,6 @@
 """The network: `build_model(config)` and `MSGTransformer`."""
 
-from models.build import build_model
-from models.msg_transformer import MSGTransformer
+from .build import build_model
+from .msg_transformer import MSGTransformer
 
 __all__ = ['MSGTransformer', 'build_model']

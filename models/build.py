@@ -1,18 +1,19 @@
-"""A network from the config tree."""
+"""The network from the config tree."""
 
 from typing import Any
 
 from torch import nn
 from yacs.config import CfgNode
 
-from models.msg_transformer import MSGTransformer
+from .msg_transformer import MSGTransformer
+from .pyramid import Size, plan_pyramid
 
 
 def build_model(config: CfgNode) -> nn.Module:
-    """Build the network that `config.MODEL`, `DATA.IMG_SIZE` and `TRAIN.USE_CHECKPOINT` describe.
+    """Build the network described by `config.MODEL`, `DATA.IMG_SIZE` and `TRAIN`.
 
     Raises:
-        ValueError: the sizes do not tile, the channels do not divide, or a type is unknown.
+        ValueError: see `MSGTransformer`.
     """
     if config.MODEL.TYPE != 'msg':
         raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write msg')
@@ -27,7 +28,7 @@ def build_model(config: CfgNode) -> nn.Module:
 
 
 def network_options(config: CfgNode) -> dict[str, Any]:
-    """The arguments of a network of any task, from `config.MODEL` and `TRAIN.USE_CHECKPOINT`; see `MSGTransformer`."""
+    """Arguments of `MSGTransformer` shared by all tasks, from `config.MODEL` and `TRAIN`."""
     msg = config.MODEL.MSG
     return {
         'patch_size': msg.PATCH_SIZE,
@@ -47,4 +48,28 @@ def network_options(config: CfgNode) -> dict[str, Any]:
         'embed_type': msg.EMBED_TYPE,
         'merge_type': msg.MERGE_TYPE,
         'use_checkpoint': config.TRAIN.USE_CHECKPOINT,
+        'recompute_mlp': config.TRAIN.RECOMPUTE_MLP,
     }
+
+
+def check_network(config: CfgNode, img_size: int | None) -> None:
+    """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
+
+    Args:
+        config: the config tree.
+        img_size: image size in pixels; None for no size in particular.
+
+    Raises:
+        ValueError: see `plan_pyramid`.
+    """
+    msg = config.MODEL.MSG
+    plan_pyramid(
+        None if img_size is None else Size(img_size, img_size),
+        msg.PATCH_SIZE,
+        msg.WINDOW_SIZE,
+        msg.EMBED_DIM,
+        msg.DEPTHS,
+        msg.NUM_HEADS,
+        msg.SHUF_SIZE,
+        msg.MANIP_TYPE == 'shuf',
+    )

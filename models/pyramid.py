@@ -1,20 +1,16 @@
-"""The pyramid: which patch grid, window and shuffle region each stage works on.
+"""The pyramid: the patch grid, windows, shuffle regions and channels of each stage.
 
 Source: Fang et al., arXiv:2105.15168, sections 3.1 to 3.3.
 """
 
-from dataclasses import dataclass
-from itertools import product
-from math import lcm
+from collections.abc import Sequence
+from itertools import pairwise
+from math import gcd, lcm
 from typing import NamedTuple
 
 
-class PyramidError(ValueError):
-    """An image size, window or width that the network cannot be built with."""
-
-
 class Size(NamedTuple):
-    """Height and width, in whatever unit the name says."""
+    """Height and width, in the unit given by its name."""
 
     height: int
     width: int
@@ -22,107 +18,109 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f'{self.height} x {self.width}'
 
+    def divided_by(self, divisor: int) -> 'Size':
+        """Both sides divided and rounded up."""
+        return Size(-(-self.height // divisor), -(-self.width // divisor))
 
-@dataclass(frozen=True)
-class StageLayout:
-    """What one stage works on.
+    def is_multiple_of(self, divisor: int) -> bool:
+        """Whether both sides divide without remainder."""
+        return self.height % divisor == 0 and self.width % divisor == 0
+
+
+class StageLayout(NamedTuple):
+    """Layout of one stage.
 
     Attributes:
-        grid: patch grid H x W.
-        window: side w of a window, in patches.
-        region: side s of a shuffle region, in windows.
+        dim: channels C.
+        depth: blocks.
+        num_heads: attention heads.
+        window_size: window size w, in patches.
+        region_size: size s of a shuffle region, in windows.
     """
 
-    grid: Size
-    window: int
-    region: int
-
-    @property
-    def msg_grid(self) -> Size:
-        """Windows, and so MSG tokens, along each side."""
-        return Size(self.grid.height // self.window, self.grid.width // self.window)
+    dim: int
+    depth: int
+    num_heads: int
+    window_size: int
+    region_size: int
 
 
 def plan_pyramid(
-    img_size: tuple[int, int], patch_size: int, window_size: int, shuffle_size: list[int]
+    img_size: Size | None,
+    patch_size: int,
+    window_size: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    shuffle_size: Sequence[int],
+    shuffle: bool = True,
 ) -> list[StageLayout]:
-    """Lay out every stage, first to last; the grid halves from each to the next.
+    """Lay out every stage, first to last: channels double and the patch grid halves from each to the next.
 
-    A stage whose smaller side is at most `window_size` gets windows of that side, and a stage of one window
-    has regions of one window.
+    Where windows and regions tile all grids of `img_size`, a stage whose smaller side is at most `window_size` gets
+    windows of that size, and a stage of one window has no neighbours to shuffle with. Otherwise, and without an
+    `img_size`, windows and regions are as given, and grids are padded.
 
     Args:
-        img_size: image (height, width) in pixels.
-        patch_size: side of a patch, in pixels.
-        window_size: side of a window, in patches.
-        shuffle_size: side of a shuffle region, in windows, per stage; its length is the number of stages.
+        img_size: image size in pixels; None for no size in particular.
+        patch_size: patch size, in pixels.
+        window_size: window size, in patches.
+        embed_dim: channels of the first stage.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        shuffle_size: size of a shuffle region per stage, in windows.
+        shuffle: whether MSG tokens are shuffled.
 
     Raises:
-        PyramidError: the windows or regions do not tile; the message names image sizes that work.
+        ValueError: the image is smaller than a patch, the lists differ in length, or channels do not divide.
     """
-    try:
-        return _lay_out(Size(*img_size), patch_size, window_size, shuffle_size)
-    except PyramidError as error:
-        sizes = _sizes_that_work(Size(*img_size), patch_size, window_size, shuffle_size)
-        raise PyramidError(
-            f'image size {Size(*img_size)}: {error}. Image sizes that work with patch size {patch_size}, window size '
-            f'{window_size} and shuffle sizes {",".join(map(str, shuffle_size))}: {sizes}'
-        ) from None
+    if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
+        raise ValueError(
+            f'depths {list(depths)}, num_heads {list(num_heads)} and shuffle_size {list(shuffle_size)} differ in '
+            f'length: write one entry per stage in each'
+        )
+    if img_size is not None and min(img_size) < patch_size:
+        raise ValueError(f'image size {img_size} is smaller than one patch of {patch_size} x {patch_size} pixels')
+    windows, regions = [window_size] * len(depths), list(shuffle_size)
+    if img_size is not None:
+        grids = patch_grids(img_size, patch_size, len(depths))
+        fitted = [min(window_size, *grid) for grid in grids]
+        if _tiles(img_size, patch_size, grids, fitted, regions):
+            windows = fitted
+            regions = [1 if max(grid) == w else s for grid, w, s in zip(grids, windows, regions, strict=True)]
+    _check_channels(embed_dim, num_heads, regions if shuffle else [1] * len(regions))
+    dims = [embed_dim * 2**i for i in range(len(depths))]
+    return [StageLayout(*layout) for layout in zip(dims, depths, num_heads, windows, regions, strict=True)]
 
 
-def _lay_out(img_size: Size, patch_size: int, window_size: int, shuffle_size: list[int]) -> list[StageLayout]:
-    if img_size.height % patch_size or img_size.width % patch_size:
-        raise PyramidError(f'not a multiple of the patch size {patch_size}')
-    stages: list[StageLayout] = []
-    grid = Size(img_size.height // patch_size, img_size.width // patch_size)
-    for number, region in enumerate(shuffle_size, start=1):
-        if min(grid) < 1:
-            raise PyramidError(f'nothing is left of the patch grid in stage {number}')
-        window = min(window_size, *grid)
-        if grid.height % window or grid.width % window:
-            raise PyramidError(f'the {grid} patches of stage {number} do not divide into {window} x {window} windows')
-        stage = StageLayout(grid, window, region)
-        if stage.msg_grid == (1, 1):
-            stage = StageLayout(grid, window, region=1)
-        elif stage.msg_grid.height % region or stage.msg_grid.width % region:
-            raise PyramidError(
-                f'the {stage.msg_grid} windows of stage {number} do not divide into '
-                f'shuffle regions of {region} x {region}'
-            )
-        # MSG tokens are merged 2 x 2 like patches, so a window must still hold one token after every merging.
-        if stages and (stages[-1].msg_grid != (2 * stage.msg_grid.height, 2 * stage.msg_grid.width)):
-            raise PyramidError(
-                f'the {stages[-1].msg_grid} MSG tokens of stage {number - 1} do not merge 2 x 2 into '
-                f"one for each of stage {number}'s {stage.msg_grid} windows"
-            )
-        stages.append(stage)
-        if number < len(shuffle_size) and (grid.height % 2 or grid.width % 2):
-            raise PyramidError(f'the {grid} patches of stage {number} do not halve')
-        grid = Size(grid.height // 2, grid.width // 2)
-    return stages
+def patch_grids(img_size: Size, patch_size: int, stages: int) -> list[Size]:
+    """The patch grid of each stage, halved and rounded up from one to the next."""
+    return [img_size.divided_by(patch_size).divided_by(2**i) for i in range(stages)]
 
 
-def _sizes_that_work(img_size: Size, patch_size: int, window_size: int, shuffle_size: list[int], most: int = 4) -> str:
-    """The image sizes nearest to the one wanted that tile, as text."""
-    period = lcm(*(patch_size * window_size * 2**i * s for i, s in enumerate(shuffle_size)))  # its multiples all tile
-    step = patch_size * 2 ** (len(shuffle_size) - 1)  # every grid but the last is halved
+def _tiles(
+    img_size: Size, patch_size: int, grids: Sequence[Size], windows: Sequence[int], regions: Sequence[int]
+) -> bool:
+    """Whether nothing is padded: patches, windows, regions and the 2 x 2 merging of patches and MSG tokens all fit."""
+    if not img_size.is_multiple_of(patch_size * 2 ** (len(grids) - 1)):
+        return False
+    msg_grids = [grid.divided_by(w) for grid, w in zip(grids, windows, strict=True)]
+    return (
+        all(grid.is_multiple_of(w) for grid, w in zip(grids, windows, strict=True))
+        and all(grid.is_multiple_of(s) or grid == (1, 1) for grid, s in zip(msg_grids, regions, strict=True))
+        and all(one == (2 * two.height, 2 * two.width) for one, two in pairwise(msg_grids))
+    )
 
-    def candidates(side: int) -> range:
-        return range(step, side + 2 * period + 1, step)
 
-    if img_size.height == img_size.width:
-        sizes = (Size(side, side) for side in candidates(img_size.height))
-    else:
-        sizes = map(Size._make, product(candidates(img_size.height), candidates(img_size.width)))
-
-    def tiles(size: Size) -> bool:
-        try:
-            return bool(_lay_out(size, patch_size, window_size, shuffle_size))
-        except PyramidError:
-            return False
-
-    def distance(size: Size) -> int:
-        return abs(size.height - img_size.height) + abs(size.width - img_size.width)
-
-    nearest = sorted(filter(tiles, sizes), key=distance)[:most]
-    return ', '.join(str(size.height if size.height == size.width else size) for size in sorted(nearest)) or 'none'
+def _check_channels(embed_dim: int, num_heads: Sequence[int], regions: Sequence[int]) -> None:
+    """Refuse channels that heads or MSG chunks do not divide, naming a width that works."""
+    needed = 1
+    for i, (heads, region) in enumerate(zip(num_heads, regions, strict=True)):
+        divisor = lcm(heads, region**2)
+        needed = lcm(needed, divisor // gcd(divisor, 2**i))
+    if embed_dim % needed:
+        raise ValueError(
+            f'embed_dim {embed_dim} does not fit: the channels of each stage must divide into num_heads '
+            f'{list(num_heads)} and into {[region**2 for region in regions]} chunks, one per window of a shuffle '
+            f'region: choose a multiple of {needed}'
+        )

@@ -1,84 +1,167 @@
-"""Windows and shuffle regions: pure functions on shapes.
+"""Windows, shuffle regions and their padding: pure functions on shapes.
 
-Letters: B images, H x W the patch grid, w window side, nH x nW = H/w x W/w the window grid (also the
-grid of MSG tokens: one a window), s side of a shuffle region in windows, G = s^2 windows in a region,
+Letters: B images, H x W the patch grid, w window size in patches, nH x nW = ceil(H/w) x ceil(W/w) the window grid (also
+the grid of MSG tokens: one per window), s size of a shuffle region in windows, G = s^2 windows in a region,
 N = w^2 + 1 tokens in a window, C channels.
 
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def join_windows(patches: Tensor, msg: Tensor) -> Tensor:
-    """Cut the patch grid into windows and put each window's MSG token in front of its patches.
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad a token grid (B, H, W, C) with zeros, right and bottom, to multiples of `multiple`."""
+    H, W = x.shape[1:3]
+    if H % multiple == 0 and W % multiple == 0:
+        return x
+    return F.pad(x, (0, 0, 0, -W % multiple, 0, -H % multiple))
+
+
+def join_windows(patches: Tensor, msg: Tensor, window_size: int) -> Tensor:
+    """Cut the patch grid into windows, each headed by its MSG token; a grid that does not tile is padded with zeros.
 
     Args:
-        patches: patch tokens (B, H, W, C), with H and W multiples of the window grid.
+        patches: patch tokens (B, H, W, C).
         msg: MSG tokens (B, nH, nW, C).
+        window_size: window size w, in patches.
 
     Returns:
-        Windows (B, nH, nW, N, C): token 0 is the MSG token, then the patches row by row.
+        Windows (B, nH, nW, N, C): the MSG token, then the patches in row-major order.
     """
-    B, H, W, C = patches.shape
-    nH, nW = msg.shape[1:3]
-    x = patches.view(B, nH, H // nH, nW, W // nW, C)  # (B, nH, w, nW, w, C)
-    x = x.transpose(2, 3).reshape(B, nH, nW, -1, C)  # (B, nH, nW, w*w, C)
+    B, nH, nW, C = msg.shape
+    w = window_size
+    x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
+    x = x.transpose(2, 3).reshape(B, nH, nW, w * w, C)
     return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
 
 
-def split_windows(windows: Tensor, window_size: int) -> tuple[Tensor, Tensor]:
+def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Undo `join_windows`.
 
     Args:
-        windows: (B, nH, nW, N, C) with N = window_size^2 + 1.
-        window_size: side w of a window, in patches.
+        windows: (B, nH, nW, N, C).
+        window_size: window size w, in patches.
+        grid: patch grid (H, W), without padding.
 
     Returns:
-        The patch grid (B, nH*w, nW*w, C) and the MSG tokens (B, nH, nW, C).
+        Patch tokens (B, H, W, C) and MSG tokens (B, nH, nW, C).
     """
     B, nH, nW, _, C = windows.shape
-    w = window_size
-    x = windows[:, :, :, 1:].view(B, nH, nW, w, w, C)  # (B, nH, nW, w, w, C)
-    patches = x.transpose(2, 3).reshape(B, nH * w, nW * w, C)  # (B, H, W, C)
-    return patches, windows[:, :, :, 0]
+    w, (H, W) = window_size, grid
+    x = windows[:, :, :, 1:].view(B, nH, nW, w, w, C)
+    patches = x.transpose(2, 3).reshape(B, nH * w, nW * w, C)
+    return patches[:, :H, :W], windows[:, :, :, 0]
+
+
+class WindowPadding(NamedTuple):
+    """Which tokens of padded windows are padding.
+
+    Attributes:
+        is_padding: (nH, nW, N, 1) boolean.
+        real_index: positions of the other tokens among the nH * nW * N of an image, (L,).
+    """
+
+    is_padding: Tensor
+    real_index: Tensor
+
+    def zero(self, windows: Tensor) -> Tensor:
+        """Windows (B, nH, nW, N, C) with zeros for padding."""
+        return windows.masked_fill(self.is_padding, 0.0)
+
+    def remove(self, windows: Tensor) -> Tensor:
+        """The real tokens (B, L, C) of windows (B, nH, nW, N, C)."""
+        return windows.flatten(1, 3).index_select(1, self.real_index)
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Undo `remove`, with zeros for padding."""
+        nH, nW, N, _ = self.is_padding.shape
+        B, _, C = tokens.shape
+        windows = tokens.new_zeros(B, nH * nW * N, C).index_copy(1, self.real_index, tokens)
+        return windows.view(B, nH, nW, N, C)
+
+
+def window_padding(grid: tuple[int, int], window_size: int, device: torch.device) -> WindowPadding | None:
+    """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it."""
+    (H, W), w = grid, window_size
+    if H % w == 0 and W % w == 0:
+        return None
+    nH, nW, N = -(-H // w), -(-W // w), w * w + 1
+    rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
+    window = rows // w * nW + columns // w  # (H, W)
+    token = 1 + rows % w * w + columns % w  # (H, W)
+    msg_index = torch.arange(nH * nW, device=device) * N
+    real_index = torch.cat((msg_index, (window * N + token).flatten()))
+    is_padding = torch.ones(nH * nW * N, dtype=torch.bool, device=device).index_fill(0, real_index, False)
+    return WindowPadding(is_padding.view(nH, nW, N, 1), real_index)
 
 
 def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
-    Every token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0,
-    chunk g of token 1, and so on: a G x G transpose of chunks, which is its own inverse.
+    Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
+    and so on: a G x G transpose of chunks, which is its own inverse. In a region cut by the border, a token keeps its
+    own chunk where its partner is padding: our choice, since the published one is not known.
 
     Args:
-        msg: MSG tokens (B, nH, nW, C); nH and nW are multiples of `region_size`, C of its square.
-        region_size: side s of a region, in windows; 1 leaves the tokens as they are.
+        msg: MSG tokens (B, nH, nW, C); C is a multiple of G.
+        region_size: region size s, in windows; 1 leaves the tokens as they are.
 
     Returns:
         Shuffled MSG tokens (B, nH, nW, C).
     """
     if region_size == 1:
         return msg
+    padded = pad_to_multiple(msg, region_size)
+    shuffled = _transpose_chunks(padded, region_size)
+    if padded is msg:
+        return shuffled
+    nH, nW, C = msg.shape[1:]
+    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), region_size)
+    from_token = _transpose_chunks(is_token, region_size)
+    return torch.where(from_token, shuffled, padded)[:, :nH, :nW]
+
+
+def _transpose_chunks(msg: Tensor, region_size: int) -> Tensor:
     B, nH, nW, C = msg.shape
     s, G = region_size, region_size**2
     x = msg.view(B, nH // s, s, nW // s, s, C).transpose(2, 3)  # (B, nH/s, nW/s, s, s, C)
-    x = x.reshape(B, nH // s, nW // s, G, G, C // G)  # (.., token, chunk, C/G)
+    x = x.reshape(B, nH // s, nW // s, G, G, C // G)  # (B, nH/s, nW/s, token, chunk, C/G)
     x = x.transpose(3, 4).reshape(B, nH // s, nW // s, s, s, C)
     return x.transpose(2, 3).reshape(B, nH, nW, C)
 
 
 def relative_position_index(window_size: int) -> Tensor:
-    """Row of the bias table that each pair of patches of a window reads.
+    """Row of the relative position bias table for each pair of patches in a window.
 
     Args:
-        window_size: side w of a window, in patches.
+        window_size: window size w, in patches.
 
     Returns:
-        (w^2, w^2) int64: entry (i, j) is (dr + w - 1)(2w - 1) + dc + w - 1, where (dr, dc) is the position
-        of query i minus that of key j (Liu et al., Swin Transformer, arXiv:2103.14030).
+        (w^2, w^2) int64: entry (i, j) is (dr + w - 1)(2w - 1) + dc + w - 1, where (dr, dc) is the position of query i
+        minus that of key j (Liu et al., Swin Transformer, arXiv:2103.14030).
     """
     w = window_size
     position = torch.cartesian_prod(torch.arange(w), torch.arange(w))  # (w*w, 2): row, column
     offset = position[:, None] - position[None, :] + (w - 1)  # (w*w, w*w, 2), all >= 0
     return offset[..., 0] * (2 * w - 1) + offset[..., 1]
+
+
+def attention_bias_index(window_size: int) -> Tensor:
+    """Row of the bias table, extended by two rows for the MSG token, for each pair of tokens in a window.
+
+    Args:
+        window_size: window size w, in patches.
+
+    Returns:
+        (N, N) int64: `relative_position_index` for two patches, (2w - 1)^2 for a patch attending to the MSG token, and
+        (2w - 1)^2 + 1 for the MSG token attending to any token.
+    """
+    to_msg = (2 * window_size - 1) ** 2
+    index = F.pad(relative_position_index(window_size), (1, 0, 1, 0), value=to_msg)  # (N, N)
+    index[0] = to_msg + 1
+    return index

@@ -85,7 +85,7 @@ def test_writes_table_figures_and_chart(tmp_path, monkeypatch, capsys):
     ('flags', 'told'),
     [
         (['swin_giant'], "error: no network 'swin_giant': give a config file"),
-        ([str(TINY), '--sizes', '28', '30'], 'error: image size 30 x 30: '),
+        ([str(TINY), '--sizes', '28', '1'], 'error: MODEL.MSG: image size 1 x 1 is smaller'),
         ([str(TINY), '--modes', 'train', '--compile', 'frozen', '--sizes', '28'], 'error: nothing of this can be run'),
         ([str(TINY), str(TINY), '--sizes', '28'], 'error: two of the networks have the same name'),
         ([str(TINY), '--rounds', '0'], 'argument --rounds: 0 is not a whole number from 1 on'),

@@ -42,9 +42,9 @@ def test_config_mistakes_are_told_before_any_data_is_opened(tmp_path):
     assert 'TRAIN.EPOCH does not exist: did you mean TRAIN.EPOCHS?' in mistake(
         tmp_path, *nowhere, '--opts', 'TRAIN.EPOCH', '3'
     )
-    message = mistake(tmp_path, *nowhere, '--opts', 'DATA.IMG_SIZE', '32')
-    assert message.startswith('error: image size 32 x 32: the 16 x 16 patches of stage 1 do not divide')
-    assert message.endswith('28, 56, 84')
+    message = mistake(tmp_path, *nowhere, '--opts', 'MODEL.MSG.EMBED_DIM', '6')
+    assert message.startswith('error: MODEL.MSG: embed_dim 6 does not fit')
+    assert message.endswith('choose a multiple of 4')
     assert '--eval needs weights' in mistake(tmp_path, *nowhere, '--eval')
 
 

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 import main as program
 from checkpoint import load_checkpoint
 from tests.conftest import TINY
-from tests.fill import fill_, images, labels
+from tests.helpers.golden import GOLDEN, V2, assert_close, fill_, golden_network, images, labels, micro
 from tests.test_command_line import start
-from tests.test_golden import GOLDEN, WITH_GRADIENTS, assert_close, build
-from tests.test_msg_transformer import V2, micro
 from tests.test_training import folder_of, records
 from timing import Setting, Task
 
@@ -29,16 +27,16 @@ def forgotten():
 @torch.inference_mode()
 def test_recorded_outputs(version, size):
     record = GOLDEN[version, size]
-    model = torch.compile(build(version, size).eval(), fullgraph=True)
+    model = torch.compile(golden_network(version, size).eval(), fullgraph=True)
     logits = model(images(2, record['size']))
     assert_close(logits[:, :10], record['logits'])
     assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
 
 
-@pytest.mark.parametrize(('version', 'size'), WITH_GRADIENTS)
+@pytest.mark.parametrize(('version', 'size'), [key for key, record in GOLDEN.items() if 'loss' in record])
 def test_recorded_loss_and_gradient_norms(version, size):
     record = GOLDEN[version, size]
-    model = build(version, size).train()
+    model = golden_network(version, size).train()
     graph = torch.compile(model, fullgraph=True)
     loss = F.cross_entropy(graph(images(2, record['size'])), labels(2, model.num_classes))
     loss.backward()

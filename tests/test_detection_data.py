@@ -16,8 +16,8 @@ from detection.data import CocoDataset, build_eval_loader, build_loaders
 from detection.data.annotations import read_annotations
 from detection.data.samplers import GroupedTrainSampler
 from detection.data.transforms import TrainTransform, flip, random_crop, resize
-from tests.coco import CATEGORIES, crowd, read_tree, rectangle, wedge, write_coco, write_tree
 from tests.conftest import ROOT
+from tests.helpers.coco import CATEGORIES, crowd, read_tree, rectangle, wedge, write_coco, write_tree
 
 TINY_3X = ROOT / 'detection' / 'configs' / 'cascade_mask_rcnn_msg_tiny_3x.yaml'
 

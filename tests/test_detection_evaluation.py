@@ -17,7 +17,7 @@ from data.samplers import ShardSampler
 from detection.data import CocoDataset
 from detection.draw import color_of, draw_detections
 from detection.evaluation import CocoEvaluation
-from tests.coco import crowd, read_tree, rectangle, write_coco, write_tree
+from tests.helpers.coco import crowd, read_tree, rectangle, write_coco, write_tree
 
 NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 

@@ -22,7 +22,7 @@ from detection.models.transform import paste_masks
 from models import MSGTransformer
 from optimizer import weight_decay_groups
 from tests.conftest import ROOT, one_thread
-from tests.fill import fill_, normal
+from tests.helpers.golden import fill_, normal
 from tools.complexity_detection import complexity
 
 CONFIGS = ROOT / 'detection' / 'configs'

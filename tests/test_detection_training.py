@@ -15,8 +15,8 @@ from detection.config import load_config
 from detection.models import build_detector
 from detection.schedule import build_scheduler
 from models import MSGTransformer
-from tests.coco import CATEGORIES, read_tree, write_coco, write_tree
 from tests.conftest import one_thread
+from tests.helpers.coco import CATEGORIES, read_tree, write_coco, write_tree
 from tests.test_command_line import start
 from tests.test_detection_models import TINY_DETECTOR
 from tests.test_resume import differences, last

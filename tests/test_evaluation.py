@@ -16,7 +16,7 @@ from main import validate
 from models import build_model
 from precision import build_precision
 from tests.conftest import TINY
-from tests.fill import fill_
+from tests.helpers.golden import fill_
 from trainer import Run
 
 SIZES, BATCHES = range(1, 18), range(1, 7)

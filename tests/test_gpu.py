@@ -10,8 +10,7 @@ import main as program
 from checkpoint import load_checkpoint
 from models import MSGTransformer, build_model
 from precision import Precision, build_precision, import_apex_amp
-from tests.fill import fill_, golden, images, labels
-from tests.test_msg_transformer import micro
+from tests.helpers.golden import fill_, golden, images, labels, micro
 from tests.test_resume import RANDOM, differences, last
 from tests.test_training import PLAIN, folder_of, records
 from timing import Setting, Task, in_turns

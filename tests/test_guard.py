@@ -12,7 +12,7 @@ import trainer as trainer_module
 from checkpoint import load_checkpoint
 from guard import NonFiniteGuard
 from models import build_model
-from tests.fill import fill_
+from tests.helpers.golden import fill_
 from tests.test_training import CPU, folder_of, records, trainer_of
 from trainer import Trainer
 

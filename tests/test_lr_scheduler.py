@@ -3,7 +3,7 @@ import torch
 
 from lr_scheduler import build_scheduler, learning_rate_scale, updates_per_epoch
 from optimizer import build_optimizer
-from tests.fill import golden
+from tests.helpers.golden import golden
 
 SCHEDULES = golden('train_v1')['schedules']
 IMAGENET = {'DATA__BATCH_SIZE': '128', 'TRAIN__EPOCHS': '300', 'TRAIN__WARMUP_EPOCHS': '20', 'TRAIN__BASE_LR': '5e-4'}

@@ -3,7 +3,7 @@ import torch
 
 from models import MSGTransformer
 from optimizer import build_optimizer
-from tests.fill import golden
+from tests.helpers.golden import golden
 
 RECORD = golden('train_v1')
 

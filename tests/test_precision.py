@@ -10,8 +10,7 @@ from torch import nn
 
 from config import ConfigError
 from precision import ApexPrecision, Precision, build_precision, import_apex_amp
-from tests.fill import fill_, images
-from tests.test_golden import build
+from tests.helpers.golden import fill_, golden_network, images
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 NO, YES = torch.tensor(False), torch.tensor(True)
@@ -301,7 +300,7 @@ def test_default_is_fp32_on_a_cpu_and_published_o1_on_a_gpu(tiny_config):
 
 @torch.inference_mode()
 def test_bf16_logits_are_within_two_percent_of_fp32():
-    model = build('v1', 'tiny').eval()
+    model = golden_network('v1', 'tiny').eval()
     x = images(1, 224)
     exact = model(x)
     with Precision('O1', torch.bfloat16, CPU).autocast():

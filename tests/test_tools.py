@@ -11,7 +11,7 @@ from checkpoint import CheckpointError, load_checkpoint
 from config import load_config
 from models import build_model
 from tests.conftest import ROOT
-from tests.fill import fill_
+from tests.helpers.golden import fill_
 from tests.test_command_line import start
 from tests.test_training import folder_of
 from tools import make_digits as digits_tool

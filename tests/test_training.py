@@ -26,7 +26,7 @@ from models import MSGTransformer, build_model
 from optimizer import build_optimizer
 from precision import build_precision
 from tests.conftest import one_thread
-from tests.fill import fill_, golden, normal
+from tests.helpers.golden import fill_, golden, normal
 from trainer import Run, Trainer, groups
 from training_state import TrainingState
 from utils import distribute

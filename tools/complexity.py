@@ -26,13 +26,11 @@ class Complexity(NamedTuple):
 def complexity(model: nn.Module, channels: int, size: int) -> Complexity:
     """Count a network on one image of `channels` x `size` x `size`.
 
-    The measure counts products of matrices and convolutions, without norms, biases, softmax and GELU; the formula
-    counts norms too. Both are of all tokens, as published; a classifier leaves out of its last block what nothing
-    reads (`msg_only` of `MSGStage`).
+    The measure counts matmuls and convolutions, without norms, biases, softmax and GELU; the formula counts norms too.
+    Both are of all tokens, as published; a classifier leaves out of its last block what nothing reads.
     """
-    listener = model.layers[-1].register_forward_hook(lambda *_: None)  # to it, the last stage gives all tokens
-    measured = multiply_adds(lambda: model(torch.zeros(1, channels, size, size)))
-    listener.remove()
+    image = torch.zeros(1, channels, size, size)
+    measured = multiply_adds(lambda: model.forward_head(model.forward_intermediates(image)[0]))
     return Complexity(sum(p.numel() for p in model.parameters()), model.flops(), measured)
 
 

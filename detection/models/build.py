@@ -52,7 +52,7 @@ def build_detector(config: CfgNode) -> Detector:
     """Build the detector that `config.MODEL`, `INPUT` and `TRAIN.USE_CHECKPOINT` describe.
 
     Raises:
-        PyramidError: the channels do not divide, or the lists describe different numbers of stages.
+        ValueError: the channels do not divide, or the lists differ in length.
     """
     msg = config.MODEL.MSG
     body = MSGBackbone(**network_options(config))

@@ -1,4 +1,4 @@
-"""Weights and inputs that depend on names and shapes alone, so that recorded figures need no weight file.
+"""Golden records of the published network, and weights and inputs that depend on names and shapes alone.
 
 Two networks with the same state-dict names and shapes hold the same weights after `fill_`.
 """
@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-FIXTURES = Path(__file__).parent / 'fixtures'
+from models import MSGTransformer
+
+FIXTURES = Path(__file__).parent.parent / 'fixtures'
+V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
+VERSIONS = {'v1': {}, 'v2': V2}
 
 
 def golden(name: str) -> dict:
-    """Figures recorded from the published network."""
+    """Values recorded from the published network."""
     return json.loads((FIXTURES / f'golden_{name}.json').read_text())
+
+
+GOLDEN = {(version, size): record for version in VERSIONS for size, record in golden(version).items()}
 
 
 def normal(name: str, shape) -> Tensor:
@@ -54,3 +61,30 @@ def images(n: int, size: int, channels: int = 3) -> Tensor:
 def labels(n: int, classes: int) -> Tensor:
     """Class indices (n,)."""
     return torch.arange(n) * 7 % classes
+
+
+def golden_network(version: str, size: str) -> MSGTransformer:
+    """The network behind a golden record, with its weights."""
+    return fill_(MSGTransformer(drop_path_rate=0.0, **GOLDEN[version, size]['kwargs'], **VERSIONS[version]))
+
+
+def micro(**options) -> MSGTransformer:
+    """A network of three stages on 56-pixel images, with the narrow widths of the smallest record."""
+    arguments = {
+        'img_size': 56,
+        'patch_size': 2,
+        'num_classes': 10,
+        'embed_dim': 16,
+        'depths': (1, 2, 1),
+        'num_heads': (1, 2, 4),
+        'shuffle_size': (4, 2, 1),
+        'drop_path_rate': 0.0,
+    }
+    return MSGTransformer(**arguments | options)
+
+
+def assert_close(measured, recorded, relative=5e-6):
+    """Assert equality within a fraction of the largest recorded value."""
+    recorded = torch.as_tensor(recorded, dtype=torch.float64)
+    difference = (torch.as_tensor(measured, dtype=torch.float64) - recorded).abs().max()
+    assert difference <= relative * recorded.abs().max(), f'difference {difference:.3g}'

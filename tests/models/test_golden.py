@@ -1,4 +1,4 @@
-"""The network is the published one: figures recorded from the published code, number for number."""
+"""The network equals the published one: parameters, FLOPs, outputs and gradients recorded from the published code."""
 
 import pytest
 import torch
@@ -7,27 +7,14 @@ import torch.nn.functional as F
 from config import load_config
 from models import MSGTransformer, build_model
 from models.windows import join_windows
-from tests.fill import fill_, golden, images, labels
+from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, golden_network, images, labels
 
-GOLDEN = {(version, size): record for version in ('v1', 'v2') for size, record in golden(version).items()}
 WITH_GRADIENTS = [key for key, record in GOLDEN.items() if 'loss' in record]
-TYPES = {'v1': {}, 'v2': {'embed_type': 'overlap', 'merge_type': 'overlap'}}
 
 
-def build(version, size):
-    return fill_(MSGTransformer(drop_path_rate=0.0, **GOLDEN[version, size]['kwargs'], **TYPES[version]))
-
-
-def assert_close(measured, recorded, relative=5e-6):
-    """Within a part of the largest recorded value."""
-    recorded = torch.as_tensor(recorded, dtype=torch.float64)
-    difference = (torch.as_tensor(measured, dtype=torch.float64) - recorded).abs().max()
-    assert difference <= relative * recorded.abs().max(), f'{difference:.3g} away'
-
-
-def in_regions(patches, msg, region):
+def in_regions(patches, msg, window, region):
     """Tokens in the published layout (B * regions, windows in a region, N, C)."""
-    x = join_windows(patches, msg)
+    x = join_windows(patches, msg, window)
     B, nH, nW, N, C = x.shape
     x = x.view(B, nH // region, region, nW // region, region, N, C).transpose(2, 3)
     return x.reshape(-1, region**2, N, C)
@@ -37,7 +24,7 @@ def in_regions(patches, msg, region):
 def test_parameters_flops_and_state_dict_are_exact(version, size):
     record = GOLDEN[version, size]
     with torch.device('meta'):
-        model = MSGTransformer(**record['kwargs'], **TYPES[version])
+        model = MSGTransformer(**record['kwargs'], **VERSIONS[version])
     assert sum(p.numel() for p in model.parameters()) == record['params']
     assert model.flops() == record['flops']
     assert isinstance(model.flops(), int)
@@ -47,33 +34,32 @@ def test_parameters_flops_and_state_dict_are_exact(version, size):
 
 @pytest.mark.parametrize(('version', 'size'), GOLDEN)
 @torch.no_grad()
-def test_outputs_of_every_stage(version, size):
+def test_logits_and_the_tokens_of_every_stage(version, size):
     record = GOLDEN[version, size]
-    model, batch = build(version, size).eval(), images(2, record['size'])
-    alone = model(batch)  # where nobody listens, the last block gives MSG tokens only
-    with torch.inference_mode():
-        again = model(batch)  # with the biases kept
-    outputs = []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
-    heard = model(batch)
-
-    for logits in (alone, again, heard):
+    model, batch = golden_network(version, size).eval(), images(2, record['size'])
+    features, _ = model.forward_intermediates(batch)
+    for logits in (model(batch), model.forward_head(features)):  # the last block's MSG tokens alone, and every token
         assert_close(logits[:, :10], record['logits'])
         assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
-    layouts = [layer.layout for layer in model.layers]
-    for output, layout, stage in zip(outputs, [*layouts[1:], layouts[-1]], record['stages'], strict=True):
-        regions = in_regions(*output, layout.region)
-        assert list(regions.shape) == stage['shape']
+
+    patches, msg = model.embed(batch)
+    stages = list(model.layers)
+    for stage, following, recorded in zip(stages, [*stages[1:], stages[-1]], record['stages'], strict=True):
+        patches, msg = stage(patches, msg)
+        if stage is not following:
+            patches, msg = stage.merge(patches, msg)
+        block = following.blocks[0]
+        regions = in_regions(patches, msg, block.window_size, block.drop_path.region_size)
+        assert list(regions.shape) == recorded['shape']
         for tokens, prefix in ((regions, ''), (regions[:, :, 0], 'msg_')):
-            assert_close([tokens.mean(), tokens.std()], [stage[f'{prefix}mean'], stage[f'{prefix}std']])
-        assert_close(regions.flatten()[:4], stage['head'])
+            assert_close([tokens.mean(), tokens.std()], [recorded[f'{prefix}mean'], recorded[f'{prefix}std']])
+        assert_close(regions.flatten()[:4], recorded['head'])
 
 
 @pytest.mark.parametrize(('version', 'size'), WITH_GRADIENTS)
 def test_loss_and_gradient_norms(version, size):
     record = GOLDEN[version, size]
-    model = build(version, size).train()
+    model = golden_network(version, size).train()
     loss = F.cross_entropy(model(images(2, record['size'])), labels(2, model.num_classes))
     loss.backward()
     assert_close(loss.item(), record['loss'])

@@ -1,0 +1,176 @@
+"""The layers around window attention: MLP, drop path, patch embedding and patch merging.
+
+Letters: B images, H x W the patch grid, nH x nW the window grid, s size of a shuffle region in windows, N tokens in a
+window, C channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .windows import pad_to_multiple
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear, with dropout after the last two.
+
+    Args:
+        dim: channels C in and out.
+        hidden_dim: channels between.
+        drop: dropout rate.
+        recompute: compute GELU again in the backward pass instead of keeping its output.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, recompute: bool = False):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (..., C)."""
+        x = self.fc1(x)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._project, x, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
+        return self._project(x)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(hidden))))
+
+
+class RegionDropPath(nn.Module):
+    """Stochastic depth, drawn once per shuffle region of each image as in the published code.
+
+    Args:
+        rate: probability of dropping a region's branch, in [0, 1); the others are divided by 1 - rate.
+        region_size: region size s, in windows.
+    """
+
+    def __init__(self, rate: float, region_size: int):
+        super().__init__()
+        self.rate = rate
+        self.region_size = region_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop regions of windows (B, nH, nW, N, C) in training; the last regions may be cut by the border."""
+        if not self.training or self.rate == 0.0:
+            return x
+        B, nH, nW = x.shape[:3]
+        s, keep = self.region_size, 1.0 - self.rate
+        mask = x.new_empty(B, -(-nH // s), -(-nW // s)).bernoulli_(keep) / keep
+        mask = mask.repeat_interleave(s, dim=1).repeat_interleave(s, dim=2)[:, :nH, :nW]
+        return x * mask[..., None, None]
+
+    def extra_repr(self) -> str:
+        """Arguments shown by `print(model)`."""
+        return f'rate={self.rate:.3f}, region_size={self.region_size}'
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens: a strided convolution, then an optional norm.
+
+    Args:
+        patch_size: patch size in pixels: the stride.
+        in_chans: image channels.
+        embed_dim: channels C of a token.
+        norm_layer: called with `embed_dim`; None for no norm.
+        overlap: False for kernel size = stride (v1), True for kernel size 7 (v2).
+    """
+
+    def __init__(
+        self, patch_size: int, in_chans: int, embed_dim: int, norm_layer: NormLayer | None, overlap: bool = False
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        kernel_size, padding = patch_size, 0
+        if overlap:
+            # Published for patch size 4: padding 2. Below 3, H / patch_size tokens per side need padding 3.
+            kernel_size, padding = 7, 2 if patch_size >= 3 else 3
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride=patch_size, padding=padding)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images (B, in_chans, height, width), padded with zeros to whole patches, as tokens (B, H, W, C).
+
+        Raises:
+            ValueError: the images are smaller than one patch.
+        """
+        height, width = images.shape[-2:]
+        p = self.patch_size
+        if min(height, width) < p:
+            raise ValueError(f'images of {height} x {width} pixels are smaller than one patch of {p} x {p}')
+        if height % p or width % p:
+            images = F.pad(images, (0, -width % p, 0, -height % p))
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+    def flops(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds for a patch grid (H, W), by the authors' formula."""
+        tokens = grid[0] * grid[1]
+        flops = tokens * self.proj.weight.numel()  # C * in_chans * kernel_size^2
+        if not isinstance(self.norm, nn.Identity):
+            flops += tokens * self.proj.out_channels
+        return flops
+
+
+class PatchMerging(nn.Module):
+    """Halve a token grid and double its channels (v1): concatenate 2 x 2 neighbours, norm, linear.
+
+    The same weights serve a stage's patch grid and its MSG grid.
+
+    Args:
+        dim: input channels C.
+        norm_layer: called with 4C.
+    """
+
+    def __init__(self, dim: int, norm_layer: NormLayer):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merge tokens (B, H, W, C) into (B, ceil(H/2), ceil(W/2), 2C); an odd grid is padded with zeros."""
+        x = pad_to_multiple(x, 2)
+        B, H, W, C = x.shape
+        x = x.view(B, H // 2, 2, W // 2, 2, C)  # (B, H/2, row, W/2, column, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)  # neighbours (0,0), (1,0), (0,1), (1,1)
+        return self.reduction(self.norm(x))
+
+    def flops(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds for a token grid (H, W), by the authors' formula."""
+        return merging_flops(grid, self.reduction.weight)
+
+
+class OverlapPatchMerging(nn.Module):
+    """Halve a token grid and double its channels (v2): a 3 x 3 convolution of stride 2, then norm.
+
+    Args:
+        dim: input channels C.
+        norm_layer: called with 2C.
+    """
+
+    def __init__(self, dim: int, norm_layer: NormLayer):
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
+        self.norm = norm_layer(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merge tokens (B, H, W, C) into (B, ceil(H/2), ceil(W/2), 2C)."""
+        x = self.reduction(x.permute(0, 3, 1, 2))  # (B, 2C, H/2, W/2)
+        return self.norm(x.permute(0, 2, 3, 1))
+
+    def flops(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds for a token grid (H, W), by the authors' formula."""
+        return merging_flops(grid, self.reduction.weight)
+
+
+def merging_flops(grid: tuple[int, int], weight: Tensor) -> int:
+    """The authors' formula for patch merging: a norm over C channels of all tokens, then the reduction."""
+    (H, W), dim = grid, weight.shape[0] // 2
+    return H * W * dim + -(-H // 2) * -(-W // 2) * weight.numel()

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+from models.layers import Mlp, OverlapPatchMerging, PatchEmbed, PatchMerging, RegionDropPath
+from tests.helpers.golden import fill_, normal
+
+
+def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
+    drop = RegionDropPath(0.25, region_size=2).train()
+    x = torch.ones(500, 4, 4, 3, 2)
+    out = drop(x)
+    regions = out.view(500, 2, 2, 2, 2, 3, 2).transpose(2, 3).reshape(500 * 4, -1)
+    assert torch.equal(regions.min(dim=1).values, regions.max(dim=1).values)  # a region is dropped as a whole
+    torch.testing.assert_close(regions[:, 0].unique(), torch.tensor([0.0, 1 / 0.75]))
+    per_image = regions[:, 0].view(500, 4)
+    assert (per_image.min(dim=1).values < per_image.max(dim=1).values).any()  # but not an image as a whole
+    assert regions.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert drop.eval()(x) is x
+
+
+def test_drop_path_of_regions_cut_by_the_border():
+    drop, seen = RegionDropPath(0.5, region_size=2).train(), set()
+    for _ in range(10):
+        for image in drop(torch.ones(3, 2, 3, 5, 4)):
+            left, right = image[:, :2], image[:, 2:]
+            assert len(left.unique()) == len(right.unique()) == 1
+            seen.add((left[0, 0, 0, 0].item(), right[0, 0, 0, 0].item()))
+    assert seen == {(x, y) for x in (0.0, 2.0) for y in (0.0, 2.0)}  # independent, divided by 1/2
+
+
+@pytest.mark.parametrize('drop', [0.0, 0.5])
+def test_recompute_keeps_no_gelu_output_and_gives_the_same_gradients(drop):
+    gradients, kept = [], []
+    for recompute in (False, True):
+        mlp = fill_(Mlp(8, 32, drop, recompute)).train()
+        shapes = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=shapes: (s.append(t.shape), t)[1], lambda t: t):
+            out = mlp(normal('x', (4, 10, 8)))
+        out.square().sum().backward()
+        gradients.append([p.grad for p in mlp.parameters()])
+        kept.append(sum(shape.numel() == 4 * 10 * 32 for shape in shapes))
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] == 1 < kept[0]  # fc1's output alone
+
+
+def test_the_mlp_checkpoints_nothing_unless_asked():
+    assert not Mlp(8, 32).recompute
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+@pytest.mark.parametrize('patch_size', [1, 2, 3, 4, 7, 8])
+def test_the_embedding_pads_to_whole_patches(patch_size, overlap):
+    embed = fill_(PatchEmbed(patch_size, 3, 8, nn.LayerNorm, overlap))
+    images = normal('images', (1, 3, 2 * patch_size + 1, 3 * patch_size))
+    whole = torch.zeros(1, 3, (2 + (patch_size > 1)) * patch_size + (patch_size == 1), 3 * patch_size)
+    whole[:, :, : images.shape[2]] = images
+    assert embed(images).shape == (1, 3, 3, 8)
+    assert torch.equal(embed(images), embed(whole))
+
+
+def test_images_smaller_than_a_patch_are_refused():
+    embed = PatchEmbed(4, 3, 8, None)
+    assert embed(torch.zeros(1, 3, 4, 4)).shape == (1, 1, 1, 8)
+    with pytest.raises(ValueError, match='images of 3 x 57 pixels are smaller than one patch of 4 x 4'):
+        embed(torch.zeros(1, 3, 3, 57))
+
+
+@pytest.mark.parametrize('kind', [PatchMerging, OverlapPatchMerging])
+def test_odd_grids_are_padded_with_zeros_before_merging(kind):
+    module = fill_(kind(4, nn.LayerNorm))
+    x = normal('odd', (2, 5, 7, 4))
+    whole = torch.zeros(2, 6, 8, 4)
+    whole[:, :5, :7] = x
+    assert module(x).shape == (2, 3, 4, 8)
+    torch.testing.assert_close(module(x), module(whole))
+
+
+def test_merging_concatenates_column_by_column():
+    merge = PatchMerging(1, lambda _: nn.Identity())
+    nn.init.eye_(merge.reduction.weight)
+    x = torch.arange(4.0).view(1, 2, 2, 1)
+    assert merge(x).flatten().tolist() == [0, 2]  # (0, 0), then (1, 0)
