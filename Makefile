@@ -1,9 +1,9 @@
-# Two commands do everything, set-up included: make demo, make test.
+# Two commands do everything, installation included: make demo, make test.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection test test-slow lint format figures clean
+.PHONY: help demo demo-detection test test-slow lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,13 +23,13 @@ DETECTION_RUN := $(OUTPUT)/cascade_mask_rcnn_msg_digits/$(TAG)
 DETECTION := $(PY) -m detection.main --cfg $(DETECTION_CONFIG) --data-path $(DIGITS_COCO) --output $(OUTPUT) --tag $(TAG)
 
 help:
-	@echo "make demo       set up, make the digits, train on them, evaluate, draw ($(OUTPUT)/demo_*.png)"
+	@echo "make demo            install, train on handwritten digits, evaluate, draw ($(OUTPUT)/demo_*.png)"
 	@echo "make demo-detection  the same with a detector, on digits pasted on photographs"
-	@echo "make test       set up, lint, and run the tests that take seconds"
-	@echo "make test-slow  the tests that take minutes: compilation, the demo, 20 kills, two nodes"
-	@echo "make format     put the code into the project's format"
-	@echo "make figures    draw the README's figures again"
-	@echo "make clean      remove $(OUTPUT) and $(VENV)"
+	@echo "make test            install, lint, and run the tests that take seconds"
+	@echo "make test-slow       the tests that take minutes: compilation, demos, 20 kills, two nodes"
+	@echo "make format          format the code"
+	@echo "make docs            draw the figures and write docs/configuration.md"
+	@echo "make clean           remove $(OUTPUT) and $(VENV)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT) SEED=$(SEED)"
 
 $(VENV)/installed: requirements.txt
@@ -46,13 +46,13 @@ $(DIGITS)/made: tools/make_digits.py | $(VENV)/installed
 	$(PY) -m tools.make_digits --output $(DIGITS)
 	touch $@
 
-# A run under another config is started afresh; an interrupted one goes on.
+# A changed config starts a new run; an interrupted run resumes.
 $(RUN)/trained: $(CONFIG) | $(DIGITS)/made
 	if [ $(CONFIG) -nt $(RUN)/config.yaml ]; then rm -rf $(RUN); fi
 	$(PY) main.py --cfg $(CONFIG) --data-path $(DIGITS) --output $(OUTPUT) --tag $(TAG) --opts SEED $(SEED)
 	touch $@
 
-# The last checkpoint, not the best one, which was chosen on these same images.
+# The last checkpoint, not the best one, which was selected on these same images.
 $(RUN)/evaluation.txt: $(RUN)/trained
 	$(PY) main.py --cfg $(CONFIG) --data-path $(DIGITS) --output $(OUTPUT) --tag $(TAG) --eval --resume $(LAST) | tee $@
 
@@ -70,8 +70,8 @@ lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-$(DIGITS_COCO)/made: tools/make_digits_coco.py tools/make_digits.py | $(VENV)/installed
-	$(PY) -m tools.make_digits_coco --output $(DIGITS_COCO)
+$(DIGITS_COCO)/made: detection/tools/make_digits_coco.py tools/make_digits.py | $(VENV)/installed
+	$(PY) -m detection.tools.make_digits_coco --output $(DIGITS_COCO)
 	touch $@
 
 $(DETECTION_RUN)/trained: $(DETECTION_CONFIG) | $(DIGITS_COCO)/made
@@ -83,7 +83,7 @@ $(DETECTION_RUN)/evaluation.txt: $(DETECTION_RUN)/trained
 	$(DETECTION) --eval --resume $(LAST) | tee $@
 
 $(OUTPUT)/demo_detections_seed$(SEED)/drawn: $(DETECTION_RUN)/trained
-	$(PY) -m tools.predict_detection $(DIGITS_COCO)/val --limit 12 --cfg $(DETECTION_CONFIG) --resume $(LAST) --output $(@D)
+	$(PY) -m detection.tools.predict $(DIGITS_COCO)/val --limit 12 --cfg $(DETECTION_CONFIG) --resume $(LAST) --output $(@D)
 	touch $@
 
 $(OUTPUT)/demo_detection_curves_seed$(SEED).png: $(DETECTION_RUN)/trained
@@ -94,7 +94,7 @@ demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(
 	@grep '^|' $<
 	@echo "Look at $(OUTPUT)/demo_detection_curves_seed$(SEED).png and at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
 
-# One thread a process: the tests are small, and two processes share the cores.
+# One thread per process: the tests are small, and two processes share the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2
 
@@ -105,8 +105,9 @@ format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-figures: $(VENV)/installed
+docs: $(VENV)/installed
 	$(PY) -m tools.draw_figures --output docs
+	$(PY) -m tools.list_config > docs/configuration.md
 
 clean:
 	rm -rf $(OUTPUT) $(VENV)

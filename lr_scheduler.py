@@ -4,38 +4,21 @@ The schedule steps after the optimizer with the index of the update just made, s
 schedule(max(k - 1, 0)), as in the published code.
 """
 
-import math
-
 import torch
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from yacs.config import CfgNode
 
 
-def accumulation_steps(config: CfgNode) -> int:
-    """Batches whose gradients make one update."""
-    return max(config.TRAIN.ACCUMULATION_STEPS, 1)
-
-
-def updates_per_epoch(config: CfgNode, batches: int) -> int:
-    """Updates that an epoch of so many batches makes; the last may be of fewer batches."""
-    return math.ceil(batches / accumulation_steps(config))
-
-
-def learning_rate_scale(config: CfgNode, world_size: int, images: int = 512) -> float:
-    """Factor on the config's learning rates, which are for so many images an update."""
-    return config.DATA.BATCH_SIZE * world_size * accumulation_steps(config) / images
-
-
 def build_scheduler(
     config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int, lr_scale: float = 1.0
 ) -> Scheduler:
-    """The schedule named by `TRAIN.LR_SCHEDULER.NAME`; call its `step_update(k)` after update k.
+    """Build the schedule of `TRAIN.LR_SCHEDULER.NAME`; call its `step_update(k)` after update k.
 
     Args:
         config: the config tree; `TRAIN` is read.
         optimizer: its groups hold the peak learning rate, already scaled.
-        steps_per_epoch: updates in an epoch.
+        steps_per_epoch: updates per epoch.
         lr_scale: factor on `WARMUP_LR` and `MIN_LR`.
 
     Raises:
@@ -50,7 +33,7 @@ def build_scheduler(
     }
     name = train.LR_SCHEDULER.NAME
     if name == 'cosine':
-        # No warm-up prefix, as published: the cosine is taken at t / total, so the rate drops where warm-up ends.
+        # No warm-up prefix, as published: the cosine is taken at t / total, so the rate drops at the end of warm-up.
         return CosineLRScheduler(
             optimizer, t_initial=total, lr_min=train.MIN_LR * lr_scale, cycle_limit=1, warmup_prefix=False, **warmup
         )
@@ -71,11 +54,11 @@ class LinearLRScheduler(Scheduler):
 
     Args:
         optimizer: its groups hold the peak learning rate.
-        t_initial: updates in all.
-        lr_min_rate: last learning rate, over the peak.
+        t_initial: updates in total.
+        lr_min_rate: final learning rate relative to the peak.
         warmup_t: updates of warm-up.
-        warmup_lr_init: learning rate at the first.
-        t_in_epochs: whether t counts epochs, in place of updates.
+        warmup_lr_init: learning rate of the first update.
+        t_in_epochs: whether t counts epochs instead of updates.
     """
 
     def __init__(

@@ -9,11 +9,11 @@ from yacs.config import CfgNode
 def build_optimizer(
     config: CfgNode, model: nn.Module, lr: float | None = None, decay_biases: bool = False
 ) -> Optimizer:
-    """AdamW or SGD over two groups: decayed parameters, then the others, each in the network's order.
+    """Build AdamW or SGD over two groups, parameters with weight decay and without, each in the network's order.
 
     Args:
         config: the config tree; `TRAIN` is read.
-        model: the network, not wrapped: its own parameter names decide.
+        model: the network, not wrapped, since parameter names decide.
         lr: peak learning rate; None for `TRAIN.BASE_LR`, unscaled.
         decay_biases: see `weight_decay_groups`.
 
@@ -44,13 +44,13 @@ def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: boo
     """
     names = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()
     keywords = model.no_weight_decay_keywords() if hasattr(model, 'no_weight_decay_keywords') else set()
-    products = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    biases = {id(module.bias) for module in model.modules() if decay_biases and isinstance(module, products)}
+    matmuls = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    biases = {id(module.bias) for module in model.modules() if decay_biases and isinstance(module, matmuls)}
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = (parameter.ndim <= 1 or name.endswith('.bias')) and id(parameter) not in biases
-        exempt = exempt or name in names or any(keyword in name for keyword in keywords)
-        (no_decay if exempt else decay).append(parameter)
+        is_exempt = (parameter.ndim <= 1 or name.endswith('.bias')) and id(parameter) not in biases
+        is_exempt = is_exempt or name in names or any(keyword in name for keyword in keywords)
+        (no_decay if is_exempt else decay).append(parameter)
     return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]

@@ -1,4 +1,4 @@
-"""Which images each process reads."""
+"""Samplers: which images each process reads, in which order."""
 
 import math
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from torch.utils.data import Sampler
 class TrainSampler(Sampler[tuple[int, int]]):
     """An epoch's (epoch, index) pairs of one process: every world_size-th of one shuffled order, from `rank` on.
 
-    As in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch and starts over until it divides
-    by the processes. Unlike there, an epoch can start in its middle, on any number of processes.
+    As in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its start until the
+    processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
 
     Args:
-        length: images in the data set.
+        length: number of images.
         rank: of this process.
-        world_size: processes.
+        world_size: number of processes.
         seed: of the run.
     """
 
@@ -26,7 +26,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle for this epoch, which starts at its beginning."""
+        """Shuffle for this epoch and start at its beginning."""
         self.epoch = epoch
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -37,17 +37,17 @@ class TrainSampler(Sampler[tuple[int, int]]):
         return {'epoch': self.epoch, 'order': self.order}
 
     def load_state_dict(self, state: dict[str, Any], start: int) -> None:
-        """Continue an epoch.
+        """Resume within an epoch.
 
         Args:
             state: from `state_dict`.
-            start: images that all processes together have seen of it.
+            start: images seen so far, over all processes.
 
         Raises:
-            ValueError: the order is of another number of images.
+            ValueError: the order has another number of images.
         """
         if len(state['order']) != self.length:
-            raise ValueError(f'it is inside an epoch of {len(state["order"])} images, but there are {self.length} now')
+            raise ValueError(f'it is within an epoch of {len(state["order"])} images, but there are {self.length} now')
         self.epoch, self.order, self.start = state['epoch'], state['order'], start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -57,19 +57,19 @@ class TrainSampler(Sampler[tuple[int, int]]):
         return ((self.epoch, index) for index in order.tolist())
 
     def __len__(self) -> int:
-        """Pairs of a whole epoch."""
+        """Number of pairs in a whole epoch."""
         return math.ceil(self.length / self.world_size)
 
 
 class ShardSampler(Sampler[int]):
-    """Every world_size-th index from `rank` on, so that all processes together see each image exactly once.
+    """Every world_size-th index from `rank` on: together, processes see each image exactly once.
 
-    Shards may differ in size or be empty: nothing is padded, unlike `DistributedSampler`.
+    Shards may differ in size or be empty; unlike in `DistributedSampler`, nothing is padded.
 
     Args:
-        length: images in the data set.
+        length: number of images.
         rank: of this process.
-        world_size: processes.
+        world_size: number of processes.
     """
 
     def __init__(self, length: int, rank: int, world_size: int):

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on which process draws them or when."""
+"""Random states, and augmentation seeded by (seed, epoch, index) instead of by process and order."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's, PyTorch's and the device's generators, as plain data and tensors."""
+    """States of Python's, NumPy's, PyTorch's and the device's generators, as plain data and tensors."""
     name, key, position, has_gauss, gauss = np.random.get_state()
     states = {
         'python': random.getstate(),
@@ -24,7 +24,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Continue from what `random_states` gave; a device that had no generator then keeps its own."""
+    """Restore `random_states`; a device without a saved state keeps its own."""
     random.setstate(states['python'])
     np.random.set_state(states['numpy'])
     torch.set_rng_state(states['torch'])
@@ -34,7 +34,7 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within, random numbers on the CPU are a function of some numbers of at least 0; afterwards, all is as before."""
+    """Context in which random numbers on the CPU are a function of some numbers (>= 0); states are restored after."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     for_python, for_numpy, for_torch = map(int, np.random.SeedSequence(entropy).generate_state(3))
     random.seed(for_python)
@@ -49,9 +49,9 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """A data set whose random augmentation is a function of (seed, epoch, index), whichever process draws the sample.
+    """A dataset whose random augmentation is a function of (seed, epoch, index), in whichever process.
 
-    So neither the number of loader processes nor where a run was interrupted changes what the network sees.
+    Neither the number of loader processes nor an interruption of the run changes what the network sees.
 
     Args:
         dataset: indexed by sample.
@@ -63,7 +63,7 @@ class SeededDataset(Dataset):
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        """The sample of an (epoch, index), as `TrainSampler` gives them."""
+        """The sample of an (epoch, index) pair of `TrainSampler`."""
         epoch, index = key
         with seeded(self.seed, epoch, index):
             return self.dataset[index]

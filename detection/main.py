@@ -1,101 +1,90 @@
-"""Train, evaluate or time a detector on a data set in COCO's layout.
+"""Train, evaluate or time a detector on a dataset in COCO's layout.
 
-    python -m detection.main --cfg detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml --data-path <coco>
+    torchrun --nproc_per_node 8 -m detection.main --cfg detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml \
+        --data-path <coco> --pretrained <classifier>
 
-README has the commands for several GPUs.
+docs/detection.md has the commands for other machines.
 """
 
 import argparse
-import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from checkpoint import load_weights
 from detection.config import TREE, get_config
 from detection.data import build_eval_loader, build_loaders
 from detection.draw import draw_detections
 from detection.evaluation import CocoEvaluation
+from detection.lr_scheduler import build_scheduler
 from detection.models import build_detector
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
-from detection.schedule import build_scheduler
-from job import compare_classes, continue_run, job_parser, load_start, prepare_training, started
-from logger import peak_memory_mb
-from lr_scheduler import learning_rate_scale
+from engine.checkpoint import load_weights
+from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
+from engine.meter import peak_memory_mb
+from engine.run import Run, Start, build_state, compare_classes, find_start, resume, run_parser, start_run
+from engine.timing import time_callable
+from engine.trainer import Trainer
 from optimizer import build_optimizer
-from timing import alone
-from trainer import Run, Trainer, batches_short, progress
-from utils import mistakes_in_one_line, writing_in
+from utils import exit_on_user_error, report_write_errors
 
-# Images an update that the config's learning rate is for.
-PUBLISHED_BATCH = 16
+# Images per update that the config's learning rate is for.
+BASE_BATCH = 16
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a flag that is not given is None and overrides nothing."""
-    parser = job_parser(
-        'Train, evaluate or time a detector. Every setting is a key of the config tree '
-        '(detection/config.py); flags go before --opts, --opts before the file, the file before the defaults.',
-        cfg='detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml',
-        data='annotations/instances_<split>.json and a folder of images for each split',
-    )
-    add = parser.add_argument
-    add('--benchmark', action='store_true', default=None, help='measure images/s of the whole detector and stop')
-    add('--show', type=int, metavar='N', help='with --eval, draw the first N images with their detections')
-    return parser.parse_args(argv)
+    """Read the command line; a flag not given is None and overrides nothing."""
+    return run_parser(
+        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md): flags '
+        'override --opts, --opts override the file, the file overrides the defaults.',
+        TREE,
+        example='detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml',
+    ).parse_args(argv)
 
 
 def main(config: CfgNode) -> None:
-    """Do the config's job in this process; its folder is `<OUTPUT>/<MODEL.NAME>/<TAG>`."""
-    trains = not (config.EVAL_MODE or config.BENCHMARK_MODE)
-    with started(config) as run:
+    """Train, evaluate or time as the config says."""
+    with start_run(config) as run:
+        is_training_run = not (config.EVAL_MODE or config.BENCHMARK_MODE)
+        start = find_start(run, is_training_run)
         model = build_detector(config).to(run.process.device)
         run.logger.info(f'{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()):,} parameters')
-        checkpoint = load_start(run, trains, load_into(run, model))
-        if trains:
-            train(run, model, checkpoint)
-        elif config.BENCHMARK_MODE:
+        if start is not None:
+            load_start(run, model, start)
+        if is_training_run:
+            train(run, model, start)
+        elif config.EVAL_MODE:
+            evaluate(run, run.precision.prepare(model)[0], start)
+        else:
             benchmark(run, run.precision.prepare(model)[0])
-        else:
-            evaluate(run, run.precision.prepare(model)[0], checkpoint)
 
 
-def load_into(run: Run, model: Detector) -> Callable[[dict[str, Any], str, bool], None]:
-    """What puts a checkpoint's weights into the detector, for `load_start`.
-
-    A new run may start from a classifier's, or from those of a detector of other classes.
-    """
-
-    def load(checkpoint: dict[str, Any], path: str, is_new_run: bool) -> None:
-        if is_new_run and not any(name.startswith('backbone.') for name in checkpoint['model']):
-            load_classifier(model, checkpoint, path)
-            run.logger.info(f'{path} is a classifier: its weights start the backbone')
-        else:
-            of_classes = r'roi_heads\..*(logits|offsets)\.'
-            if load_weights(model, checkpoint, path, of_classes if is_new_run else None):
-                run.logger.info(f'{path} has other classes: the last layers of the heads are trained anew')
-
-    return load
+def load_start(run: Run, model: Detector, start: Start) -> None:
+    """Load a detector's weights, or those of a classifier into the backbone of a new run."""
+    if start.is_new_run and not any(name.startswith('backbone.') for name in start.checkpoint['model']):
+        load_classifier(model, start.checkpoint, start.path)
+        run.logger.info(f'{start.path} is a classifier: its weights start the backbone')
+    elif start.load_weights(model, Detector.HEAD):
+        run.logger.info(f'{start.path} has other classes: the last layers of the heads start from scratch')
 
 
 def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> None:
-    """Take over a classifier's weights, all but its head; the norms of the maps before the last stay new.
+    """Load a classifier's weights, except its head; norms of feature maps before the last stage stay new.
 
     Args:
         model: the detector.
         checkpoint: from `load_checkpoint`.
-        path: where it came from, for messages.
+        path: the checkpoint's path, for messages.
 
     Raises:
-        CheckpointError: it is of another network; the message names the weights.
+        CheckpointError: it holds a different network; the message names the weights.
     """
     body = model.backbone.body
     own = {name: value for name, value in body.state_dict().items() if name.startswith('out_norms.')}
@@ -103,77 +92,74 @@ def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> N
     load_weights(body, {'model': theirs | own}, path)
 
 
-def train(run: Run, model: Detector, checkpoint: dict[str, Any] | None) -> None:
-    """Train to the last epoch, evaluating after each; continue the checkpoint if there is one."""
+def train(run: Run, model: Detector, start: Start | None) -> None:
+    """Train to the last epoch, evaluating after each."""
     config, process, logger = run.config, run.process, run.logger
 
-    # Data, losses
+    # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
+    classes = eval_loader.dataset.class_names
     for note in train_loader.dataset.dataset.notes:
         logger.info(f'training images: {note}')
 
-    def losses_of(network: nn.Module, batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
-        images, targets = batch
-        return network(*to_device(images, targets, process.device))
-
-    def figures_of(network: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
-        return validate(run, network, eval_loader, poll).figures
-
     # Optimizer, schedule
     model = synchronize_norms(model, process.device, process.world_size)
-    scale = learning_rate_scale(config, process.world_size, PUBLISHED_BATCH)
-    optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * scale, decay_biases=True)  # as published
-    network, state = prepare_training(run, model, optimizer, train_loader, partial(build_scheduler, config))
-    classes = class_names(eval_loader)
-    if checkpoint is not None:
-        compare_classes(run, checkpoint, classes)
-        continue_run(run, state, checkpoint, TREE.changed_keys(config, checkpoint.get('config', {})))
-    entries = {'classes': classes}
-    Trainer(run, state, network, train_loader, losses_of, figures_of, 'box_AP', entries, 'box AP').fit()
+    lr = config.TRAIN.BASE_LR * run.images_per_update / BASE_BATCH
+    optimizer = build_optimizer(config, model, lr, decay_biases=True)  # as published
+    network, state = build_state(run, model, optimizer, train_loader, partial(build_scheduler, config))
+    if start is not None and start.resumes:
+        compare_classes(run, start.checkpoint, classes)
+        resume(run, state, start, TREE)
+
+    # Losses, metrics
+    def loss_fn(batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
+        return network(*to_device(*batch, process.device))
+
+    def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
+        return validate(run, model, eval_loader, poll).metrics
+
+    extra_state = {'classes': classes}
+    Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'box_AP', extra_state, 'box AP').fit()
 
 
-def evaluate(run: Run, model: Detector, checkpoint: dict[str, Any]) -> None:
-    """Evaluate the checkpoint's weights, which the detector has, and their average if it holds one.
+def evaluate(run: Run, model: Detector, start: Start) -> None:
+    """Evaluate a checkpoint's weights, already loaded, and its EMA weights if it has any.
 
-    What is found is written into the run's folder: `results.json`, and `results_average.json`.
+    Detections are written to the run's folder: `results.json`, and `results_ema.json`.
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
-    compare_classes(run, checkpoint, class_names(loader))
-    validate(run, model, loader, show=run.config.SHOW).write(run.output_dir / 'results.json')
-    if 'model_ema' in checkpoint:
-        average = copy.deepcopy(model)
-        load_weights(average, {'model': checkpoint['model_ema']}, 'model_ema of the checkpoint')
-        run.logger.info('average of the weights:')
-        validate(run, average, loader).write(run.output_dir / 'results_average.json')
+    compare_classes(run, start.checkpoint, loader.dataset.class_names)
+    evaluation, ema_evaluation = evaluate_with_ema(
+        run,
+        lambda network: validate(run, network, loader, show=run.config.SHOW if network is model else 0),
+        model,
+        load_ema(model, start.checkpoint),
+    )
+    evaluation.write(run.output_dir / 'results.json')
+    if ema_evaluation is not None:
+        ema_evaluation.write(run.output_dir / 'results_ema.json')
 
 
 def to_device(
     images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """A batch's images and what the losses need of its targets, on the device."""
-    needed = ('boxes', 'labels', 'masks')
+    """A batch's images and ground truth, on the device."""
+    keys = ('boxes', 'labels', 'masks')
     return (
         [image.to(device, non_blocking=True) for image in images],
-        [{name: target[name].to(device, non_blocking=True) for name in needed} for target in targets],
+        [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets],
     )
 
 
-def class_names(loader: DataLoader) -> list[str]:
-    """Names of the labels, from that of label 1 on."""
-    return [category['name'] for category in loader.dataset.categories]
-
-
 @torch.inference_mode()
-def validate(
-    run: Run, model: nn.Module, loader: DataLoader, poll: Callable[[], None] = lambda: None, show: int = 0
-) -> CocoEvaluation:
-    """Evaluate the detector, not wrapped, on every image once.
+def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_poll, show: int = 0) -> CocoEvaluation:
+    """Evaluate a detector, not wrapped, on every image once.
 
     Args:
-        run: the job.
+        run: the run.
         model: the detector.
-        loader: this process's share of the images; rank 0 has the most.
-        poll: called after each batch, as often in every process.
+        loader: this process's shard; rank 0 has the largest.
+        poll: called after each batch, equally often in every process.
         show: how many images to draw, into the run's folder.
 
     Returns:
@@ -181,63 +167,53 @@ def validate(
     """
     device, process = run.process.device, run.process
     model.eval()
-    evaluation, names = CocoEvaluation(loader.dataset), class_names(loader)
-    began, seen = time.time(), 0
-    for number, (images, targets) in enumerate(progress(loader, 'evaluation', process)):
+    evaluation, class_names = CocoEvaluation(loader.dataset), loader.dataset.class_names
+    loop = EvaluationLoop(run, loader, poll)
+    for images, targets in loop:
         with run.precision.autocast():
             detections = model([image.to(device, non_blocking=True) for image in images])
         evaluation.update(targets, detections)
-        for image, target, found in zip(images, targets, detections, strict=True):
-            if process.rank + seen * process.world_size < show:  # its place in the data set
-                picture = draw_detections(image, found, names, run.config.SHOW_SCORE)
-                save_picture(picture, run.output_dir / 'show', target['image_id'])
-            seen += 1
-        if number % run.config.PRINT_FREQ == 0:
-            count = sum(len(found['boxes']) for found in detections) / len(detections)
-            run.logger.info(
-                f'Test: [{number}/{len(loader)}]\tTime {(time.time() - began) / (number + 1):.3f}\t'
-                f'detections {count:.1f}\tMem {peak_memory_mb(device):.0f}MB'
-            )
-        poll()
-    images = len(loader.dataset)
-    for _ in range(batches_short(loader, process.world_size)):
-        poll()
+        counts = [len(x['boxes']) for x in detections]
+        loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')
+        if process.rank + loop.step * process.world_size < show:  # one image per batch: its index in the dataset
+            picture = draw_detections(images[0], detections[0], class_names, run.config.SHOW_SCORE)
+            save_picture(picture, run.output_dir / 'show', targets[0]['image_id'])
     evaluation.finish()
-    run.logger.info(f'{images} images:\n{evaluation.table()}')
+    run.logger.info(f'{len(loader.dataset)} images:\n{evaluation.table()}')
     return evaluation
 
 
-def save_picture(picture: Any, folder: Path, image_id: Any) -> None:
+def save_picture(picture: Image.Image, folder: Path, image_id: Any) -> None:
     """Save a picture under its image's id."""
-    with writing_in(folder):
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f'{image_id}.png')
 
 
 @torch.inference_mode()
 def benchmark(run: Run, model: Detector) -> float:
-    """Log images/s of the whole detector, one image a time, the median of ten turns.
+    """Log images/s of the whole detector, one image at a time, the median of ten rounds.
 
-    The image is random, as high as in evaluation and 1.6 times as wide (1280 x 800). What it holds depends on the
+    The image is random, as high as in evaluation and 1.6 times as wide (1280 x 800). Its detections depend on the
     weights: a new detector finds nothing, and so spends no time on masks.
     """
     model.eval()
-    side = run.config.INPUT.TEST_SHORT
-    image = torch.rand(3, side, round(1.6 * side), device=run.process.device)
+    height = run.config.INPUT.TEST_SHORT
+    image = torch.rand(3, height, round(1.6 * height), device=run.process.device)
 
     def forward() -> list[dict[str, Tensor]]:
         with run.precision.autocast():
             return model([image])
 
-    found = len(forward()[0]['boxes'])
-    images_per_s = 1 / alone(forward, run.process.device).median
+    count = len(forward()[0]['boxes'])
+    images_per_s = 1 / time_callable(forward, run.process.device).median
     run.logger.info(
-        f'image {image.shape[2]} x {side} throughput {images_per_s:.2f} images/s, '
-        f'{found} detections, mem {peak_memory_mb(run.process.device):.0f}MB'
+        f'image {image.shape[2]} x {height} throughput {images_per_s:.2f} images/s, '
+        f'{count} detections, mem {peak_memory_mb(run.process.device):.0f}MB'
     )
     return images_per_s
 
 
 if __name__ == '__main__':
-    with mistakes_in_one_line():
+    with exit_on_user_error():
         main(get_config(parse_option()))

@@ -212,14 +212,14 @@ class MSGTransformer(nn.Module):
 
         Args:
             images: (B, in_chans, height, width).
-            indices: stages whose maps to give: their indices, a number n for the last n, None for all.
-            norm: apply the network's final norm to the last stage's map.
+            indices: stages whose feature maps to give: their indices, a number n for the last n, None for all.
+            norm: apply the network's final norm to the last stage's feature map.
             stop_early: stop after the last stage asked for; features are then that stage's MSG tokens.
-            output_fmt: 'NCHW' for maps (B, C, H, W), 'NHWC' for (B, H, W, C).
-            intermediates_only: give the maps alone.
+            output_fmt: 'NCHW' for feature maps (B, C, H, W), 'NHWC' for (B, H, W, C).
+            intermediates_only: give only the feature maps.
 
         Returns:
-            Features as of `forward_features`, and the maps, finest first.
+            Features as of `forward_features`, and the feature maps, finest first.
 
         Raises:
             ValueError: an unknown `output_fmt`, or a stage that does not exist.
@@ -229,17 +229,17 @@ class MSGTransformer(nn.Module):
         count = len(self.layers)
         taken = _stage_indices(indices, count)
         patches, msg = self.embed(images)
-        maps = []
+        feature_maps = []
         for i, stage in enumerate(self.layers[: max(taken) + 1] if stop_early else self.layers):
             if i > 0:
                 patches, msg = self.layers[i - 1].merge(patches, msg)
             patches, msg = stage(patches, msg)
             if i in taken:
                 x = self.norm(patches) if norm and i == count - 1 else patches
-                maps.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == 'NCHW' else x)
+                feature_maps.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == 'NCHW' else x)
         if intermediates_only:
-            return maps
-        return (self.norm(msg) if i == count - 1 else msg), maps
+            return feature_maps
+        return (self.norm(msg) if i == count - 1 else msg), feature_maps
 
     def flops(self, img_size: tuple[int, int] | None = None) -> int:
         """Multiply-adds for one image, by the authors' formula.
@@ -248,7 +248,7 @@ class MSGTransformer(nn.Module):
         its norm); block 2C(HW + nW) for the norms + nW(3NC^2 + 2N^2*C + NC^2) for attention + 2(HW + nW)C^2*ratio for
         the MLP; merging HWC + (H/2)(W/2)*4C*2C, and the same for the MSG grid (v2: 9C*2C); the end
         C(H0*W0 // 4^(stages-1) + 1) + C*classes. Biases, softmax, GELU and dropout count nothing.
-        `python -m tools.complexity` prints the count of the real operators beside it.
+        `python -m tools.complexity` also prints the count of the real operators.
 
         Args:
             img_size: (height, width) in pixels; None for the size the network was built for.

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import main as program
-from checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint
+from engine.precision import Precision, build_precision, import_apex_amp
+from engine.timing import time_interleaved
+from engine.trainer import Trainer
 from models import MSGTransformer, build_model
-from precision import Precision, build_precision, import_apex_amp
 from tests.helpers.golden import fill_, golden, images, labels, micro
-from tests.test_resume import RANDOM, differences, last
-from tests.test_training import PLAIN, folder_of, records
-from timing import Setting, Task, in_turns
-from trainer import Trainer
-from utils import set_arithmetic
+from tests.helpers.runs import PLAIN, RANDOM, differences, folder_of, last_checkpoint, records
+from tools.benchmark.cases import BenchmarkCase, Setting
+from utils import set_backend_flags
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,16 +56,17 @@ def test_mixed_precision_is_near_fp32(dtype):
     assert (low - plain).norm() < 0.02 * plain.norm()
 
 
-@pytest.mark.parametrize('compile', ['compiled', 'graphs'])
+@pytest.mark.parametrize('compile_mode', ['compiled', 'graphs'])
 @pytest.mark.parametrize('mode', ['inference', 'train'])
-def test_compiled_tasks_run_as_eager_ones_and_are_measured(mode, compile):
+def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode):
     network, device = fill_(micro()), torch.device('cuda')
-    tasks = [Task(copy.deepcopy(network), Setting(mode, compile=how, size=56), device) for how in ('eager', compile)]
-    tasks[1].images, tasks[1].targets = tasks[0].images, tasks[0].targets
+    settings = [Setting(mode, compile_mode=x, size=56) for x in ('eager', compile_mode)]
+    eager, compiled = (BenchmarkCase(copy.deepcopy(network), setting, device) for setting in settings)
+    compiled.images, compiled.targets = eager.images, eager.targets
     for _ in range(3):  # updates, or the same logits
-        torch.testing.assert_close(tasks[1](), tasks[0](), rtol=1e-3, atol=1e-3)
-    assert tasks[1].peak_memory() > tasks[1].held() > 0
-    times = in_turns({'task': tasks[1]}, 3, device)['task']
+        torch.testing.assert_close(compiled(), eager(), rtol=1e-3, atol=1e-3)
+    assert compiled.peak_memory() > compiled.resident_bytes() > 0
+    times = time_interleaved({'compiled': compiled}, 3, device)['compiled']
     assert len(times) == 3
 
 
@@ -84,18 +85,18 @@ def test_training_evaluation_and_resume(tiny_config, image_tree, level):
 @pytest.fixture
 def deterministic():
     yield {'DEVICE': 'cuda', 'DETERMINISTIC': 'True', 'SAVE_STEPS': '2', **RANDOM}
-    set_arithmetic(tf32=False, deterministic=False)
+    set_backend_flags(tf32=False, deterministic=False)
 
 
 @pytest.mark.parametrize('level', ['O0', 'O1'])
-def test_an_interrupted_run_ends_with_the_same_bits(tiny_config, image_tree, deterministic, level):
+def test_resumed_run_ends_with_the_same_bits(tiny_config, image_tree, deterministic, level):
     options = {'AMP_OPT_LEVEL': level, 'AMP_BACKEND': 'native', 'DATA__DATA_PATH': str(image_tree), **deterministic}
     whole = tiny_config(TAG='whole', **options)
     program.main(whole)
     start = folder_of(whole) / 'ckpt_epoch_1_step_4.pth'
     again = tiny_config(TAG='again', MODEL__RESUME=str(start), DATA__NUM_WORKERS='2', **options)
     program.main(again)
-    assert differences(last(whole), last(again)) == []
+    assert differences(last_checkpoint(whole), last_checkpoint(again)) == []
 
 
 @pytest.mark.skipif(import_apex_amp() is None, reason='NVIDIA Apex with its amp is not installed')
@@ -117,7 +118,7 @@ def test_no_update_waits_for_the_gpu(tiny_config, image_tree, monkeypatch):
     train_step = Trainer.train_step
 
     def strict(trainer, batches):
-        if trainer.state.step == 0:  # memory of the optimizer's, cuDNN's choices
+        if trainer.state.step == 0:  # the optimizer allocates, cuDNN chooses algorithms
             return train_step(trainer, batches)
         torch.cuda.set_sync_debug_mode('error')
         try:

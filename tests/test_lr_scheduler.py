@@ -1,25 +1,28 @@
 import pytest
 import torch
 
-from lr_scheduler import build_scheduler, learning_rate_scale, updates_per_epoch
+from engine.distributed import Process
+from lr_scheduler import build_scheduler
+from main import BASE_BATCH
 from optimizer import build_optimizer
 from tests.helpers.golden import golden
+from tests.helpers.runs import CPU, build_run
 
 SCHEDULES = golden('train_v1')['schedules']
 IMAGENET = {'DATA__BATCH_SIZE': '128', 'TRAIN__EPOCHS': '300', 'TRAIN__WARMUP_EPOCHS': '20', 'TRAIN__BASE_LR': '5e-4'}
 
 
-def schedule_of(config, steps_per_epoch, scale=1.0):
+def schedule(config, steps_per_epoch, scale=1.0):
     optimizer = build_optimizer(config, torch.nn.Linear(2, 2), lr=config.TRAIN.BASE_LR * scale)
     return build_scheduler(config, optimizer, steps_per_epoch, lr_scale=scale), optimizer.param_groups
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
-def test_schedules_are_the_published_ones(tiny_config, name):
+def test_published_schedules(tiny_config, name):
     config = tiny_config(TRAIN__LR_SCHEDULER__NAME=name, **IMAGENET)
-    scale = learning_rate_scale(config, world_size=8)
+    scale = build_run(config, Process(0, 8, CPU)).images_per_update / BASE_BATCH
     assert scale == 2
-    scheduler, groups = schedule_of(config, 1251, scale)
+    scheduler, groups = schedule(config, 1251, scale)
     for update, rate in SCHEDULES[name].items():
         if update != 'start':
             scheduler.step_update(int(update))
@@ -27,23 +30,22 @@ def test_schedules_are_the_published_ones(tiny_config, name):
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
-def test_without_warm_up_the_first_update_runs_at_the_peak(tiny_config, name):
-    scheduler, groups = schedule_of(tiny_config(TRAIN__LR_SCHEDULER__NAME=name, TRAIN__WARMUP_EPOCHS='0'), 10)
+def test_first_update_without_warm_up_runs_at_the_peak(tiny_config, name):
+    scheduler, groups = schedule(tiny_config(TRAIN__LR_SCHEDULER__NAME=name, TRAIN__WARMUP_EPOCHS='0'), 10)
     assert groups[0]['lr'] == 0.1
     scheduler.step_update(0)
     assert groups[0]['lr'] == pytest.approx(0.1)
 
 
-def test_rates_scale_with_the_images_of_an_update(tiny_config):
-    config = tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS='4')
-    assert updates_per_epoch(config, batches=9) == 3
-    assert learning_rate_scale(config, world_size=2) == 1.0
-    assert learning_rate_scale(tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS='0'), world_size=1) == 0.125
+@pytest.mark.parametrize(('steps', 'world_size', 'images'), [('4', 2, 512), ('0', 1, 64), ('1', 1, 64)])
+def test_images_per_update(tiny_config, steps, world_size, images):
+    config = tiny_config(DATA__BATCH_SIZE='64', TRAIN__ACCUMULATION_STEPS=steps)
+    assert build_run(config, Process(0, world_size, CPU)).images_per_update == images
 
 
-def test_an_unknown_name_is_refused(tiny_config):
+def test_unknown_name_is_refused(tiny_config):
     config = tiny_config().clone()
     config.defrost()
     config.TRAIN.LR_SCHEDULER.NAME = 'poly'
     with pytest.raises(ValueError, match='write cosine, linear or step'):
-        schedule_of(config, 10)
+        schedule(config, 10)

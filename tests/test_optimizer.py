@@ -13,7 +13,7 @@ def names_by_group(model, optimizer):
     return [[names[p] for p in group['params']] for group in optimizer.param_groups]
 
 
-def test_weight_decay_groups_are_the_published_ones(tiny_config):
+def test_published_weight_decay_groups(tiny_config):
     model = MSGTransformer(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10)
     optimizer = build_optimizer(tiny_config(TRAIN__WEIGHT_DECAY='0.05'), model)
     decay, no_decay = names_by_group(model, optimizer)
@@ -33,7 +33,7 @@ def test_position_embedding_is_not_decayed(tiny_config):
     assert len(decay) + len(no_decay) == len(list(model.parameters()))
 
 
-def test_adamw_and_sgd_take_their_options(tiny_config):
+def test_options_of_adamw_and_sgd(tiny_config):
     model = torch.nn.Linear(2, 2)
     adamw = build_optimizer(
         tiny_config(TRAIN__OPTIMIZER__BETAS='(0.8, 0.9)', TRAIN__OPTIMIZER__EPS='1e-6'), model, lr=3
@@ -45,7 +45,7 @@ def test_adamw_and_sgd_take_their_options(tiny_config):
     assert (sgd.defaults['lr'], sgd.defaults['momentum'], sgd.defaults['nesterov']) == (0.1, 0.7, True)
 
 
-def test_an_unknown_name_is_refused(tiny_config):
+def test_unknown_name_is_refused(tiny_config):
     config = tiny_config().clone()
     config.defrost()
     config.TRAIN.OPTIMIZER.NAME = 'lion'

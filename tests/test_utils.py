@@ -2,51 +2,36 @@ import subprocess
 
 import pytest
 import torch
-from torch import nn
 
-from checkpoint import CheckpointError
 from utils import (
-    all_reduce_sum,
+    OutputError,
+    UserError,
+    atomic_write,
     environment,
-    gather_on_main_process,
+    exit_on_user_error,
     git_revision,
-    on_main_process,
-    set_arithmetic,
-    synchronize_gradients,
+    report_write_errors,
+    set_backend_flags,
 )
-
-
-def test_collectives_of_one_process():
-    assert all_reduce_sum(torch.tensor([2.0])).item() == 2.0
-    assert on_main_process(lambda: 'said') == 'said'
-    assert gather_on_main_process('said') == ['said']
-    with synchronize_gradients(nn.Linear(1, 1), enabled=False):
-        pass
-
-    def fail():
-        raise CheckpointError('full')
-
-    with pytest.raises(CheckpointError, match='full'):
-        on_main_process(fail)
 
 
 @pytest.mark.parametrize('tf32', [True, False])
 @pytest.mark.parametrize('deterministic', [True, False])
-def test_arithmetic(tf32, deterministic, monkeypatch):
+def test_backend_flags(tf32, deterministic, monkeypatch):
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
     try:
-        set_arithmetic(tf32, deterministic)
+        set_backend_flags(tf32, deterministic)
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark != deterministic
     finally:
-        set_arithmetic(tf32=False, deterministic=False)
+        set_backend_flags(tf32=False, deterministic=False)
 
 
-def test_the_environment_and_the_revision(tmp_path):
-    told = environment(torch.device('cpu'))
-    assert told['torch'] == torch.__version__
-    assert told.keys() >= {'revision', 'python', 'timm', 'cuda', 'device', 'host', 'command'}
+def test_environment_and_revision(tmp_path):
+    recorded = environment(torch.device('cpu'))
+    assert recorded['torch'] == torch.__version__
+    assert recorded.keys() >= {'revision', 'python', 'timm', 'cuda', 'device', 'host', 'command'}
 
     def git(*arguments):
         identity = ['-c', 'user.name=a', '-c', 'user.email=a@b.c']
@@ -64,3 +49,30 @@ def test_the_environment_and_the_revision(tmp_path):
     assert git_revision(tmp_path) == git('rev-parse', 'HEAD')
     (tmp_path / 'a').write_text('2')
     assert git_revision(tmp_path) == git('rev-parse', 'HEAD') + ' (modified)'
+
+
+def test_user_errors_end_in_one_line_and_others_keep_their_traceback():
+    with pytest.raises(SystemExit, match='error: write something else'), exit_on_user_error():
+        raise UserError('write something else')
+    with pytest.raises(KeyError), exit_on_user_error():
+        raise KeyError
+
+
+def test_write_errors_name_the_folder(tmp_path):
+    message = 'nowhere: No such file or directory: write another --output'
+    with pytest.raises(OutputError, match=message), report_write_errors(tmp_path / 'nowhere'):
+        (tmp_path / 'nowhere' / 'a').write_text('')
+
+
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / 'a'
+    atomic_write(path, lambda file: file.write(b'old'))
+
+    def fail(file):
+        file.write(b'new')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(OSError, match='No space'):
+        atomic_write(path, fail)
+    assert [x.name for x in tmp_path.iterdir()] == ['a']
+    assert path.read_bytes() == b'old'

@@ -1,1 +1,1 @@
-"""Programs beside the main job; each runs as `python -m tools.<name>`."""
+"""Command-line tools; each runs as `python -m tools.<name>`."""

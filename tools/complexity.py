@@ -1,37 +1,97 @@
-"""Print parameters and multiply-adds of config files: by the authors' formula, and measured over the real operators.
+"""Print parameters and multiply-adds of config files of both tasks, without their weights.
 
-python -m tools.complexity configs/msg_tiny_p4_win7_224.yaml [more files]
+    python -m tools.complexity configs/msg_tiny_p4_win7_224.yaml
+    python -m tools.complexity detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml
+
+Two counts: the authors' formula (classification only), and the matmuls and convolutions of the real operators, without
+norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800 pixels, 1000 proposals, 100 detections.
 """
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+import yaml
+from yacs.config import CfgNode
 
-from config import load_config
+import config as classification
+import detection.config
+from detection.models import build_detector
 from models import build_model
-from timing import multiply_adds
-from utils import mistakes_in_one_line
+from tools.flops import count_multiply_adds
+from utils import exit_on_user_error
 
 
 class Complexity(NamedTuple):
-    """Parameters, and multiply-adds of one image by the formula and as measured."""
+    """Parameters, and multiply-adds of one image by the authors' formula, if there is one, and as measured."""
 
+    name: str
+    image: str
     parameters: int
-    formula: int
+    formula: int | None
     measured: int
 
 
-def complexity(model: nn.Module, channels: int, size: int) -> Complexity:
-    """Count a network on one image of `channels` x `size` x `size`.
+def classifier_complexity(config: CfgNode) -> Complexity:
+    """Count a classifier, with every token of every stage, as published; training computes fewer in the last block."""
+    size = config.DATA.IMG_SIZE
+    with torch.device('meta'):
+        model = build_model(config)
+        image = torch.empty(1, config.MODEL.MSG.IN_CHANS, size, size)
+        measured = count_multiply_adds(lambda: model.forward_head(model.forward_intermediates(image)[0]))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Complexity(config.MODEL.NAME, f'{size} x {size}', parameters, model.flops(), measured)
 
-    The measure counts matmuls and convolutions, without norms, biases, softmax and GELU; the formula counts norms too.
-    Both are of all tokens, as published; a classifier leaves out of its last block what nothing reads.
+
+def detector_complexity(
+    config: CfgNode, height: int = 800, width: int = 1280, proposals: int = 1000, detections: int = 100
+) -> Complexity:
+    """Count a detector.
+
+    Args:
+        config: the config tree of detection.
+        height: of the resized image, in pixels.
+        width: likewise.
+        proposals: RoIs of each stage's box head.
+        detections: RoIs of each stage's mask head.
     """
-    image = torch.zeros(1, channels, size, size)
-    measured = multiply_adds(lambda: model.forward_head(model.forward_intermediates(image)[0]))
-    return Complexity(sum(p.numel() for p in model.parameters()), model.flops(), measured)
+    with torch.device('meta'):
+        model = build_detector(config).eval()
+        heads, channels = model.roi_heads, config.MODEL.FPN_CHANNELS
+
+        def forward() -> None:
+            model.rpn.head(list(model.backbone(torch.empty(1, 3, height, width)).values()))
+            for count, pool, stages in (
+                (proposals, heads.box_pool, heads.box_heads),
+                (detections, heads.mask_pool, heads.mask_heads),
+            ):
+                for head in stages:
+                    head(torch.empty(count, channels, pool.size, pool.size))
+
+        measured = count_multiply_adds(forward)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Complexity(config.MODEL.NAME, f'{width} x {height}', parameters, None, measured)
+
+
+def complexity(cfg_file: str) -> Complexity:
+    """Count the network of a config file; its `MODEL.TYPE` tells the task.
+
+    Raises:
+        ConfigError: a file that cannot be used.
+    """
+    if is_detection(Path(cfg_file)):
+        return detector_complexity(detection.config.load_config(cfg_file))
+    return classifier_complexity(classification.load_config(cfg_file))
+
+
+def is_detection(cfg_file: Path) -> bool:
+    """Whether a config file is for detection; a file that cannot be read is left to `load_config`."""
+    try:
+        tree = yaml.safe_load(cfg_file.read_text())
+        return tree['MODEL']['TYPE'] in detection.config.TREE.keys['MODEL.TYPE'].choices
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return False
 
 
 def main() -> None:
@@ -39,17 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', metavar='FILE', help='YAML configs')
     args = parser.parse_args()
-    with mistakes_in_one_line():
-        configs = [load_config(path) for path in args.configs]
-        models = [build_model(config) for config in configs]
-    print('| model | image | parameters | multiply-adds, formula | measured |')
+    with exit_on_user_error():
+        rows = [complexity(path) for path in args.configs]
+    print('| model | image | parameters | multiply-adds, formula | multiply-adds, measured |')
     print('|---|---|---|---|---|')
-    for config, model in zip(configs, models, strict=True):
-        counted = complexity(model, config.MODEL.MSG.IN_CHANS, config.DATA.IMG_SIZE)
-        print(
-            f'| {config.MODEL.NAME} | {config.DATA.IMG_SIZE} | {counted.parameters:,} | '
-            f'{counted.formula:,} | {counted.measured:,} |'
-        )
+    for row in rows:
+        formula = '' if row.formula is None else f'{row.formula:,}'
+        print(f'| {row.name} | {row.image} | {row.parameters:,} | {formula} | {row.measured:,} |')
 
 
 if __name__ == '__main__':

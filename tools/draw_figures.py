@@ -1,4 +1,4 @@
-"""Draw the README's figures: windows with their MSG tokens, the shuffle, and the block.
+"""Draw the figures of README and docs: windows with their MSG tokens, the shuffle, and the block.
 
 python -m tools.draw_figures --output docs
 """

@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-SIDE = 56  # pixels
+SIZE = 56  # pixels
 
 
 def make_digits(output: Path) -> dict[str, int]:
@@ -33,7 +33,7 @@ def make_digits(output: Path) -> dict[str, int]:
             folder = output / split / str(digits.target[index])
             folder.mkdir(parents=True, exist_ok=True)
             image = (digits.images[index] * (255 / 16)).astype(np.uint8)  # 8 x 8, stored as 0 to 16
-            image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+            image = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
             if not cv2.imwrite(str(folder / f'{index:04d}.png'), image):
                 raise OSError(f'cannot write {folder / f"{index:04d}.png"}')
     return {split: len(indices) for split, indices in splits.items()}

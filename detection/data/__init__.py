@@ -1,4 +1,4 @@
-"""Images and objects in COCO's format: reader, augmentation, loaders."""
+"""Images and annotations in COCO's format: reader, augmentation, loaders."""
 
 from detection.data.build import build_eval_loader, build_loaders
 from detection.data.coco import CocoDataset

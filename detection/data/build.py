@@ -16,32 +16,31 @@ from detection.data.transforms import TrainTransform
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
-    """Batches of this process's share of the training and of the evaluation images: lists of images and of targets.
+    """Build loaders of this process's share of the training and evaluation images: lists of images and of targets.
 
-    Training batches are shuffled, augmented, full, and of images that are all wide or all high; see `CocoDataset` for
-    an image and a target, and `data.build_loaders` for what else they keep to.
+    Training batches are shuffled, augmented, full, and all landscape or all portrait; see `CocoDataset` for images and
+    targets, and `data.build_loaders` for the rest.
 
     Raises:
-        DataError: the data cannot be used, or is too little for one batch a process.
+        DataError: the data cannot be used, or one batch per process needs more images.
     """
     dataset = _open_split(config, config.DATA.TRAIN_SPLIT, TrainTransform(config), is_train=True)
     eval_loader = build_eval_loader(config, rank, world_size)
-    names, eval_names = ([each['name'] for each in data.categories] for data in (dataset, eval_loader.dataset))
-    if names != eval_names:
+    if dataset.class_names != eval_loader.dataset.class_names:
         raise DataError(
             f'{dataset.annotation_file} and {eval_loader.dataset.annotation_file} have different categories: '
             f'write the same ones in the same order into both'
         )
-    groups = [int(image['height'] > image['width']) for image in dataset.images]
-    sampler = GroupedTrainSampler(groups, config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
+    is_portrait = [int(image['height'] > image['width']) for image in dataset.images]
+    sampler = GroupedTrainSampler(is_portrait, config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler, collate), eval_loader
 
 
 def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """This process's share of the evaluation images, one a batch; all processes together see each image once.
+    """Build the loader of this process's shard of the evaluation images, one per batch.
 
-    What a detector finds on an image depends a little on how far the largest of its batch pads it, and must not depend
-    on which images those are.
+    Together, processes see each image once. Detections depend slightly on how much padding the largest image of a batch
+    causes, and must not depend on which images share a batch.
 
     Raises:
         DataError: the data cannot be used.
@@ -58,7 +57,7 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
 
 
 def _open_split(config: CfgNode, split: str, transform: Callable | None = None, is_train: bool = False) -> CocoDataset:
-    """The images of a split, with as many categories as the network has classes."""
+    """Open a split, which must have as many categories as the network has classes."""
     if not config.DATA.DATA_PATH:
         raise DataError('no data: give --data-path the folder that holds annotations/ and the folders of images')
     dataset = CocoDataset(Path(config.DATA.DATA_PATH), split, transform, is_train)

@@ -1,4 +1,4 @@
-"""Which images make a batch."""
+"""A sampler whose batches hold images of one aspect-ratio group."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,16 +9,16 @@ from data.samplers import TrainSampler
 
 
 class GroupedTrainSampler(TrainSampler):
-    """A `TrainSampler` whose batches hold images of one group, such as wide ones, so that little padding is needed.
+    """A `TrainSampler` whose batches hold images of one group, such as landscape ones, so little padding is needed.
 
-    Only the order of an epoch differs, and that is what a checkpoint keeps: an epoch continues in its middle as ever.
-    What does not fill a batch of its group makes mixed batches, at the end of the epoch.
+    It differs only in the order of an epoch, which a checkpoint keeps, so an epoch can be resumed as usual. Images that
+    do not fill a batch of their group make mixed batches at the end of the epoch.
 
     Args:
         groups: the group of each image.
-        batch_size: images a process and step.
+        batch_size: images per process and step.
         rank: of this process.
-        world_size: processes; all of them see the same group in a step.
+        world_size: number of processes; all of them see the same group in a step.
         seed: of the run.
     """
 
@@ -27,18 +27,18 @@ class GroupedTrainSampler(TrainSampler):
         super().__init__(len(groups), rank, world_size, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle for this epoch, which starts at its beginning."""
+        """Shuffle for this epoch and start at its beginning."""
         super().set_epoch(epoch)
         order = self.order.tolist()
-        # What an epoch leaves out is chosen before grouping, or it would be a small group, each time.
+        # The dropped remainder of an epoch is chosen before grouping, or it would always come from a small group.
         kept = self.length // self.images_per_step * self.images_per_step
-        filling: dict[int, list[int]] = {}
+        partial_batches: dict[int, list[int]] = {}
         grouped = []
         for index in order[:kept]:
-            batch = filling.setdefault(self.groups[index], [])
+            batch = partial_batches.setdefault(self.groups[index], [])
             batch.append(index)
             if len(batch) == self.images_per_step:
                 grouped += batch
                 batch.clear()
-        mixed = list(chain.from_iterable(filling.values()))
+        mixed = list(chain.from_iterable(partial_batches.values()))
         self.order = torch.tensor(grouped + mixed + order[kept:], dtype=torch.int32)

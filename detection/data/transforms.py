@@ -1,4 +1,4 @@
-"""Augmentation of an image (3, H, W) and its objects; random numbers are PyTorch's, from the CPU.
+"""Augmentation of an image (3, H, W) and its objects; random numbers are PyTorch's, on the CPU.
 
 A target has `boxes` (n, 4), `labels` (n,) and `masks` (n, H, W); other entries pass through.
 """
@@ -14,70 +14,70 @@ from detection.data.coco import Target
 
 
 class TrainTransform:
-    """The augmentation of training: a flip, perhaps a resize and a crop of that, and a resize to one of several sizes.
+    """The augmentation of training: a flip, optionally a resize and a crop, and a resize to one of several sizes.
 
     Evaluation has none: the network resizes.
 
     Args:
-        config: the config tree, of which it keeps `INPUT`.
+        config: the config tree; `INPUT` is read.
     """
 
     def __init__(self, config: CfgNode):
-        self.sizes = config.INPUT
+        self.options = config.INPUT
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        """The image and its objects, augmented."""
-        sizes = self.sizes
-        if _draw() < sizes.FLIP:
+        """Augment an image and its objects."""
+        options = self.options
+        if _draw() < options.FLIP:
             image, target = flip(image, target)
-        if _draw() < sizes.CROP_PROB:
-            image, target = resize(image, target, _choose(sizes.CROP_RESIZE), sizes.CROP_MAX_LONG)
-            image, target = random_crop(image, target, *sizes.CROP_SIZE)
-        return resize(image, target, _choose(sizes.TRAIN_SHORT), sizes.MAX_LONG)
+        if _draw() < options.CROP_PROB:
+            image, target = resize(image, target, _choose(options.CROP_RESIZE), options.CROP_MAX_LONG)
+            image, target = random_crop(image, target, *options.CROP_SIZE)
+        return resize(image, target, _choose(options.TRAIN_SHORT), options.MAX_LONG)
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Mirror left and right."""
+    """Flip horizontally."""
     x1, y1, x2, y2 = target['boxes'].unbind(dim=1)
     boxes = torch.stack((image.shape[2] - x2, y1, image.shape[2] - x1, y2), dim=1)
     return image.flip(2), target | {'boxes': boxes, 'masks': target['masks'].flip(2)}
 
 
 def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor, Target]:
-    """Resize as evaluation does, to `fitted_size`."""
+    """Resize to `resized_shape`, as in evaluation."""
     height, width = image.shape[1:]
-    size = fitted_size(height, width, short, long)
+    size = resized_shape(height, width, short, long)
     if size == (height, width):
         return image, target
     factors = torch.tensor((size[1] / width, size[0] / height) * 2)
-    masks = target['masks']  # PyTorch refuses to resize none
+    masks = target['masks']  # PyTorch refuses to resize an empty tensor
     masks = F.interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
     resized = F.interpolate(image[None], size, mode='bilinear')[0]
     return resized, target | {'boxes': target['boxes'] * factors, 'masks': masks}
 
 
-def fitted_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Height and width with the short side of `short` pixels, or less where the long one would exceed `long`."""
+def resized_shape(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """Height and width with a short side of `short` pixels, or less where the long side would exceed `long`."""
     scale = min(short / min(height, width), long / max(height, width))
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
 def random_crop(image: Tensor, target: Target, low: int, high: int) -> tuple[Tensor, Target]:
-    """Crop a rectangle whose sides are drawn from `low` to `high` pixels, as far as the image has them.
+    """Crop a rectangle with sides between `low` and `high` pixels, as far as the image has them.
 
-    Objects keep the part of their box inside of it; those with less than a pixel of it are lost, perhaps all.
+    Boxes are clipped to it; objects with less than a pixel inside are dropped, perhaps all of them.
     """
     height, width = (_integer(min(side, low), min(side, high)) for side in image.shape[1:])
     top, left = _integer(0, image.shape[1] - height), _integer(0, image.shape[2] - width)
     boxes = target['boxes'] - torch.tensor((left, top, left, top))
     boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
     boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-    seen = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+    visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
     rows, columns = slice(top, top + height), slice(left, left + width)
     cropped = {
-        'boxes': boxes[seen],
-        'labels': target['labels'][seen],
-        'masks': target['masks'][seen][:, rows, columns],
+        'boxes': boxes[visible],
+        'labels': target['labels'][visible],
+        'masks': target['masks'][visible][:, rows, columns],
     }
     return image[:, rows, columns], target | cropped
 
@@ -87,7 +87,7 @@ def _draw() -> float:
 
 
 def _integer(low: int, high: int) -> int:
-    """A whole number from `low` to `high`, both included."""
+    """A random integer from `low` to `high`, inclusive."""
     return int(torch.randint(low, high + 1, ()))
 
 

@@ -9,9 +9,9 @@ from models import MSGTransformer
 
 
 class MSGBackbone(MSGTransformer):
-    """The network without its head, and a norm for each stage's map.
+    """The network without its head, and a norm for each stage's feature map.
 
-    `norm`, for the last map, is the classifier's; `out_norms`, for the maps before it, are new.
+    `norm`, for the last feature map, is the classifier's; `out_norms`, for the others, are new.
 
     Args:
         **options: of `MSGTransformer`, but for the image size, the classes and `ape`.
@@ -23,7 +23,7 @@ class MSGBackbone(MSGTransformer):
         self.out_norms = nn.ModuleList(type(self.norm)(channels) for channels in self.out_channels[:-1])
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Images (B, 3, height, width) to maps (B, C, H, W), finest first, named '0', '1', ..."""
-        maps = self.forward_intermediates(images, output_fmt='NHWC', intermediates_only=True)
-        normed = [norm(x) for norm, x in zip((*self.out_norms, self.norm), maps, strict=True)]
+        """Images (B, 3, height, width) to feature maps (B, C, H, W), finest first, named '0', '1', ..."""
+        feature_maps = self.forward_intermediates(images, output_fmt='NHWC', intermediates_only=True)
+        normed = [norm(x) for norm, x in zip((*self.out_norms, self.norm), feature_maps, strict=True)]
         return OrderedDict((str(i), x.permute(0, 3, 1, 2).contiguous()) for i, x in enumerate(normed))

@@ -1,6 +1,8 @@
-"""Detectors from the config tree."""
+"""The detector from the config tree."""
 
+import re
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ from models.build import network_options
 
 
 class FeaturePyramid(nn.Module):
-    """The network and the feature pyramid on its maps, with one more level by subsampling.
+    """The backbone and a feature pyramid on its feature maps, with one more level by subsampling.
 
     Args:
-        body: gives one map a stage.
+        body: the backbone.
         channels: of every level.
     """
 
@@ -29,31 +31,41 @@ class FeaturePyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(body.out_channels, channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Images (B, 3, height, width) to maps by level, finest first."""
+        """Images (B, 3, height, width) to feature maps by level, finest first."""
         return self.fpn(self.body(images))
 
 
 class Detector(GeneralizedRCNN):
-    """torchvision's `GeneralizedRCNN`, which says what of its backbone is not decayed.
+    """torchvision's `GeneralizedRCNN`, with what the optimizer and checkpoints need to know.
 
-    In training it takes images as they are and gives weighted losses by name; in evaluation it resizes them, and gives
-    `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels.
+    In training it takes images at their size and returns weighted losses by name; in evaluation it resizes them, and
+    returns `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels.
 
     Args:
         backbone, rpn, roi_heads, transform: see `GeneralizedRCNN`.
     """
 
+    # Names of the weights that depend on the classes.
+    HEAD = r'roi_heads\..*(logits|box_deltas)\.'
+
     def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of parameters that weight decay leaves alone."""
+        """Parts of names of parameters without weight decay."""
         return self.backbone.body.no_weight_decay_keywords()
+
+    @staticmethod
+    def upgrade_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under their current names; before version 0.2, `box_deltas` was called `offsets`."""
+        return {re.sub(r'(box_heads\.\d+)\.offsets\.', r'\1.box_deltas.', name): x for name, x in weights.items()}
 
 
 def build_detector(config: CfgNode) -> Detector:
-    """Build the detector that `config.MODEL`, `INPUT` and `TRAIN.USE_CHECKPOINT` describe.
+    """Build the detector described by `config.MODEL`, `INPUT` and `TRAIN`.
 
     Raises:
-        ValueError: the channels do not divide, or the lists differ in length.
+        ValueError: an unknown type; see also `MSGTransformer`.
     """
+    if config.MODEL.TYPE != 'cascade_rcnn':
+        raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write cascade_rcnn')
     msg = config.MODEL.MSG
     body = MSGBackbone(**network_options(config))
     strides = [msg.PATCH_SIZE * 2**i for i in range(len(msg.DEPTHS) + 1)]
@@ -66,7 +78,7 @@ def build_detector(config: CfgNode) -> Detector:
 
 
 def build_transform(config: CfgNode, multiple: int) -> DetectorTransform:
-    """What `INPUT` says of evaluation, with sides padded to a multiple of the coarsest map's stride."""
+    """Build the transform of `INPUT`, which pads to multiples of the coarsest feature map's stride."""
     return DetectorTransform(
         min_size=config.INPUT.TEST_SHORT,
         max_size=config.INPUT.MAX_LONG,

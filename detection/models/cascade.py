@@ -1,8 +1,8 @@
-"""The cascade: each stage finds the classes, boxes and masks of the regions that the stage before it has refined.
+"""The cascade: each stage predicts classes, boxes and masks of the RoIs that the stage before it has refined.
 
 With one stage it is Mask R-CNN.
 
-Letters: n regions, K classes, H x W pixels of an image as the network sees it. Labels are 1 to K, the background 0.
+Letters: n RoIs, K classes, H x W pixels of a resized image. Labels are 1 to K; 0 is the background.
 
 Source: Cai and Vasconcelos, Cascade R-CNN, arXiv:1712.00726; He et al., Mask R-CNN, arXiv:1703.06870.
 """
@@ -13,38 +13,43 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 from yacs.config import CfgNode
 
 from detection.models.heads import BoxHead, MaskHead
 from detection.models.pooler import AlignedPooler
+from detection.models.torchvision_private import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 
 Target = Mapping[str, Tensor]
 
 
-class Regions(NamedTuple):
-    """Regions of an image that a stage's losses have sampled.
+class Samples(NamedTuple):
+    """RoIs of an image, sampled for the losses of a stage.
 
     Attributes:
         boxes: (n, 4).
-        labels: (n,), 0 where there is no object.
-        objects: which of the image's objects each is, (n,); any where the label is 0.
-        is_given: whether it is an object's own box, (n,).
+        labels: (n,).
+        matched_gt: index of the ground-truth object of each RoI, (n,); arbitrary where the label is 0.
+        is_gt: whether the RoI is a ground-truth box itself, (n,).
     """
 
     boxes: Tensor
     labels: Tensor
-    objects: Tensor
-    is_given: Tensor
+    matched_gt: Tensor
+    is_gt: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """Whether a RoI has an object, (n,)."""
+        return self.labels > 0
 
 
 class CascadeHeads(nn.Module):
-    """All stages, in the place of torchvision's `RoIHeads`.
+    """All stages, in place of torchvision's `RoIHeads`.
 
     Args:
         config: the config tree; `MODEL.BOX`, `MODEL.MASK`, `FPN_CHANNELS` and `NUM_CLASSES` are read.
-        strides: pixels a step of each level that regions are pooled from.
+        strides: stride in pixels of each level that RoIs are pooled from.
     """
 
     def __init__(self, config: CfgNode, strides: Sequence[int]):
@@ -72,125 +77,125 @@ class CascadeHeads(nn.Module):
         image_sizes: list[tuple[int, int]],
         targets: Sequence[Target] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Detections while evaluating, losses while training; the other is empty.
+        """Detections in evaluation, losses in training; the other is empty.
 
         Args:
-            features: maps by level, (B, C, H, W).
-            proposals: regions of each image, (n, 4).
-            image_sizes: height and width of each, without padding.
-            targets: `boxes` (n, 4), `labels` (n,) and `masks` (n, H, W) of each image's objects.
+            features: feature maps by level, (B, C, H, W).
+            proposals: RoIs of each image, (n, 4).
+            image_sizes: height and width of each image, without padding.
+            targets: ground truth of each image: `boxes` (n, 4), `labels` (n,) and `masks` (n, H, W).
         """
-        maps = list(features.values())
+        feature_maps = list(features.values())
         if self.training:
-            return [], self.losses(maps, proposals, image_sizes, targets)
-        return self.detect(maps, proposals, image_sizes), {}
+            return [], self.compute_losses(feature_maps, proposals, image_sizes, targets)
+        return self.detect(feature_maps, proposals, image_sizes), {}
 
-    def losses(
+    def compute_losses(
         self,
-        maps: list[Tensor],
+        feature_maps: list[Tensor],
         proposals: list[Tensor],
         image_sizes: list[tuple[int, int]],
         targets: Sequence[Target],
     ) -> dict[str, Tensor]:
-        """Weighted losses of every stage, each on regions sampled anew from what the stage before has refined."""
+        """Weighted losses of every stage, each on RoIs sampled from the boxes refined by the stage before."""
         losses = {}
         for i, (head, mask_head, weight) in enumerate(
             zip(self.box_heads, self.mask_heads, self.box.STAGE_WEIGHTS, strict=True)
         ):
-            regions = self.sample(i, proposals, targets, image_sizes)
-            boxes, labels = [each.boxes for each in regions], torch.cat([each.labels for each in regions])
-            logits, offsets = head(self.box_pool(maps, boxes))
-            objects = [
-                target['boxes'][each.objects] if len(target['boxes']) else each.boxes
-                for each, target in zip(regions, targets, strict=True)
-            ]
+            samples = self.sample(i, proposals, targets, image_sizes)
+            boxes, labels = [x.boxes for x in samples], torch.cat([x.labels for x in samples])
+            logits, box_deltas = head(self.box_pool(feature_maps, boxes))
+            gt_boxes = torch.cat(
+                [
+                    target['boxes'][x.matched_gt] if len(target['boxes']) else x.boxes
+                    for x, target in zip(samples, targets, strict=True)
+                ]
+            )
             losses[f'loss_classifier_{i}'] = weight * F.cross_entropy(logits, labels)
-            losses[f'loss_box_{i}'] = weight * self.box_loss(i, offsets, labels, torch.cat(boxes), torch.cat(objects))
-            found = [of_image[each.labels > 0] for of_image, each in zip(boxes, regions, strict=True)]
-            masks = mask_head(self.mask_pool(maps, found))
-            losses[f'loss_mask_{i}'] = weight * mask_loss(masks, regions, targets)
+            losses[f'loss_box_{i}'] = weight * self.box_loss(i, box_deltas, labels, torch.cat(boxes), gt_boxes)
+            mask_logits = mask_head(self.mask_pool(feature_maps, [x.boxes[x.positive] for x in samples]))
+            losses[f'loss_mask_{i}'] = weight * mask_loss(mask_logits, samples, targets)
             if i + 1 < len(self.box_heads):
-                # A region of an object is refined as that object's class, others as the likeliest.
+                # A positive RoI is refined as its object's class, a negative one as its most likely class.
                 classes = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
-                refined = self.refine(i, boxes, offsets.detach(), classes, image_sizes)
-                proposals = [box[~each.is_given] for box, each in zip(refined, regions, strict=True)]
+                decoded = self.decode(i, boxes, box_deltas.detach(), classes, image_sizes)
+                proposals = [box[~x.is_gt] for box, x in zip(decoded, samples, strict=True)]
         return losses
 
     @torch.no_grad()
     def sample(
         self, stage: int, proposals: list[Tensor], targets: Sequence[Target], image_sizes: list[tuple[int, int]]
-    ) -> list[Regions]:
-        """Regions of each image for a stage's losses, the objects' own boxes among them.
+    ) -> list[Samples]:
+        """Sample RoIs of each image for a stage's losses, from the proposals and the ground-truth boxes.
 
-        An image with neither objects nor proposals has itself, so that every image has one.
+        An image with neither gets a RoI of its own size, so every image has one.
         """
         matched = []
         for proposed, target, (height, width) in zip(proposals, targets, image_sizes, strict=True):
-            given = target['boxes'].to(proposed.dtype)
-            boxes = torch.cat((proposed, given))
+            gt_boxes = target['boxes'].to(proposed.dtype)
+            boxes = torch.cat((proposed, gt_boxes))
             if len(boxes) == 0:
                 boxes = boxes.new_tensor([[0, 0, width, height]])
-            objects = torch.full((len(boxes),), -1, device=boxes.device)
-            if len(given):
-                objects = self.matchers[stage](box_iou(given, boxes))
-            labels = torch.zeros_like(objects)
-            labels[objects >= 0] = target['labels'][objects[objects >= 0]]
-            is_given = torch.arange(len(boxes), device=boxes.device) >= len(boxes) - len(given)
-            matched.append(Regions(boxes, labels, objects.clamp(min=0), is_given))
-        sampled = zip(*self.sampler([regions.labels for regions in matched]), strict=True)
-        chosen = [torch.where(positive | negative)[0] for positive, negative in sampled]
-        return [Regions(*(each[index] for each in of)) for of, index in zip(matched, chosen, strict=True)]
+            matched_gt = torch.full((len(boxes),), -1, device=boxes.device)
+            if len(gt_boxes):
+                matched_gt = self.matchers[stage](box_iou(gt_boxes, boxes))
+            labels = torch.zeros_like(matched_gt)
+            labels[matched_gt >= 0] = target['labels'][matched_gt[matched_gt >= 0]]
+            is_gt = torch.arange(len(boxes), device=boxes.device) >= len(boxes) - len(gt_boxes)
+            matched.append(Samples(boxes, labels, matched_gt.clamp(min=0), is_gt))
+        masks = zip(*self.sampler([candidates.labels for candidates in matched]), strict=True)
+        chosen = [torch.where(positive | negative)[0] for positive, negative in masks]
+        return [Samples(*(x[index] for x in candidates)) for candidates, index in zip(matched, chosen, strict=True)]
 
-    def box_loss(self, stage: int, offsets: Tensor, labels: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
-        """Loss of the regions' boxes, summed over those of objects and divided by the number of all.
+    def box_loss(self, stage: int, box_deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Box loss, summed over positive RoIs and divided by the number of all RoIs.
 
         Args:
             stage: index of the stage.
-            offsets: (n, K, 4).
+            box_deltas: (n, K, 4).
             labels: (n,).
-            boxes: of the regions, (n, 4).
-            objects: boxes of the objects, (n, 4).
+            boxes: RoIs, (n, 4).
+            gt_boxes: boxes of their objects, (n, 4).
         """
         positive = torch.where(labels > 0)[0]
-        offsets = offsets[positive, labels[positive] - 1]
-        boxes, objects, coder = boxes[positive], objects[positive].float(), self.coders[stage]
+        box_deltas = box_deltas[positive, labels[positive] - 1]
+        boxes, gt_boxes, coder = boxes[positive], gt_boxes[positive].float(), self.coders[stage]
         if self.box.LOSS == 'giou':
-            loss = generalized_box_iou_loss(coder.decode_single(offsets, boxes), objects, reduction='sum')
+            loss = generalized_box_iou_loss(coder.decode_single(box_deltas, boxes), gt_boxes, reduction='sum')
         else:
-            loss = F.l1_loss(offsets, coder.encode_single(objects, boxes), reduction='sum')
+            loss = F.l1_loss(box_deltas, coder.encode_single(gt_boxes, boxes), reduction='sum')
         return self.box.LOSS_WEIGHT * loss / len(labels)
 
     @torch.no_grad()
-    def refine(
-        self, stage: int, boxes: list[Tensor], offsets: Tensor, classes: Tensor, image_sizes: list[tuple[int, int]]
+    def decode(
+        self, stage: int, boxes: list[Tensor], box_deltas: Tensor, classes: Tensor, image_sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """Boxes of each image (n, 4), moved by the offsets (n of all, K, 4) of their classes (n of all,)."""
-        chosen = offsets[torch.arange(len(classes), device=classes.device), classes - 1]
-        refined = self.coders[stage].decode_single(chosen, torch.cat(boxes))
-        parts = refined.split([len(of_image) for of_image in boxes])
-        return [clip_boxes_to_image(part, size) for part, size in zip(parts, image_sizes, strict=True)]
+        """Refine the RoIs of each image (n, 4) by the deltas (n of all, K, 4) of their classes (n of all,)."""
+        selected = box_deltas[torch.arange(len(classes), device=classes.device), classes - 1]
+        decoded = self.coders[stage].decode_single(selected, torch.cat(boxes)).split([len(x) for x in boxes])
+        return [clip_boxes_to_image(x, size) for x, size in zip(decoded, image_sizes, strict=True)]
 
     def detect(
-        self, maps: list[Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+        self, feature_maps: list[Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Detections of each image: boxes of the last stage, classes by the mean of all stages' logits, masks."""
-        sums = 0.0
+        logits_sum = 0.0
         for i, head in enumerate(self.box_heads):
-            logits, offsets = head(self.box_pool(maps, boxes))
-            sums = sums + logits
+            logits, box_deltas = head(self.box_pool(feature_maps, boxes))
+            logits_sum = logits_sum + logits
             if i + 1 < len(self.box_heads):
-                boxes = self.refine(i, boxes, offsets, logits[:, 1:].argmax(dim=1) + 1, image_sizes)
-        n, K = offsets.shape[:2]
-        scores = (sums / len(self.box_heads)).softmax(dim=1)[:, 1:]  # (n, K)
-        decoded = self.coders[-1].decode_single(offsets.flatten(1), torch.cat(boxes)).view(n, K, 4)
-        counts = [len(of_image) for of_image in boxes]
-        parts = zip(decoded.split(counts), scores.split(counts), image_sizes, strict=True)
-        detections = [self.select(*part) for part in parts]
-        masks = self.detect_masks(maps, detections)
-        return [found | {'masks': mask} for found, mask in zip(detections, masks, strict=True)]
+                boxes = self.decode(i, boxes, box_deltas, logits[:, 1:].argmax(dim=1) + 1, image_sizes)
+        n, K = box_deltas.shape[:2]
+        scores = (logits_sum / len(self.box_heads)).softmax(dim=1)[:, 1:]  # (n, K)
+        decoded = self.coders[-1].decode_single(box_deltas.flatten(1), torch.cat(boxes)).view(n, K, 4)
+        counts = [len(x) for x in boxes]
+        per_image = zip(decoded.split(counts), scores.split(counts), image_sizes, strict=True)
+        detections = [self.select(*image) for image in per_image]
+        masks = self.detect_masks(feature_maps, detections)
+        return [x | {'masks': mask} for x, mask in zip(detections, masks, strict=True)]
 
     def select(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> dict[str, Tensor]:
-        """The best detections of an image.
+        """Select the best detections of an image.
 
         Args:
             boxes: of each class, (n, K, 4).
@@ -198,56 +203,56 @@ class CascadeHeads(nn.Module):
             image_size: height and width.
         """
         boxes = clip_boxes_to_image(boxes, image_size)
-        region, label = torch.where(scores > self.box.SCORE)
-        boxes, scores = boxes[region, label], scores[region, label]
+        roi, label = torch.where(scores > self.box.SCORE)
+        boxes, scores = boxes[roi, label], scores[roi, label]
         kept = batched_nms(boxes, scores, label, self.box.NMS_IOU)[: self.box.DETECTIONS]
         return {'boxes': boxes[kept], 'labels': label[kept] + 1, 'scores': scores[kept]}
 
-    def detect_masks(self, maps: list[Tensor], detections: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
-        """Probabilities (n, 1, side, side) of each image's detections: the mean over the stages."""
-        labels = torch.cat([found['labels'] for found in detections])
-        pooled = self.mask_pool(maps, [found['boxes'] for found in detections])
+    def detect_masks(self, feature_maps: list[Tensor], detections: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        """Mask probabilities (n, 1, size, size) of each image's detections: the mean over the stages."""
+        labels = torch.cat([x['labels'] for x in detections])
+        pooled = self.mask_pool(feature_maps, [x['boxes'] for x in detections])
         mean = sum(head(pooled).sigmoid() for head in self.mask_heads) / len(self.mask_heads)
         masks = mean[torch.arange(len(labels), device=labels.device), labels - 1]
-        return masks[:, None].split([len(found['labels']) for found in detections])
+        return masks[:, None].split([len(x['labels']) for x in detections])
 
 
-def mask_loss(logits: Tensor, regions: list[Regions], targets: Sequence[Target]) -> Tensor:
-    """Mean cross entropy of the pixels of the objects' masks, each in its class.
+def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[Target]) -> Tensor:
+    """Mean binary cross entropy of the mask pixels of positive RoIs, each in its own class.
 
     Args:
-        logits: of the regions of objects, of all images, (n, K, side, side).
-        regions: of each image, those of the background too.
-        targets: of each image.
+        logits: of the positive RoIs of all images, (n, K, size, size).
+        samples: RoIs of each image, negative ones too.
+        targets: ground truth of each image.
     """
-    found = [(each.boxes[each.labels > 0], each.objects[each.labels > 0]) for each in regions]
-    labels = torch.cat([each.labels[each.labels > 0] for each in regions])
-    if len(labels) == 0:  # every parameter still gets a gradient, as DistributedDataParallel wants it
+    labels = torch.cat([x.labels[x.positive] for x in samples])
+    if len(labels) == 0:  # every parameter still gets a gradient, as DistributedDataParallel requires
         return logits.sum() * 0
-    side = logits.shape[-1]
-    parts = [
-        crop_masks(target['masks'], boxes, objects, side)
-        for (boxes, objects), target in zip(found, targets, strict=True)
-    ]
-    chosen = logits[torch.arange(len(labels), device=labels.device), labels - 1]
-    return F.binary_cross_entropy_with_logits(chosen, torch.cat(parts))
+    mask_targets = torch.cat(
+        [
+            crop_masks(target['masks'], x.boxes[x.positive], x.matched_gt[x.positive], logits.shape[-1])
+            for x, target in zip(samples, targets, strict=True)
+        ]
+    )
+    selected = logits[torch.arange(len(labels), device=labels.device), labels - 1]
+    return F.binary_cross_entropy_with_logits(selected, mask_targets)
 
 
 @torch.no_grad()
-def crop_masks(masks: Tensor, boxes: Tensor, objects: Tensor, side: int) -> Tensor:
-    """What regions should have as their masks, 0 or 1.
+def crop_masks(masks: Tensor, boxes: Tensor, matched_gt: Tensor, size: int) -> Tensor:
+    """Mask targets of RoIs, 0 or 1.
 
     Args:
         masks: of the image's objects, (m, H, W).
-        boxes: regions, (n, 4).
-        objects: which object each region is of, (n,).
-        side: of the result.
+        boxes: RoIs, (n, 4).
+        matched_gt: index of each RoI's object, (n,).
+        size: of a mask target.
 
     Returns:
-        (n, side, side).
+        (n, size, size).
     """
     if len(boxes) == 0:
-        return boxes.new_zeros(0, side, side)
-    rois = torch.cat((objects[:, None].to(boxes.dtype), boxes), dim=1)  # (n, 5)
-    cropped = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
+        return boxes.new_zeros(0, size, size)
+    rois = torch.cat((matched_gt[:, None].to(boxes.dtype), boxes), dim=1)  # (n, 5)
+    cropped = roi_align(masks[:, None].to(boxes.dtype), rois, size, 1.0, sampling_ratio=0, aligned=True)
     return (cropped[:, 0] >= 0.5).to(boxes.dtype)

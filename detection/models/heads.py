@@ -1,6 +1,6 @@
-"""The heads of one stage: what is in a region, where it ends, and its mask.
+"""The heads of one stage: class and box of a RoI, and its mask.
 
-Letters: n regions, K classes (the background not counted), C channels.
+Letters: n RoIs, K classes (without the background), C channels.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from detection.models.norm import SyncBatchNorm
 
 
 class BoxHead(nn.Module):
-    """Class and box of a region: 3 x 3 convolutions, linear layers, and a linear for each of the two.
+    """Class and box of a RoI: 3 x 3 convolutions, linear layers, and one linear layer for each of the two.
 
-    Each class has a box of its own, the background none (torchvision's `FastRCNNPredictor` regresses that too).
+    Each class has its own box, and the background none (torchvision's `FastRCNNPredictor` regresses that too).
 
     Args:
         channels: channels C of the features.
-        pool_size: side of a region's features.
+        pool_size: size of a RoI's features.
         convs: channels of the convolutions.
         linears: channels of the linear layers.
         classes: K.
@@ -30,19 +30,19 @@ class BoxHead(nn.Module):
         size = (channels, pool_size, pool_size)
         self.trunk = FastRCNNConvFCHead(size, list(convs), list(linears), norm_layer=SyncBatchNorm)
         self.logits = nn.Linear(linears[-1], classes + 1)
-        self.offsets = nn.Linear(linears[-1], 4 * classes)
-        for layer, std in ((self.logits, 0.01), (self.offsets, 0.001)):
+        self.box_deltas = nn.Linear(linears[-1], 4 * classes)
+        for layer, std in ((self.logits, 0.01), (self.box_deltas, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (n, C, side, side) to logits (n, K + 1), the background first, and offsets (n, K, 4), in fp32."""
+        """Features (n, C, size, size) to logits (n, K + 1), background first, and box deltas (n, K, 4), in fp32."""
         x = self.trunk(pooled)
-        return self.logits(x).float(), self.offsets(x).unflatten(1, (-1, 4)).float()  # (n, K, 4)
+        return self.logits(x).float(), self.box_deltas(x).unflatten(1, (-1, 4)).float()
 
 
 class MaskHead(nn.Sequential):
-    """A mask of each class: 3 x 3 convolutions, a deconvolution to twice the side, a 1 x 1 convolution.
+    """A mask for each class: 3 x 3 convolutions, a deconvolution to twice the size, a 1 x 1 convolution.
 
     Args:
         channels: channels C of the features.
@@ -57,5 +57,5 @@ class MaskHead(nn.Sequential):
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Features (n, C, side, side) to logits (n, K, 2 side, 2 side), in fp32."""
+        """Features (n, C, size, size) to logits (n, K, 2 size, 2 size), in fp32."""
         return super().forward(pooled).float()

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are of all processes."""
+"""Batch norm with statistics over all processes."""
 
 import torch
 import torch.distributed as dist
@@ -7,9 +7,9 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of all processes, on CPUs; PyTorch's own is for GPUs only.
+    """Batch norm with statistics over all processes, on CPUs; PyTorch's own is for GPUs only.
 
-    So ranks keep the same running statistics, which one checkpoint can hold.
+    All ranks keep the same running statistics, so one checkpoint can hold them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,21 +27,21 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     @staticmethod
     def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (C,) and biased variance (C,) of each channel over all processes, and the number of values, a scalar."""
+        """Mean (C,), biased variance (C,) and number of values per channel, over all processes."""
         count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
         mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
         variance = all_reduce((x - mean.view(1, -1, 1, 1)).square().sum(dim=(0, 2, 3))) / count
         return mean, variance, count
 
 
-def synchronize_norms(model: nn.Module, device: torch.device, processes: int) -> nn.Module:
-    """The network with PyTorch's SyncBatchNorm, of the same names and parameters, where several GPUs train it.
+def synchronize_norms(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """Convert to PyTorch's SyncBatchNorm, with the same names and parameters, where several GPUs train the network.
 
     Args:
         model: the network.
-        device: it is trained on.
-        processes: that train it together.
+        device: of this process.
+        world_size: number of processes.
     """
-    if device.type == 'cuda' and processes > 1:
+    if device.type == 'cuda' and world_size > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

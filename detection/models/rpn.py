@@ -13,13 +13,14 @@ from yacs.config import CfgNode
 class StridedAnchors(AnchorGenerator):
     """Anchors at fixed strides, of exact sizes, in the precision of the images.
 
-    torchvision's divide the image by the map, which makes 61 of a stride of 64 where the coarsest map has been rounded
-    up, are rounded to whole pixels, and take the precision of the map, in which positions may be off by pixels.
+    torchvision's divide the image size by the feature map's, which turns a stride of 64 into 61 where the coarsest one
+    was rounded up; they are rounded to whole pixels, and take the feature map's precision, in which coordinates may be
+    off by pixels.
 
     Args:
-        strides: pixels a step of each level, finest first.
-        scale: side of an anchor, over its level's stride.
-        ratios: height over width of the anchors at each place.
+        strides: stride of each level in pixels, finest first.
+        scale: size of an anchor, relative to its level's stride.
+        ratios: height over width of the anchors at each location.
     """
 
     def __init__(self, strides: Sequence[int], scale: int, ratios: Sequence[float]):
@@ -33,14 +34,14 @@ class StridedAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Tensor:
-        """The anchors at one place, around 0, (n, 4): of all ratios at the first scale, then at the next."""
+        """Anchors of one location, centred at 0, (n, 4): all ratios at the first scale, then at the next."""
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
-        sides = torch.stack((1 / root, root), dim=1)  # width and height
-        halves = torch.cat([sides * scale / 2 for scale in scales])
+        sizes = torch.stack((1 / root, root), dim=1)  # width and height
+        halves = torch.cat([sizes * scale / 2 for scale in scales])
         return torch.cat((-halves, halves), dim=1)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """The anchors of each image, (n, 4): of all levels, one after the other."""
+        """Anchors of each image, (n, 4): of all levels, finest first."""
         pixels = image_list.tensors
         with torch.inference_mode(False):  # an evaluation may come first, and training cannot use its tensors
             self.set_cell_anchors(pixels.dtype, pixels.device)
@@ -50,16 +51,16 @@ class StridedAnchors(AnchorGenerator):
 
 
 class Fp32RPNHead(RPNHead):
-    """torchvision's head, whose outputs are fp32 also where it computes in half precision: boxes are made of them."""
+    """torchvision's head with fp32 outputs, also under autocast, since boxes are made of them."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Objectness (B, anchors, H, W) and offsets (B, 4 anchors, H, W) of each map (B, C, H, W)."""
-        objectness, offsets = super().forward(x)
-        return [each.float() for each in objectness], [each.float() for each in offsets]
+        """Objectness (B, anchors, H, W) and box deltas (B, 4 anchors, H, W) of each feature map (B, C, H, W)."""
+        objectness, box_deltas = super().forward(x)
+        return [x.float() for x in objectness], [x.float() for x in box_deltas]
 
 
 def build_rpn(config: CfgNode, strides: Sequence[int]) -> RegionProposalNetwork:
-    """The network of `MODEL.RPN` on levels of these strides."""
+    """Build the network of `MODEL.RPN` on levels of these strides."""
     rpn = config.MODEL.RPN
     return RegionProposalNetwork(
         StridedAnchors(strides, rpn.ANCHOR_SCALE, rpn.ANCHOR_RATIOS),

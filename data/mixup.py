@@ -1,0 +1,39 @@
+"""Mixup and CutMix, and the loss that matches their targets."""
+
+from collections.abc import Callable
+
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+
+def build_mixup(config: CfgNode) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Build a function from images and class indices to images and targets for `build_criterion`."""
+    aug = config.AUG
+    if not uses_mixup(config):
+        return lambda images, targets: (images, targets)
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=config.MODEL.NUM_CLASSES,
+    )
+
+
+def build_criterion(config: CfgNode) -> nn.Module:
+    """Build the training loss: for soft targets where batches are mixed, else with label smoothing, else plain."""
+    if uses_mixup(config):
+        return SoftTargetCrossEntropy()
+    if config.MODEL.LABEL_SMOOTHING > 0:
+        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
+    return nn.CrossEntropyLoss()
+
+
+def uses_mixup(config: CfgNode) -> bool:
+    """Whether training batches are mixed, by Mixup or CutMix, and so have soft targets."""
+    return config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None

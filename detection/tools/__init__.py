@@ -1,0 +1,1 @@
+"""Programs for detection; each runs as `python -m detection.tools.<name>`."""

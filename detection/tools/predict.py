@@ -1,0 +1,85 @@
+"""Find objects in images with a trained detector, print them and draw them.
+
+    python -m detection.tools.predict --cfg detection/configs/digits.yaml --resume <checkpoint> --output DIR <images>
+
+IMAGES are files or folders; drawn images have their names, and their paths within the folders.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from data.images import DataError, find_images, load_image
+from detection.config import load_config
+from detection.draw import draw_detections
+from detection.models import build_detector
+from tools.inference import Predictor, choose_images, load_predictor, prediction_parser
+from utils import exit_on_user_error
+
+
+@torch.inference_mode()
+def detect(predictor: Predictor, images: list[Path]) -> Iterator[tuple[Path, Tensor, dict[str, Tensor]]]:
+    """Each image's file, pixels (3, H, W) in [0, 1], and detections, highest scores first.
+
+    Args:
+        predictor: the detector.
+        images: files.
+    """
+    for path in images:
+        image = pil_to_tensor(load_image(path, upright=True)).to(predictor.device).float() / 255
+        [detections] = predictor.model([image])
+        yield path, image, detections
+
+
+def output_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
+    """Where to draw each of the images among files and below folders.
+
+    Raises:
+        DataError: there are no images, or drawing would overwrite one of them or another drawing.
+    """
+    drawings = {}
+    for path in paths:
+        if path.resolve() in (output.resolve(), *output.resolve().parents):
+            raise DataError(f'--output {output} is in {path}, with the images: write another')
+        for image in find_images([path]):
+            drawings[image] = output / (image.relative_to(path) if path.is_dir() else image.name)
+    images = {image.resolve() for image in drawings}
+    for drawing in drawings.values():
+        if drawing.resolve() in images:
+            raise DataError(f'{drawing} would be overwritten: write another --output')
+    if len(set(drawings.values())) < len(drawings):
+        raise DataError('several images have the same name: give the folder that holds them all, or fewer of them')
+    return drawings
+
+
+def main() -> None:
+    """Read the command line, print one line per object and draw the images."""
+    parser = prediction_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--output', type=Path, required=True, metavar='DIR', help='folder to draw the images into')
+    add('--score', type=float, metavar='S', help='lowest score that is printed and drawn (SHOW_SCORE)')
+    args = parser.parse_intermixed_args()
+    with exit_on_user_error():
+        predictor = load_predictor(args, load_config, build_detector, first_label=1)
+        min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
+        drawings = output_paths(args.images, args.output)
+        for path, image, detections in detect(predictor, choose_images(sorted(drawings), args.limit)):
+            columns = (detections[key].tolist() for key in ('boxes', 'labels', 'scores'))
+            for box, label, score in zip(*columns, strict=True):
+                if score >= min_score:
+                    corners = ' '.join(f'{x:.1f}' for x in box)
+                    print(f'{path}\t{predictor.class_names[label - 1]}\t{score:.3f}\t{corners}')
+            try:
+                drawings[path].parent.mkdir(parents=True, exist_ok=True)
+                draw_detections(image, detections, predictor.class_names, min_score).save(drawings[path])
+            except (OSError, ValueError) as error:
+                sys.exit(f'error: {drawings[path]}: {error}')
+    print(args.output)
+
+
+if __name__ == '__main__':
+    main()

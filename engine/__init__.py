@@ -1,0 +1,1 @@
+"""Training of any task: runs, the training loop, checkpoints, processes. Knows neither images nor boxes."""

@@ -1,0 +1,250 @@
+"""The processes of a run: launchers, devices, the process group, collectives, DDP."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.config_tree import ConfigError
+from engine.signals import Stopped
+from utils import UserError
+
+# Set by torchrun and torch.distributed.launch for each process.
+TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+# Set by srun for each process; MASTER_ADDR and MASTER_PORT may be set too.
+SLURM_VARIABLES = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_JOB_NODELIST', 'SLURM_JOB_ID')
+
+Result = TypeVar('Result')
+
+
+class Process(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+class Launch(NamedTuple):
+    """This process according to its launcher.
+
+    Attributes:
+        launcher: 'torchrun' or 'srun'.
+        rank, world_size: of the run.
+        local_rank: rank on this node.
+        master_addr, master_port: where rank 0 listens.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+
+
+def read_launcher(variables: Mapping[str, str]) -> Launch | None:
+    """Read what torchrun, which has priority, or srun has set; None without a launcher.
+
+    Args:
+        variables: the environment.
+
+    Raises:
+        ConfigError: variables are missing or invalid.
+    """
+    if 'RANK' in variables or 'WORLD_SIZE' in variables:
+        launcher = 'torchrun'
+        rank, world_size, local_rank, address, port = _read(variables, TORCHRUN_VARIABLES, launcher)
+    elif _is_slurm_task(variables):
+        launcher = 'srun'
+        fallbacks = {
+            'SLURM_JOB_NODELIST': variables.get('MASTER_ADDR') or variables.get('SLURM_NODELIST'),
+            'SLURM_JOB_ID': variables.get('MASTER_PORT'),
+        }
+        rank, world_size, local_rank, nodes, job = _read({**fallbacks, **variables}, SLURM_VARIABLES, launcher)
+        world_size = variables.get('SLURM_STEP_NUM_TASKS', world_size)  # a step may use part of its job
+        address = variables.get('MASTER_ADDR') or first_host(variables.get('SLURM_STEP_NODELIST', nodes))
+        port = variables.get('MASTER_PORT') or 20_000 + int(re.sub(r'\D', '', job)) % 20_000  # one per job
+    else:
+        return None
+    try:
+        launch = Launch(launcher, int(rank), int(world_size), int(local_rank), address, int(port))
+    except ValueError as error:
+        raise ConfigError(f'a variable of the launcher is not a number: {error}') from error
+    if not 0 <= launch.rank < launch.world_size:
+        raise ConfigError(f'the launcher says rank {rank} of {world_size} processes: ranks start at 0')
+    return launch
+
+
+def _read(variables: Mapping[str, str], names: tuple[str, ...], launcher: str) -> list[str]:
+    missing = [name for name in names if not variables.get(name)]
+    if missing:
+        present = next(name for name in names if variables.get(name))
+        raise ConfigError(
+            f'{present} is set but {", ".join(missing)} is not: start with {launcher}, or unset {present}'
+        )
+    return [variables[name] for name in names]
+
+
+def _is_slurm_task(variables: Mapping[str, str]) -> bool:
+    """Whether srun started this process; a batch script has most of its variables, but is no task of a step."""
+    is_batch_script = variables.get('ENVIRONMENT') == 'BATCH' and 'SLURM_STEP_ID' not in variables
+    return 'SLURM_PROCID' in variables and not is_batch_script
+
+
+def first_host(nodes: str) -> str:
+    """The first host in SLURM's notation, such as `gpu[003-007,9],login`."""
+    first = re.match(r'(?:[^\[,]|\[[^\]]*\])*', nodes)[0]  # up to a comma outside brackets
+    return re.sub(r'\[(\w+)[^\]]*\]', r'\1', first)
+
+
+def choose_device(name: str, launch: Launch | None = None, local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: auto, cuda, mps or cpu.
+        launch: from `read_launcher`.
+        local_rank: GPU to use without a launcher.
+
+    Raises:
+        ConfigError: the device is not available.
+    """
+    if name == 'auto':
+        several = launch is not None and launch.world_size > 1
+        mps = torch.backends.mps.is_available() and not several
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if name == 'mps':
+        if not torch.backends.mps.is_available():
+            raise ConfigError('DEVICE is mps, but PyTorch finds no Apple GPU: write --device cpu')
+        if launch is not None and launch.world_size > 1:
+            raise ConfigError('several processes cannot share an Apple GPU: start one, or write --device cpu')
+    if name != 'cuda':
+        return torch.device(name)
+    index = launch.local_rank if launch else local_rank
+    count = torch.cuda.device_count()
+    if launch and launch.launcher == 'srun' and count == 1:
+        index = 0  # SLURM may show each task only the GPU bound to it
+    if index >= count:
+        raise ConfigError(
+            f'local rank {index} has no GPU: {count} are visible: start fewer processes per node, or write --device cpu'
+        )
+    return torch.device('cuda', index)
+
+
+@contextmanager
+def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
+    """Join the process group that the launcher describes, or run as a single process without one.
+
+    Args:
+        device_name: auto, cuda, mps or cpu.
+        local_rank: GPU to use without a launcher.
+
+    Raises:
+        ConfigError: the device is not available, or the processes cannot connect.
+    """
+    launch = read_launcher(os.environ)
+    device = choose_device(device_name, launch, local_rank)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    # A single srun task may be a shell with several runs; an Apple GPU has one process, and no collectives.
+    if launch is None or device.type == 'mps' or (launch.launcher == 'srun' and launch.world_size == 1):
+        yield Process(0, 1, device)
+        return
+    # Everything but gradients is exchanged between CPUs, so no GPU is waited for.
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    try:
+        dist.init_process_group(
+            backend, rank=launch.rank, world_size=launch.world_size, **_rendezvous(launch, os.environ)
+        )
+    except (dist.DistError, ValueError) as error:
+        reason = 'the port is in use' if 'EADDRINUSE' in str(error) else str(error).splitlines()[0]
+        raise ConfigError(
+            f'the processes cannot connect at {launch.master_addr}:{launch.master_port} ({reason}): set MASTER_ADDR to '
+            f'the host of rank 0, and MASTER_PORT to a free port there'
+        ) from error
+    try:
+        yield Process(launch.rank, launch.world_size, device)
+    except Stopped:  # in every process
+        dist.destroy_process_group()
+        raise
+    # Not after an error: the other processes are busy, and destroying the group would wait for them.
+    dist.destroy_process_group()
+
+
+def _rendezvous(launch: Launch, variables: Mapping[str, str]) -> dict[str, Any]:
+    """Options of `init_process_group` that say where the processes connect."""
+    if launch.launcher == 'srun':
+        return {'init_method': f'tcp://{launch.master_addr}:{launch.master_port}'}
+    on_one_node = variables.get('LOCAL_WORLD_SIZE') == variables['WORLD_SIZE']
+    if on_one_node and variables.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # After a restart, torchrun's store still holds the addresses of the previous ranks (PyTorch 2.11), and a rank
+        # that reads another's too early fails. Nodes count restarts separately: see docs/training.md.
+        store = dist.TCPStore(launch.master_addr, launch.master_port, is_master=False)
+        return {'store': dist.PrefixStore(f'restart_{variables["TORCHELASTIC_RESTART_COUNT"]}', store)}
+    return {'init_method': 'env://'}
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_main_process(function: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 alone; every process gets its result, or the `UserError` it raises."""
+    result, user_error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            user_error = error
+    if dist.is_initialized():
+        outcome = [result, user_error]
+        dist.broadcast_object_list(outcome)
+        result, user_error = outcome
+    if user_error is not None:
+        raise user_error
+    return result
+
+
+def gather_on_main_process(value: Any) -> list[Any] | None:
+    """Every process's value on rank 0, in rank order; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def distribute(model: nn.Module, device: torch.device, deterministic: bool = False) -> nn.Module:
+    """Wrap a network in DDP where there are several processes.
+
+    Args:
+        model: the network, on the device.
+        device: of this process.
+        deterministic: reduce gradients in the same order in every update, as always on CPUs. Otherwise DDP rebuilds its
+            buckets after the first update, which on more than two processes changes the last bits of a resumed run.
+            The option that prevents this searches for unused parameters, and warns once that there are none.
+    """
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == 'cuda' else None,
+        broadcast_buffers=False,
+        find_unused_parameters=deterministic or device.type == 'cpu',
+    )
+
+
+def synchronize_gradients(network: nn.Module, enabled: bool) -> AbstractContextManager:
+    """Context of a backward pass that averages gradients over the processes, or leaves that to a later one."""
+    network = getattr(network, '_orig_mod', network)  # of torch.compile
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not enabled else nullcontext()

@@ -1,0 +1,71 @@
+"""Log lines of training: losses, norms, speed, memory."""
+
+import logging
+import resource
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from engine.state import TrainingState
+from logger import MetricsLog
+
+
+class TrainMeter:
+    """Logs an epoch's losses and gradient norms, which are read from the device only then.
+
+    Args:
+        logger: gets the line.
+        metrics: gets the record.
+        state: of the run.
+        epochs: of the whole run.
+    """
+
+    def __init__(self, logger: logging.Logger, metrics: MetricsLog, state: TrainingState, epochs: int):
+        self.logger, self.metrics, self.state, self.epochs = logger, metrics, state, epochs
+        self.start_time = self.logged_time = time.time()
+        self.first_step = self.logged_step = state.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the epoch began or was resumed."""
+        return time.time() - self.start_time
+
+    def log(self, lr: float, loss: Tensor, grad_norm: Tensor, losses: dict[str, Tensor]) -> None:
+        """Log the last update and the means of the epoch so far.
+
+        Args:
+            lr: learning rate of the update.
+            loss: its total loss, a device scalar like the others.
+            grad_norm: its gradient norm.
+            losses: its losses by name.
+        """
+        state, now = self.state, time.time()
+        last_loss, last_norm = torch.stack((loss, grad_norm)).tolist()
+        mean_loss, mean_norm = (state.sums[:2] / state.sums[2]).tolist()
+        mean_time = (now - self.start_time) / (state.step - self.first_step)
+        last_time = (now - self.logged_time) / (state.step - self.logged_step)
+        images_per_s = state.images_per_update / last_time
+        memory = peak_memory_mb(state.device)
+        eta = timedelta(seconds=int(mean_time * (state.steps_per_epoch - state.step)))
+        self.logger.info(
+            f'Train: [{state.epoch}/{self.epochs}][{state.step - 1}/{state.steps_per_epoch}]\t'
+            f'eta {eta} lr {lr:.6f}\ttime {last_time:.4f} ({mean_time:.4f})\tloss {last_loss:.4f} ({mean_loss:.4f})\t'
+            f'grad_norm {last_norm:.4f} ({mean_norm:.4f})\tmem {memory:.0f}MB\t{images_per_s:.0f} images/s'
+        )
+        record = {name: value.item() for name, value in losses.items()}
+        record |= {'epoch': state.epoch, 'step': state.step - 1, 'lr': lr, 'loss': last_loss, 'grad_norm': last_norm}
+        self.metrics.write('train', state.updates, **record, images_per_s=images_per_s, memory_mb=memory)
+        self.logged_step, self.logged_time = state.step, now
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB (2^20 bytes): of the GPU (on Apple's, memory in use), or of the host."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == 'mps':
+        return torch.mps.driver_allocated_memory() / 2**20
+    unit = 1 if sys.platform == 'darwin' else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

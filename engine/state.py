@@ -1,0 +1,197 @@
+"""Training state: everything that changes while a run trains. A run resumed from it ends with the same bits."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.samplers import TrainSampler
+from data.seeding import random_states, set_random_states
+from engine.checkpoint import CheckpointError, load_weights
+from engine.distributed import gather_on_main_process
+from engine.precision import ApexPrecision, Precision
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a run trains, and its progress.
+
+    Attributes:
+        model: the network, not wrapped, with its starting weights.
+        optimizer: of its parameters.
+        scheduler: of the learning rate, per update.
+        precision: of the run.
+        sampler: of the training images.
+        device: of this process.
+        steps_per_epoch: updates per epoch.
+        images_per_epoch: images per epoch, over all processes.
+        images_per_update: images per update, over all processes; the last update of an epoch may have fewer.
+        ema: exponential moving average of the weights, if any.
+        epoch: current epoch, from 0.
+        step: updates made in it.
+        skipped: updates of the whole run that left the weights as they were.
+        max_accuracy: best metric so far, in percent.
+        sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,).
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    precision: Precision | ApexPrecision
+    sampler: TrainSampler
+    device: torch.device
+    steps_per_epoch: int
+    images_per_epoch: int
+    images_per_update: int
+    ema: ModelEmaV3 | None = None
+    epoch: int = 0
+    step: int = 0
+    skipped: int = 0
+    max_accuracy: float = -1.0
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(3, device=self.device)
+        self._set_schedule()
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights in the whole run."""
+        return max(self.epoch * self.steps_per_epoch + self.step - self.skipped, 0)
+
+    @property
+    def images(self) -> int:
+        """Images of the epoch seen so far, over all processes."""
+        return min(self.step * self.images_per_update, self.images_per_epoch)
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether every update of the epoch was made."""
+        return self.step == self.steps_per_epoch
+
+    def begin_epoch(self) -> None:
+        """Shuffle for this epoch, unless it is being resumed."""
+        if self.step == 0:
+            self.sampler.set_epoch(self.epoch)
+            self.sums.zero_()
+
+    def record(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """Add an update to the epoch's sums, unless it was skipped; the arguments are device scalars."""
+        self.sums += torch.where(skipped, 0, torch.stack((loss, grad_norm, torch.ones_like(loss))))
+
+    def advance(self, updated: bool) -> None:
+        """Count an update; schedule and EMA advance only if it has changed the weights."""
+        if updated:
+            self.scheduler.step_update(self.updates)
+            if self.ema is not None:
+                self.ema.update(self.model)
+        else:
+            self.skipped += 1
+        self.step += 1
+
+    def end_epoch(self) -> None:
+        """Go on to the next epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """A checkpoint's entries on rank 0, None on the others. Every process calls it at the same point."""
+        ranks = gather_on_main_process({'random': random_states(self.device), 'sums': self.sums.cpu()})
+        if ranks is None:
+            return None
+        state = {
+            'model': self.model.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': self.scheduler.state_dict(),
+            'precision': self.precision.state_dict(),
+            # As published: the last epoch begun. `progress` says where to resume.
+            'epoch': self.epoch if self.step else self.epoch - 1,
+            'max_accuracy': self.max_accuracy,
+            'progress': {'epoch': self.epoch, 'step': self.step, 'images': self.images, 'skipped': self.skipped},
+            'ranks': ranks,
+        }
+        if self.step:
+            state['sampler'] = self.sampler.state_dict()
+        if self.ema is not None:
+            state['model_ema'] = self.ema.module.state_dict()
+        return state
+
+    def load_state_dict(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> list[str]:
+        """Resume from a checkpoint, whose weights the network already has.
+
+        The schedule is a function of the config and the update alone, so a longer run, another batch size or another
+        number of processes takes effect; its saved state is for other programs. Within an epoch, another batch size
+        resumes after the last whole update.
+
+        Args:
+            checkpoint: from `state_dict`, or a published one, which ends an epoch.
+            rank: of this process.
+            world_size: number of processes.
+
+        Returns:
+            What keeps the run from resuming bit for bit; empty if nothing does.
+
+        Raises:
+            CheckpointError: it holds weights only, another optimizer's state, or an epoch of other data.
+        """
+        missing = [name for name in ('optimizer', 'epoch', 'max_accuracy') if checkpoint.get(name) is None]
+        if missing:
+            raise CheckpointError(
+                f'the checkpoint has no {", ".join(missing)}, so no run can be resumed from it: '
+                f'start a new run with --pretrained'
+            )
+        notes = []
+        self._load_optimizer(checkpoint['optimizer'])
+        self.precision.load_state_dict(checkpoint.get('precision', checkpoint))  # published: Apex's, as `amp`
+        self.max_accuracy = checkpoint['max_accuracy']
+        if self.ema is not None:
+            if 'model_ema' in checkpoint:
+                load_weights(self.ema.module, {'model': checkpoint['model_ema']}, "the checkpoint's model_ema")
+            else:
+                notes.append('it has no EMA weights: EMA starts from its weights')
+        published = {'epoch': checkpoint['epoch'] + 1, 'step': 0, 'images': 0, 'skipped': 0}
+        progress = checkpoint.get('progress', checkpoint.get('place', published))  # `place` before version 0.2
+        self.epoch, self.skipped = progress['epoch'], progress['skipped']
+        self.step = min(progress['images'] // self.images_per_update, self.steps_per_epoch)
+        if progress['images'] == self.images_per_epoch:
+            self.step = self.steps_per_epoch
+        if self.step != progress['step']:
+            notes.append(f'update {progress["step"]} of its epoch is update {self.step} here')
+        if 'sampler' in checkpoint:
+            try:
+                self.sampler.load_state_dict(checkpoint['sampler'], self.images)
+            except ValueError as error:
+                raise CheckpointError(
+                    f'the run cannot be resumed from the checkpoint: {error}: take one from the end of an epoch'
+                ) from error
+        ranks = checkpoint.get('ranks', [])
+        if len(ranks) == world_size:
+            set_random_states(ranks[rank]['random'], self.device)
+            self.sums = ranks[rank]['sums'].to(self.device)
+        else:
+            origin = f'{len(ranks)} processes' if ranks else 'another program'
+            notes.append(f'it comes from {origin}: random numbers are not restored')
+        self._set_schedule()
+        return notes
+
+    def _load_optimizer(self, theirs: dict[str, Any]) -> None:
+        """Load the optimizer's state, but not its options, which are the config's."""
+        ours = self.optimizer.state_dict()['param_groups']
+        try:
+            if any((name in theirs['param_groups'][0]) != (name in ours[0]) for name in ('betas', 'momentum')):
+                raise ValueError('AdamW and SGD keep different states')
+            pairs = zip(ours, theirs['param_groups'], strict=True)
+            groups = [{**our, 'params': their['params']} for our, their in pairs]
+            self.optimizer.load_state_dict({'state': theirs['state'], 'param_groups': groups})
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's optimizer is different from the config's ({error}): "
+                f'write its TRAIN.OPTIMIZER, or start a new run from it with --pretrained'
+            ) from error
+
+    def _set_schedule(self) -> None:
+        if self.updates:  # a new scheduler is set for the first update
+            self.scheduler.step_update(self.updates - 1)

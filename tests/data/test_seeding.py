@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+import torch
+
+from data import build_loaders
+from data.seeding import SeededDataset, random_states, seeded, set_random_states
+from tests.helpers.runs import CPU, is_identical
+
+
+@pytest.mark.parametrize('workers', ['1', '3'])
+def test_batches_do_not_depend_on_the_number_of_loader_processes(tiny_config, image_tree, workers):
+    def batches(**options):
+        loader, _ = build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), **options))
+        collected = []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            collected += list(loader)
+        return collected
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    plain = batches()
+    before = random_states(CPU)
+    assert is_identical(plain, batches(DATA__NUM_WORKERS=workers))
+    assert is_identical(before, random_states(CPU))  # nor do they draw from the process's own random numbers
+    assert not is_identical(plain, batches(SEED='1'))
+    first, second = (torch.cat([images for images, _ in epoch]).sum((1, 2, 3)) for epoch in (plain[:6], plain[6:]))
+    assert not torch.equal(first.sort()[0], second.sort()[0])  # an image is augmented differently in each epoch
+
+
+def test_seeded_numbers_depend_only_on_their_seeds():
+    def draw(*entropy):
+        with seeded(*entropy):
+            return random_states(CPU)
+
+    before = random_states(CPU)
+    assert is_identical(draw(1, 2, 3), draw(1, 2, 3))
+    assert is_identical(before, random_states(CPU))  # as if nothing had been drawn
+    for other in ((1, 3, 2), (2, 2, 3), (1, 2, 4), (1, 2)):
+        assert not is_identical(draw(1, 2, 3), draw(*other))
+    dataset = SeededDataset([lambda: 0] * 5, seed=3)
+    assert len(dataset) == 5
+
+
+def test_random_states_round_trip():
+    states = random_states(CPU)
+    drawn = [torch.rand(3), torch.from_numpy(np.random.rand(3))]
+    np.random.standard_normal()  # of a pair, whose other half is kept
+    middle = random_states(CPU)
+    after = np.random.standard_normal(3).tolist()
+    set_random_states(states, CPU)
+    assert is_identical(drawn, [torch.rand(3), torch.from_numpy(np.random.rand(3))])
+    set_random_states(middle, CPU)
+    assert np.random.standard_normal(3).tolist() == after

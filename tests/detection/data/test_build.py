@@ -1,0 +1,53 @@
+"""Loaders from the config tree."""
+
+import pickle
+from itertools import chain
+
+import pytest
+import torch
+
+from data import DataError
+from detection.data import build_eval_loader, build_loaders
+from tests.helpers.coco_data import CATEGORIES, update_tree
+from tests.helpers.detectors import tiny_detector
+
+
+def coco_config(root, **options):
+    """The config of the data, with options of `DATA`."""
+    options = {'DATA_PATH': root} | options
+    return tiny_detector(*chain.from_iterable((f'DATA.{key}', str(value)) for key, value in options.items()))
+
+
+def test_batches_do_not_depend_on_workers_and_shards_are_disjoint(coco):
+    epochs = []
+    for workers in (0, 2):
+        train, val = build_loaders(coco_config(coco, NUM_WORKERS=workers))
+        train.sampler.set_epoch(1)
+        epochs.append(list(train))
+        assert [len(images) for images, _ in val] == [1, 1, 1, 1]
+        assert [target['image_id'] for _, targets in val for target in targets] == [5, 15, 25, 35]
+        assert val.dataset.categories == CATEGORIES
+    assert len(epochs[0]) == 3
+    for (images, targets), (other_images, other_targets) in zip(*epochs, strict=True):
+        for image, other in zip(images, other_images, strict=True):
+            assert torch.equal(image, other)
+        for target, other in zip(targets, other_targets, strict=True):
+            for key in ('boxes', 'labels', 'masks'):
+                assert torch.equal(target[key], other[key])
+    shards = [build_eval_loader(coco_config(coco), rank, 3) for rank in range(3)]
+    ids = [target['image_id'] for loader in shards for _, targets in loader for target in targets]
+    assert sorted(ids) == [5, 15, 25, 35]
+    assert len(pickle.loads(pickle.dumps(train.dataset))) == 6  # for workers that are not forked
+
+
+def test_data_that_does_not_fit_the_config_is_refused(coco):
+    with pytest.raises(DataError, match='no data: give --data-path'):
+        build_eval_loader(coco_config(''))
+    config = tiny_detector('DATA.DATA_PATH', str(coco), 'MODEL.NUM_CLASSES', 80)
+    with pytest.raises(DataError, match='has 3 categories, but MODEL.NUM_CLASSES is 80.*MODEL.NUM_CLASSES 3'):
+        build_eval_loader(config)
+    with pytest.raises(DataError, match='6 training images make no full batch: DATA.BATCH_SIZE 4 on 2 process'):
+        build_loaders(coco_config(coco, BATCH_SIZE=4), world_size=2)
+    update_tree(coco, categories=[*CATEGORIES[:2], {'id': 90, 'name': 'common'}])
+    with pytest.raises(DataError, match='instances_train.json and .*instances_val.json have different categories'):
+        build_loaders(coco_config(coco))

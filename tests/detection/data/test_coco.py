@@ -1,0 +1,73 @@
+"""The dataset: samples, what is left out, errors that name a file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import DataError
+from detection.data import CocoDataset
+from tests.helpers.coco_data import crowd, rectangle, update_tree, wedge
+
+
+def test_a_sample_is_an_image_and_its_objects(coco):
+    annotations = [wedge(4, 6, 20, 10), rectangle(30, 50, 12, 8)]
+    update_tree(coco, annotations=[annotation | {'image_id': 15} for annotation in annotations])
+    dataset = CocoDataset(coco, 'val')
+    image, target = dataset[1]
+    pixels = np.asarray(Image.open(coco / 'val' / '1.png'))
+    assert torch.equal((image * 255).round().to(torch.uint8), torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    assert target['image_id'] == 15
+    assert target['boxes'].tolist() == [[4, 6, 24, 16], [30, 50, 42, 58]]
+    assert target['labels'].tolist() == [2, 1]  # categories 7 and 3: ids have gaps
+    assert dataset.class_names == ['box', 'wedge', 'rare']
+    assert (target['masks'].shape, target['masks'].dtype) == ((2, 64, 48), torch.uint8)
+    assert target['masks'][1].nonzero().aminmax(dim=0).min.tolist() == [50, 30]
+    assert target['masks'][1].sum() == 12 * 8
+    assert 0.4 < target['masks'][0, 6:16, 4:24].float().mean() < 0.6  # a triangle
+
+
+def test_images_without_objects_are_evaluated_but_not_trained_on(coco):
+    update_tree(coco, annotations=[rectangle(4, 4, 10, 10) | {'image_id': 15}])
+    evaluation, training = CocoDataset(coco, 'val'), CocoDataset(coco, 'val', is_train=True)
+    assert (len(evaluation), len(training)) == (4, 1)
+    assert training[0][1]['image_id'] == 15
+    assert training.notes == ['3 images without objects left out']
+    _, target = evaluation[0]
+    assert (target['boxes'].shape, target['labels'].shape) == ((0, 4), (0,))
+    assert target['masks'].shape == (0, 48, 64)
+    update_tree(coco, annotations=[])
+    with pytest.raises(DataError, match=r'instances_val.json: none of its images has an object to train on'):
+        CocoDataset(coco, 'val', is_train=True)
+
+
+def test_crowds_and_boxes_without_area_are_left_out_and_boxes_are_clipped(coco):
+    without_area = [rectangle(4, 4, 0, 10), rectangle(4, 4, 10, 0.5), rectangle(70, 4, 10, 10)]
+    annotations = [*without_area, crowd(64, 48, rows=9), rectangle(-6, 40, 16, 20)]
+    update_tree(coco, annotations=[annotation | {'image_id': 5} for annotation in annotations])
+    dataset = CocoDataset(coco, 'val', is_train=True)
+    _, target = dataset[0]
+    assert target['boxes'].tolist() == [[0, 40, 10, 48]]
+    assert target['masks'].sum() == 10 * 8
+    assert dataset.notes == [
+        '3 images without objects left out',
+        '1 crowd regions left out',
+        '3 boxes without area left out',
+    ]
+
+
+def test_missing_and_damaged_files_are_named(coco):
+    with pytest.raises(DataError, match=r'instances_test.json cannot be read \(No such file.*give --data-path'):
+        CocoDataset(coco, 'test')
+    (coco / 'val' / '2.png').unlink()
+    with pytest.raises(DataError, match=r'image .*val/2.png does not exist, and 0 more of .*instances_val.json'):
+        CocoDataset(coco, 'val')
+    Image.new('RGB', (48, 64)).save(coco / 'val' / '2.png')
+    with pytest.raises(DataError, match=r'val/2.png has 48 x 64 pixels, but .* says 60 x 44: replace'):
+        CocoDataset(coco, 'val')[2]
+    (coco / 'val' / '2.png').write_bytes(b'no image')
+    with pytest.raises(DataError, match=r'val/2.png cannot be read'):
+        CocoDataset(coco, 'val')[2]
+    (coco / 'val').rename(coco / 'elsewhere')
+    with pytest.raises(DataError, match=r'folder .*coco/val, with images of .* does not exist'):
+        CocoDataset(coco, 'val')

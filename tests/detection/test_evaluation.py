@@ -1,0 +1,162 @@
+"""COCO's metrics: pycocotools' own, for right, noisy and no detections, on any number of processes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from data.samplers import ShardSampler
+from detection.data import CocoDataset
+from detection.evaluation import CocoEvaluation
+from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree, write_coco, write_tree
+from tests.helpers.detectors import no_detections, perfect_detections
+from utils import OutputError
+
+NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return write_coco(tmp_path / 'coco', val=7)
+
+
+def noisy_detections(target):
+    """Boxes and masks that are off by some pixels, with scores; some objects are missed, some labels wrong."""
+    generator = torch.Generator().manual_seed(target['image_id'])
+    perfect = perfect_detections(target)
+    boxes = perfect['boxes'].repeat(3, 1)
+    boxes += torch.randn(boxes.shape, generator=generator)
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    masks = perfect['masks'].repeat(3, 1, 1, 1)
+    shifts = torch.randint(-2, 3, (len(masks), 2), generator=generator).tolist()
+    masks = torch.stack([mask.roll(shift, (1, 2)) for mask, shift in zip(masks, shifts, strict=True)])
+    labels = perfect['labels'].repeat(3)
+    labels[::5] = 3
+    scores = torch.rand(len(labels), generator=generator)
+    kept = scores > 0.2
+    return {'boxes': boxes[kept], 'labels': labels[kept], 'scores': scores[kept], 'masks': masks[kept]}
+
+
+def evaluate(dataset, indices, detect):
+    evaluation = CocoEvaluation(dataset)
+    for index in indices:
+        _, target = dataset[index]
+        evaluation.update([target], [detect(target)])
+    return evaluation, evaluation.finish()
+
+
+def test_perfect_detections_have_an_ap_of_100(coco):
+    dataset = CocoDataset(coco, 'val')
+    evaluation, metrics = evaluate(dataset, range(len(dataset)), perfect_detections)
+    assert list(metrics) == [f'{kind}_{name}' for kind in ('box', 'mask') for name in NAMES]
+    for kind in ('box', 'mask'):
+        for name in ('AP', 'AP50', 'AP75', 'APs'):
+            assert metrics[f'{kind}_{name}'] == pytest.approx(100)
+        assert math.isnan(metrics[f'{kind}_APl'])  # no object is large
+    lines = evaluation.table().splitlines()
+    assert lines[0] == '| COCO, % | AP | AP50 | AP75 | APs | APm | APl |'
+    assert lines[2:] == [f'| {kind} | 100.00 | 100.00 | 100.00 | 100.00 | nan | nan |' for kind in ('box', 'mask')]
+
+
+def pycocotools_metrics(root, results, iou_type):
+    """The metrics by pycocotools alone."""
+    tree = read_tree(root, 'val') | {'info': {}}
+    ground_truth = COCO()
+    ground_truth.dataset = tree
+    for number, annotation in enumerate(tree['annotations'], start=1):
+        annotation |= {'id': number, 'iscrowd': annotation.get('iscrowd', 0)}
+    ground_truth.createIndex()
+    for annotation in tree['annotations']:
+        annotation['area'] = int(ground_truth.annToMask(annotation).sum())
+    if iou_type == 'segm':
+        results = [{key: value for key, value in result.items() if key != 'bbox'} for result in results]
+    evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats[:6]
+
+
+def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path):
+    annotations = [*read_tree(coco, 'val')['annotations'], crowd(64, 48, rows=10) | {'image_id': 5}]
+    update_tree(coco, annotations=annotations)
+    dataset = CocoDataset(coco, 'val')
+    evaluation, metrics = evaluate(dataset, range(len(dataset)), noisy_detections)
+    evaluation.write(tmp_path / 'results.json')
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert {result['category_id'] for result in results} <= {3, 7, 90}
+    for kind, iou_type in (('box', 'bbox'), ('mask', 'segm')):
+        expected = pycocotools_metrics(coco, results, iou_type)
+        assert 0.05 < expected[0] < 0.95
+        ours = [metrics[f'{kind}_{name}'] for name in NAMES]
+        np.testing.assert_allclose(ours, [100 * value if value >= 0 else np.nan for value in expected], rtol=0)
+        row = f'| {kind} | ' + ' | '.join(f'{value:.2f}' for value in ours) + ' |'
+        assert row in evaluation.table().splitlines()
+
+
+def test_ap_is_0_without_detections_and_nan_without_objects(coco):
+    _, metrics = evaluate(CocoDataset(coco, 'val'), range(7), no_detections)
+    assert (metrics['box_AP'], metrics['mask_AP50']) == (0, 0)
+    update_tree(coco, annotations=[])
+    _, metrics = evaluate(CocoDataset(coco, 'val'), range(7), no_detections)
+    assert all(math.isnan(value) for value in metrics.values())
+
+
+def test_an_image_evaluated_twice_counts_once(coco):
+    dataset = CocoDataset(coco, 'val')
+    _, once = evaluate(dataset, range(7), noisy_detections)
+    _, twice = evaluate(dataset, [*range(7), 0, 3], noisy_detections)
+    np.testing.assert_equal(once, twice)
+
+
+def test_detections_in_a_crowd_region_do_not_count(coco):
+    """Without the region, the false positive would outrank the true positives and halve their precision."""
+    tree = read_tree(coco, 'val')
+    images = [image for image in tree['images'] if image['id'] == 5]  # 64 x 48
+    tree |= {'images': images, 'annotations': [rectangle(30, 20, 16, 12) | {'image_id': 5}]}
+
+    def with_false_positive(target):
+        perfect = perfect_detections(target)
+        mask = torch.zeros_like(perfect['masks'])
+        mask[..., :8, :20] = 1
+        false = {'boxes': torch.tensor([[0.0, 0, 20, 8]]), 'masks': mask, 'scores': torch.tensor([0.95])}
+        return {key: torch.cat((false.get(key, value), value)) for key, value in perfect.items()}
+
+    metrics = {}
+    for regions in ([], [crowd(64, 48, rows=8) | {'image_id': 5}]):
+        write_tree(coco, 'val', tree | {'annotations': tree['annotations'] + regions})
+        _, metrics[len(regions)] = evaluate(CocoDataset(coco, 'val'), [0], with_false_positive)
+    assert metrics[0]['box_AP'] == metrics[0]['mask_AP'] == pytest.approx(50, abs=1)
+    assert metrics[1]['box_AP'] == metrics[1]['mask_AP'] == pytest.approx(100)
+
+
+def test_results_that_cannot_be_written_name_the_folder(coco, tmp_path):
+    evaluation, _ = evaluate(CocoDataset(coco, 'val'), [0], perfect_detections)
+    with pytest.raises(OutputError, match='nowhere: No such file'):
+        evaluation.write(tmp_path / 'nowhere' / 'results.json')
+
+
+def evaluate_shard(rank, world_size, coco, output):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{output}/meet', rank=rank, world_size=world_size)
+    dataset = CocoDataset(coco, 'val')
+    evaluation, metrics = evaluate(dataset, ShardSampler(len(dataset), rank, world_size), noisy_detections)
+    evaluation.write(output / 'results.json')
+    (output / f'{rank}.json').write_text(json.dumps(metrics))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_and_results_of_one(coco, tmp_path):
+    evaluation, metrics = evaluate(CocoDataset(coco, 'val'), range(7), noisy_detections)
+    evaluation.write(tmp_path / 'one_process.json')
+    mp.spawn(evaluate_shard, (2, coco, tmp_path), 2)  # 4 images and 3
+    for rank in (0, 1):
+        np.testing.assert_equal(json.loads((tmp_path / f'{rank}.json').read_text()), metrics)
+    assert (tmp_path / 'results.json').read_bytes() == (tmp_path / 'one_process.json').read_bytes()

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from detection.config import load_config
+from detection.data import CocoDataset, build_loaders
+from detection.tools.make_digits_coco import DIGITS, make_digits_coco, paste
+from tests.helpers.coco_data import read_tree
+from tests.helpers.paths import DETECTION_CONFIGS
+from tests.helpers.processes import error_line
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """A small dataset of digits."""
+    root = tmp_path_factory.mktemp('digits')
+    written = make_digits_coco(root, train=8, val=4)
+    assert written == {split: len(read_tree(root, split)['annotations']) for split in ('train', 'val')}
+    return root
+
+
+def test_pasted_digits_have_the_masks_of_their_pixels():
+    rng = np.random.default_rng(0)
+    canvas, occupied = np.full((96, 128, 3), 40, dtype=np.uint8), np.zeros((96, 128), dtype=bool)
+    digit = np.zeros((8, 8))
+    digit[1:7, 2:5] = 16
+    masks = [paste(rng, canvas, digit, occupied) for _ in range(3)]
+    for mask in masks:
+        inside = canvas[mask].min(axis=-1)
+        assert (inside >= 40 + (190 - 40) / 2 - 1).all()  # half of the darkest colour, or more
+    outside = ~np.any(masks, axis=0)
+    assert (canvas[outside].min(axis=-1) < 150).all()
+    assert sum(mask.sum() for mask in masks) == np.any(masks, axis=0).sum()  # they do not overlap
+    assert paste(rng, canvas, digit, np.ones_like(occupied)) is None  # no free position
+
+
+def test_the_digits_are_a_valid_dataset_of_their_config(digits):
+    train, val = build_loaders(load_config(DETECTION_CONFIGS / 'digits.yaml', ['DATA.DATA_PATH', str(digits)]))
+    assert (len(train.dataset), len(val.dataset)) == (8, 4)
+    assert val.dataset.class_names == list('0123456789')
+    assert val.dataset.notes == []
+    shapes = set()
+    for split in ('train', 'val'):
+        for image, target in CocoDataset(digits, split):
+            shapes.add(image.shape)
+            assert 1 <= len(target['boxes']) <= DIGITS[1]
+            assert target['masks'].sum(dim=0).max() == 1
+            for box, mask in zip(target['boxes'], target['masks'], strict=True):
+                rows, columns = mask.nonzero().unbind(dim=1)
+                assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        for annotation in read_tree(digits, split)['annotations']:
+            assert annotation['area'] == coco_mask.area(annotation['segmentation'])
+    assert shapes == {(3, 96, 128), (3, 128, 96)}
+
+
+def test_the_digits_are_always_the_same(digits, tmp_path):
+    make_digits_coco(tmp_path, train=8, val=4)
+    for path in digits.rglob('*.*'):
+        assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_output_that_is_a_file_is_reported_in_one_line():
+    assert error_line('-m', 'detection.tools.make_digits_coco', '--output', 'README.md').startswith('error: ')

@@ -1,0 +1,81 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data import DataError
+from detection.config import load_config
+from detection.models import build_detector
+from detection.tools.make_digits_coco import make_digits_coco
+from detection.tools.predict import output_paths
+from tests.helpers.paths import DETECTION_CONFIGS
+from tests.helpers.processes import error_line, start
+
+PROGRAM = ['-m', 'detection.tools.predict']
+CONFIG = DETECTION_CONFIGS / 'digits.yaml'
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with images in `train/` and `val/`."""
+    make_digits_coco(tmp_path / 'images', train=3, val=3)
+    return tmp_path / 'images'
+
+
+def test_drawings_keep_their_images_paths_and_overwrite_none(images, tmp_path):
+    train, val = images / 'train', images / 'val' / '000001.jpg'
+    output = tmp_path / 'drawn'
+    assert output_paths([train], output)[train / '000003.jpg'] == output / '000003.jpg'
+    assert output_paths([images], output)[val] == output / 'val' / '000001.jpg'
+    with pytest.raises(DataError, match='several images have the same name'):
+        output_paths([train, val], output)
+    with pytest.raises(DataError, match=r'000001.jpg would be overwritten: write another --output'):
+        output_paths([val], images / 'val')
+    for inside in (images, images / 'drawn'):
+        with pytest.raises(DataError, match='is in .*, with the images: write another'):
+            output_paths([images], inside)
+
+
+def test_paths_without_images_are_refused(tmp_path):
+    (tmp_path / 'none').mkdir()
+    with pytest.raises(DataError, match='no images in'):
+        output_paths([tmp_path / 'none'], tmp_path / 'drawn')
+    with pytest.raises(DataError, match='nowhere does not exist: give image files or folders'):
+        output_paths([tmp_path / 'nowhere'], tmp_path / 'drawn')
+
+
+@pytest.mark.slow
+def test_detections_are_printed_and_drawn(images, tmp_path):
+    torch.manual_seed(0)
+    class_names = [f'digit {number}' for number in range(10)]
+    model = build_detector(load_config(CONFIG))
+    torch.save({'model': model.state_dict(), 'classes': class_names}, tmp_path / 'weights.pth')
+    flags = ['--cfg', CONFIG, '--resume', tmp_path / 'weights.pth', '--output', tmp_path / 'drawn', '--score', '0']
+    opts = ['--opts', 'MODEL.BOX.SCORE', '0', 'MODEL.BOX.DETECTIONS', '5', 'DEVICE', 'cpu']
+    done = start(*PROGRAM, images / 'val', '--limit', '2', *flags, *opts)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == str(tmp_path / 'drawn')
+    drawings = sorted((tmp_path / 'drawn').iterdir())
+    assert len(drawings) == 2
+    assert {line.split('\t')[0] for line in lines} == {str(images / 'val' / path.name) for path in drawings}
+    for line in lines:
+        _, name, score, box = line.split('\t')
+        assert name in class_names
+        assert 0 <= float(score) <= 1
+        x1, y1, x2, y2 = map(float, box.split())
+        assert 0 <= x1 <= x2 <= 128
+        assert 0 <= y1 <= y2 <= 128
+    for path in drawings:
+        drawing, image = cv2.imread(str(path)), cv2.imread(str(images / 'val' / path.name))
+        assert drawing.shape[:2] == tuple(4 * side for side in image.shape[:2])
+        assert np.abs(cv2.resize(drawing, image.shape[1::-1]).astype(int) - image).max() > 60  # something is drawn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [('nowhere', 'error: config file nowhere: No such file'), (CONFIG, 'error: checkpoint x does not exist')],
+)
+def test_mistakes_are_reported_in_one_line(config, message):
+    assert message in error_line(*PROGRAM, 'nowhere', '--cfg', config, '--resume', 'x', '--output', 'output')

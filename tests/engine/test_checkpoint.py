@@ -1,0 +1,248 @@
+"""Checkpoint files: durable, verified, safe to read."""
+
+import contextlib
+import errno
+import logging
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from engine.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, load_weights, save_checkpoint
+from tests.helpers.paths import ROOT
+
+
+def network(classes=3, width=4):
+    return nn.ModuleDict({'body': nn.Linear(2, width), 'head': nn.Linear(width, classes)})
+
+
+def folder_in(path, keep=0):
+    return CheckpointFolder(path, keep, logging.getLogger('test'))
+
+
+def test_round_trip_leaves_no_temporary_file(tmp_path):
+    model = network()
+    save_checkpoint(tmp_path / 'a.pth', {'model': model.state_dict(), 'epoch': 3, 'config': {'SEED': 1}})
+    assert os.listdir(tmp_path) == ['a.pth']
+    checkpoint = load_checkpoint(tmp_path / 'a.pth')
+    assert (checkpoint['epoch'], checkpoint['config']) == (3, {'SEED': 1})
+    other = network()
+    assert not load_weights(other, checkpoint, 'a.pth')
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_file_is_flushed_then_renamed_then_the_folder_is_flushed(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        calls.append(('fsync', os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        calls.append(('rename', target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', note_fsync)
+    monkeypatch.setattr(os, 'replace', note_replace)
+    save_checkpoint(tmp_path / 'a.pth', {'model': {}})
+    assert calls == [('fsync', 'a.pth.tmp'), ('rename', 'a.pth'), ('fsync', tmp_path.name)]
+
+
+@pytest.mark.parametrize(('number', 'tolerated'), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_unsupported_flush_of_a_folder_is_tolerated_but_a_disk_error_is_not(tmp_path, monkeypatch, number, tolerated):
+    def fsync(descriptor):
+        if os.path.isdir(f'/proc/self/fd/{descriptor}'):
+            raise OSError(number, 'folder')
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    with contextlib.nullcontext() if tolerated else pytest.raises(CheckpointError, match='folder'):
+        save_checkpoint(tmp_path / 'a.pth', {'model': {}})
+
+
+@pytest.mark.parametrize('when', ['write', 'fsync', 'rename'])
+def test_failed_save_keeps_the_old_checkpoint_and_is_reported(tmp_path, monkeypatch, when):
+    save_checkpoint(tmp_path / 'a.pth', {'model': {}, 'epoch': 1})
+
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
+    target = {'write': (torch, 'save'), 'fsync': (os, 'fsync'), 'rename': (os, 'replace')}[when]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        with pytest.raises(CheckpointError, match='a.pth cannot be written: No space left on device. Earlier'):
+            save_checkpoint(tmp_path / 'a.pth', {'model': {}, 'epoch': 2})
+    assert load_checkpoint(tmp_path / 'a.pth')['epoch'] == 1
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_file_too_large_for_the_disk(tmp_path):
+    """A real failed write, in a process whose files are limited to 100 kB."""
+    script = (
+        'import torch; from pathlib import Path; from engine.checkpoint import *\n'
+        f'path = Path({str(tmp_path)!r}) / "a.pth"\n'
+        'save_checkpoint(path, {"model": {}, "epoch": 1})\n'
+        'try: save_checkpoint(path, {"model": {"x": torch.zeros(1_000_000)}, "epoch": 2})\n'
+        'except CheckpointError as error: print(error)\n'
+    )
+    limit = 100_000
+    done = subprocess.run(
+        [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert 'a.pth cannot be written: File too large. Earlier checkpoints are intact' in done.stdout, done
+    assert load_checkpoint(tmp_path / 'a.pth')['epoch'] == 1
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_published_checkpoints_hold_a_yacs_node(tmp_path):
+    node = CfgNode({'TRAIN': CfgNode({'EPOCHS': 300}), 'BASE': ['']})
+    torch.save({'model': network().state_dict(), 'epoch': 299, 'config': node}, tmp_path / 'published.pth')
+    checkpoint = load_checkpoint(tmp_path / 'published.pth')
+    assert checkpoint['config']['TRAIN']['EPOCHS'] == 300
+    assert not isinstance(checkpoint['config'], CfgNode)
+
+
+def test_checkpoints_in_the_format_before_pytorch_1_6(tmp_path):
+    path = tmp_path / 'old.pth'
+    torch.save({'model': network().state_dict(), 'epoch': 5}, path, _use_new_zipfile_serialization=False)
+    assert load_checkpoint(path)['epoch'] == 5
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match='old.pth is not a checkpoint that can be read safely'):
+        load_checkpoint(path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ('owned',)
+
+
+def test_other_files_are_refused_and_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'garbage.pth').write_bytes(b'not a checkpoint')
+    (tmp_path / 'empty.pth').write_bytes(b'')
+    torch.save({'model': Malicious()}, tmp_path / 'malicious.pth')
+    torch.save({'model': {}, 'config': Malicious()}, tmp_path / 'malicious_config.pth')
+    torch.save({'model': Malicious()}, tmp_path / 'legacy.pth', _use_new_zipfile_serialization=False)
+    (tmp_path / 'pickle.pth').write_bytes(pickle.dumps({'model': Malicious()}))
+    (tmp_path / 'garbage.safetensors').write_bytes(b'not a checkpoint')
+    names = ['garbage.pth', 'empty.pth', 'malicious.pth', 'malicious_config.pth', 'legacy.pth', 'pickle.pth']
+    for name in [*names, 'garbage.safetensors']:
+        with pytest.raises(CheckpointError, match=f'{name} is not a checkpoint that can be read safely') as error:
+            load_checkpoint(tmp_path / name)
+        assert 'weights_only' not in str(error.value)
+    assert not (tmp_path / 'owned').exists()
+    torch.save([1, 2], tmp_path / 'list.pth')
+    with pytest.raises(CheckpointError, match='list.pth is not a checkpoint of this project: it has no entry'):
+        load_checkpoint(tmp_path / 'list.pth')
+    torch.save({'model': {'a': 1}}, tmp_path / 'values.pth')
+    with pytest.raises(CheckpointError, match='values.pth .* no entry "model" with weights'):
+        load_checkpoint(tmp_path / 'values.pth')
+    with pytest.raises(CheckpointError, match='is a folder: name a file in it'):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match='nowhere.pth does not exist'):
+        load_checkpoint(tmp_path / 'nowhere.pth')
+
+
+def test_flipped_bit_and_truncation_are_detected(tmp_path):
+    path = tmp_path / 'a.pth'
+    weights = torch.arange(20_000, dtype=torch.float32)
+    save_checkpoint(path, {'model': {'x': weights}})
+    whole = bytearray(path.read_bytes())
+    flipped = whole.copy()
+    flipped[whole.index(weights[5_000:5_100].numpy().tobytes())] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match='a.pth is damaged: the checksum of .*data/0 is wrong'):
+        load_checkpoint(path)
+    for size in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r'a.pth is not a checkpoint that can be read safely'):
+            load_checkpoint(path)
+
+
+def test_weights_of_a_different_model_are_named():
+    state = network(width=5).state_dict()
+    state['extra'] = state.pop('body.bias')
+    with pytest.raises(CheckpointError) as error:
+        load_weights(network(), {'model': state}, 'other.pth')
+    assert 'other.pth holds a different model from the config' in str(error.value)
+    assert 'missing: body.bias; unexpected: extra; shape mismatch: body.weight (5, 2) for (4, 2), head.weight' in str(
+        error.value
+    )
+    many = {f'w{i}': torch.zeros(1) for i in range(9)}
+    with pytest.raises(CheckpointError, match='unexpected: w0, w1, w2 and 6 more'):
+        load_weights(network(), {'model': many}, 'many.pth')
+
+
+def test_head_of_other_classes_is_replaced_only_on_request():
+    source, target = network(classes=7), network(classes=3)
+    head = target['head'].weight.clone()
+    with pytest.raises(CheckpointError, match='shape mismatch: head.weight'):
+        load_weights(target, {'model': source.state_dict()}, 'x')
+    assert load_weights(target, {'model': source.state_dict()}, 'x', r'head\.')
+    assert torch.equal(target['head'].weight, head)
+    assert torch.equal(target['body'].weight, source['body'].weight)
+    same = network(classes=3)
+    assert not load_weights(target, {'model': same.state_dict()}, 'x', r'head\.')
+    assert torch.equal(target['head'].weight, same['head'].weight)
+
+
+def test_checkpoints_are_ordered_by_epoch_and_update(tmp_path):
+    folder = folder_in(tmp_path)
+    assert folder.newest_complete() is None
+    order = ['11_step_2', '10', '10_step_100', '10_step_20', '9', '2']
+    for name in reversed(order):
+        save_checkpoint(tmp_path / f'ckpt_epoch_{name}.pth', {'model': {}})
+    for name in ('ckpt_best.pth', 'ckpt_epoch_12.pth.tmp', 'ckpt_epoch_x.pth', 'ckpt_epoch_12_step.pth'):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / 'ckpt_epoch_9.pth')  # the newest by time
+    assert [path.name for path in folder.all()] == [f'ckpt_epoch_{name}.pth' for name in order]
+    assert folder.newest_complete() == tmp_path / 'ckpt_epoch_11_step_2.pth'
+    folder.remove_temporary()
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_damaged_checkpoints_are_skipped_and_named(tmp_path, caplog):
+    folder = folder_in(tmp_path)
+    for epoch in range(5):
+        folder.save({'model': {'x': torch.ones(1000)}}, epoch)
+    (tmp_path / 'ckpt_epoch_4.pth').write_bytes(b'')
+    (tmp_path / 'ckpt_epoch_3.pth').write_bytes(b'garbage')
+    whole = (tmp_path / 'ckpt_epoch_2.pth').read_bytes()
+    (tmp_path / 'ckpt_epoch_2.pth').write_bytes(whole[: len(whole) // 2])
+    assert folder.newest_complete() == tmp_path / 'ckpt_epoch_1.pth'
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+    assert ['ckpt_epoch_4' in warnings[0], 'ckpt_epoch_3' in warnings[1], 'ckpt_epoch_2' in warnings[2]] == [True] * 3
+    for epoch in (0, 1):
+        (tmp_path / f'ckpt_epoch_{epoch}.pth').write_bytes(b'')
+    with pytest.raises(CheckpointError, match='none of the 5 checkpoints .*AUTO_RESUME False'):
+        folder.newest_complete()
+
+
+def test_newest_are_kept_and_those_of_an_abandoned_branch_are_renamed(tmp_path, caplog):
+    folder = folder_in(tmp_path, keep=2)
+    save_checkpoint(folder.best, {'model': {}})
+    for epoch in range(3):
+        folder.save({'model': {}}, epoch, step=4)
+        folder.save({'model': {}}, epoch)
+    assert [path.name for path in folder.all()] == ['ckpt_epoch_2.pth', 'ckpt_epoch_2_step_4.pth']
+    assert folder.best.exists()
+    folder.save({'model': {}}, 1)
+    assert [path.name for path in folder.all()] == ['ckpt_epoch_1.pth']
+    assert {path.name for path in tmp_path.glob('*.old')} == {'ckpt_epoch_2.pth.old', 'ckpt_epoch_2_step_4.pth.old'}
+    assert caplog.text.count('renamed to .old') == 2
+
+
+def test_failed_save_removes_nothing(tmp_path, monkeypatch):
+    folder = folder_in(tmp_path, keep=1)
+    folder.save({'model': {}}, 0)
+    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(CheckpointError):
+        folder.save({'model': {}}, 1)
+    assert [path.name for path in folder.all()] == ['ckpt_epoch_0.pth']

@@ -1,0 +1,83 @@
+import pytest
+
+from config import load_config
+from engine.config_tree import ConfigError, get
+from tests.helpers.paths import TINY
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_file_overrides_its_base_files_and_options_override_the_file(tmp_path):
+    write(tmp_path / 'grandparent.yaml', 'SEED: 1\nTAG: a\nTRAIN: {EPOCHS: 40, WARMUP_EPOCHS: 3}')
+    write(tmp_path / 'parent.yaml', 'BASE: [grandparent.yaml]\nTAG: b\nSAVE_FREQ: 7')
+    (tmp_path / 'sub').mkdir()
+    child = write(tmp_path / 'sub' / 'child.yaml', 'BASE: [../parent.yaml]\nSAVE_FREQ: 8')
+    config = load_config(child, ['TRAIN.EPOCHS', '50'])
+    assert (config.SEED, config.TAG, config.SAVE_FREQ) == (1, 'b', 8)
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (50, 3)
+    assert config.BASE == ['']  # merged: a dump stands alone
+
+
+def test_dump_gives_the_same_tree(tmp_path):
+    opts = ['TAG', '2024', 'MODEL.MSG.QK_SCALE', '0.5', 'AUG.CUTMIX_MINMAX', '[0.2, 0.8]', 'TRAIN.BASE_LR', '1e-05']
+    config = load_config(TINY, opts)
+    again = load_config(write(tmp_path / 'config.yaml', config.dump()))
+    assert again == config
+    assert again.TAG == '2024'
+
+
+@pytest.mark.parametrize(
+    ('opts', 'key', 'value'),
+    [
+        (['MODEL.MSG.MLP_RATIO', '4'], 'MODEL.MSG.MLP_RATIO', 4.0),
+        (['TRAIN.BASE_LR', '5e-4'], 'TRAIN.BASE_LR', 5e-4),
+        (['TRAIN.CLIP_GRAD', '0'], 'TRAIN.CLIP_GRAD', 0.0),
+        (['TAG', '007'], 'TAG', '007'),
+        (['MODEL.MSG.DEPTHS', '(1,2)'], 'MODEL.MSG.DEPTHS', [1, 2]),
+        (['TRAIN.OPTIMIZER.BETAS', '[0.8, 0.9]'], 'TRAIN.OPTIMIZER.BETAS', (0.8, 0.9)),
+        (['MODEL.MSG.QK_SCALE', 'None'], 'MODEL.MSG.QK_SCALE', None),
+        (['MODEL.MSG.QK_SCALE', '1'], 'MODEL.MSG.QK_SCALE', 1.0),
+        (['TEST.CROP', 'False'], 'TEST.CROP', False),
+        (['TRAIN.EPOCHS', 12, 'TRAIN.WARMUP_EPOCHS', 0], 'TRAIN.EPOCHS', 12),
+    ],
+)
+def test_options_take_the_type_of_their_key(opts, key, value):
+    config = load_config(TINY, opts)
+    assert get(config, key, 'test') == value
+    assert type(get(config, key, 'test')) is type(value)
+
+
+def test_numbers_that_yaml_parses_as_text_are_numbers(tmp_path):
+    assert load_config(write(tmp_path / 'c.yaml', 'TRAIN: {BASE_LR: 5e-3}')).TRAIN.BASE_LR == 5e-3
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('MODLE: {NAME: x}', 'MODLE.NAME does not exist: did you mean MODEL.NAME'),
+        ('TRAIN: 3', 'TRAIN is a group'),
+        ('BASE: [nowhere.yaml]', 'nowhere.yaml: No such file'),
+        ('BASE: [bad.yaml]', 'bad.yaml is among its own BASE files'),
+        ('BASE: 3', 'BASE is 3: write a list'),
+        ('BASE:', 'BASE is None: write a list'),
+        ('a: [', 'is not YAML'),
+        ('', 'holds no keys'),
+        ('- 1', 'holds no keys'),
+    ],
+)
+def test_invalid_files_are_named(tmp_path, text, message):
+    path = write(tmp_path / 'bad.yaml', text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(path)
+    assert str(path.parent) in str(error.value)
+    with pytest.raises(ConfigError, match='no file at all'):
+        load_config('no file at all.yaml')
+
+
+def test_loaded_tree_is_frozen():
+    config = load_config(TINY)
+    with pytest.raises(AttributeError):
+        config.TRAIN.EPOCHS = 3

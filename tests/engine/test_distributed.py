@@ -1,0 +1,212 @@
+"""Launchers, devices, the process group, collectives."""
+
+import os
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config_tree import ConfigError
+from engine.distributed import (
+    SLURM_VARIABLES,
+    TORCHRUN_VARIABLES,
+    all_reduce_sum,
+    choose_device,
+    first_host,
+    gather_on_main_process,
+    on_main_process,
+    read_launcher,
+    start_process,
+    synchronize_gradients,
+)
+from engine.signals import Stopped
+from tests.helpers.processes import main_error
+from utils import UserError
+
+TORCHRUN = {'RANK': '3', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'n1', 'MASTER_PORT': '29500'}
+# As srun of SLURM 22.05 sets them.
+SRUN = {
+    'SLURM_PROCID': '3', 'SLURM_NTASKS': '8', 'SLURM_LOCALID': '1', 'SLURM_JOB_NODELIST': 'gpu[07-08]',
+    'SLURM_JOB_ID': '123', 'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '8', 'SLURM_STEP_NODELIST': 'gpu[07-08]',
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in os.environ:
+        if name in TORCHRUN_VARIABLES or name.startswith('SLURM_'):
+            monkeypatch.delenv(name)
+
+
+def test_torchrun_overrides_slurm_and_nothing_is_no_launcher():
+    assert read_launcher({}) is None
+    assert read_launcher({'LOCAL_RANK': '0', 'MASTER_ADDR': 'stale'}) is None
+    assert read_launcher(SRUN | TORCHRUN) == ('torchrun', 3, 8, 1, 'n1', 29500)
+
+
+def test_slurm():
+    assert read_launcher(SRUN) == ('srun', 3, 8, 1, 'gpu07', 20123)
+    assert read_launcher(SRUN | {'MASTER_ADDR': 'n1', 'MASTER_PORT': '1234'})[4:] == ('n1', 1234)
+    few = {'SLURM_PROCID': '0', 'SLURM_NTASKS': '2', 'SLURM_LOCALID': '0'}
+    assert read_launcher(few | {'MASTER_ADDR': 'n1', 'MASTER_PORT': '1234'}) == ('srun', 0, 2, 0, 'n1', 1234)
+    assert read_launcher(few | {'SLURM_NODELIST': 'a[1-2]', 'SLURM_JOB_ID': '7'}) == ('srun', 0, 2, 0, 'a1', 20007)
+    subset = {'SLURM_STEP_NUM_TASKS': '4', 'SLURM_STEP_NODELIST': 'gpu08'}  # a step on some nodes of the job
+    assert read_launcher(SRUN | subset) == ('srun', 3, 4, 1, 'gpu08', 20123)
+    step = {name: SRUN[name] for name in SRUN if not name.startswith('SLURM_STEP')}
+    assert read_launcher(step) == ('srun', 3, 8, 1, 'gpu07', 20123)
+    assert read_launcher(step | {'ENVIRONMENT': 'BATCH'}) is None  # python in a batch script, without srun
+    assert read_launcher(SRUN | {'ENVIRONMENT': 'BATCH'}) is not None
+    assert read_launcher({'SLURM_NTASKS': '8', 'SLURM_JOB_ID': '123'}) is None  # a shell of salloc
+
+
+@pytest.mark.parametrize(
+    ('nodes', 'first'),
+    [
+        ('n1', 'n1'),
+        ('n1,n2', 'n1'),
+        ('gpu[003-007,9],x', 'gpu003'),
+        ('a[2,5]b', 'a2b'),
+        ('a[1-2]b[3-4],c', 'a1b3'),
+        ('gpu-a.b', 'gpu-a.b'),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize('name', TORCHRUN_VARIABLES)
+def test_incomplete_variables_are_reported(name):
+    others = {key: value for key, value in TORCHRUN.items() if key != name}
+    present = 'WORLD_SIZE' if name == 'RANK' else 'RANK'
+    with pytest.raises(
+        ConfigError, match=f'{present} is set but {name} is not: start with torchrun, or unset {present}'
+    ):
+        read_launcher(others)
+    with pytest.raises(ConfigError, match='SLURM_PROCID is set but SLURM_NTASKS, SLURM_LOCALID'):
+        read_launcher({'SLURM_PROCID': '0'})
+
+
+def test_invalid_values_are_reported():
+    with pytest.raises(ConfigError, match='not a number'):
+        read_launcher(TORCHRUN | {'RANK': 'first'})
+    with pytest.raises(ConfigError, match='rank 8 of 8 processes: ranks start at 0'):
+        read_launcher(TORCHRUN | {'RANK': '8'})
+
+
+def test_devices(monkeypatch):
+    torchrun, srun = read_launcher(TORCHRUN), read_launcher(SRUN)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert choose_device('auto', None, 0) == torch.device('cpu')
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert choose_device('auto', None, 0) == torch.device('mps')
+    assert choose_device('auto', torchrun, 0) == torch.device('cpu')  # several cannot share it
+    with pytest.raises(ConfigError, match='several processes cannot share an Apple GPU'):
+        choose_device('mps', torchrun, 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    with pytest.raises(ConfigError, match='no Apple GPU.*--device cpu'):
+        choose_device('mps', None, 0)
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert choose_device('auto', None, 0) == torch.device('cuda', 0)
+    assert choose_device('auto', torchrun, 0) == torch.device('cuda', 1)
+    assert choose_device('cpu', torchrun, 0) == torch.device('cpu')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert choose_device('cuda', srun, 0) == torch.device('cuda', 0)  # the one that SLURM has bound to the task
+    for launch in (torchrun, None):
+        with pytest.raises(ConfigError, match='local rank 1 has no GPU: 1 are visible.*--device cpu'):
+            choose_device('cuda', launch, 1)
+
+
+def test_one_process_needs_no_launcher():
+    with start_process('cpu', 0) as process:
+        assert process == (0, 1, torch.device('cpu'))
+        assert not torch.distributed.is_initialized()
+
+
+def test_gpu_is_chosen_before_joining_the_process_group(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: chosen.append('left'))
+    monkeypatch.setattr(
+        torch.distributed, 'init_process_group', lambda backend, **options: chosen.append((backend, options))
+    )
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with start_process('cuda', 0) as process:
+        assert process == (3, 8, torch.device('cuda', 1))
+    joined = ('cpu:gloo,cuda:nccl', {'init_method': 'env://', 'rank': 3, 'world_size': 8})
+    assert chosen == [torch.device('cuda', 1), joined, 'left']
+    with pytest.raises(Stopped), start_process('cuda', 0):  # all ranks stop together
+        raise Stopped
+    with pytest.raises(RuntimeError), start_process('cuda', 0):  # a rank that fails does not wait for the others
+        raise RuntimeError
+    assert chosen.count('left') == 2
+
+
+@pytest.mark.parametrize(
+    ('variables', 'device'),
+    [
+        (SRUN | {'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, 'cpu'),
+        (TORCHRUN | {'RANK': '0', 'WORLD_SIZE': '1'}, 'mps'),
+    ],
+    ids=['one task of srun', 'an Apple GPU'],
+)
+def test_single_processes_that_join_no_group_despite_a_launcher(monkeypatch, variables, device):
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with start_process(device, 0) as process:
+        assert process == (0, 1, torch.device(device))
+        assert not torch.distributed.is_initialized()
+
+
+def test_restarted_ranks_do_not_find_earlier_addresses(monkeypatch):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    server = torch.distributed.TCPStore('127.0.0.1', port, is_master=True)  # torchrun's, shared by its restarts
+    variables = TORCHRUN | {'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    variables |= {'LOCAL_WORLD_SIZE': '1', 'TORCHELASTIC_USE_AGENT_STORE': 'True', 'LOCAL_RANK': '0'}
+    keys = []
+    for restart in ('0', '1'):
+        for name, value in (variables | {'TORCHELASTIC_RESTART_COUNT': restart}).items():
+            monkeypatch.setenv(name, value)
+        with start_process('cpu', 0):
+            keys.append(
+                {key.replace(f'restart_{restart}', '') for key in server.list_keys() if f'restart_{restart}' in key}
+            )
+    assert keys[0]
+    assert keys[0] == keys[1]  # each start writes its own
+
+
+def test_port_in_use_is_reported(monkeypatch, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        message = main_error(tmp_path, variables={name: str(value) for name, value in variables.items()})
+    assert f'the processes cannot connect at 127.0.0.1:{port} (the port is in use): set MASTER_ADDR' in message
+
+
+def test_incomplete_variables_end_the_program(tmp_path):
+    assert 'RANK is set but WORLD_SIZE, LOCAL_RANK' in main_error(tmp_path, variables={'RANK': '0'})
+    assert 'SLURM_PROCID is set but' in main_error(tmp_path, variables={'SLURM_PROCID': '0'})
+    assert SLURM_VARIABLES[0] == 'SLURM_PROCID'
+
+
+def test_collectives_of_one_process():
+    assert all_reduce_sum(torch.tensor([2.0])).item() == 2.0
+    assert on_main_process(lambda: 'value') == 'value'
+    assert gather_on_main_process('value') == ['value']
+    with synchronize_gradients(nn.Linear(1, 1), enabled=False):
+        pass
+
+    def fail():
+        raise UserError('full')
+
+    with pytest.raises(UserError, match='full'):
+        on_main_process(fail)

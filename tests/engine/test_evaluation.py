@@ -1,0 +1,64 @@
+"""Evaluation on several processes: exact for every size of dataset, batch and process group."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, TensorDataset
+
+from config import load_config
+from data.samplers import ShardSampler
+from engine.distributed import Process
+from main import validate
+from models import build_model
+from tests.helpers.golden import fill_
+from tests.helpers.paths import TINY
+from tests.helpers.runs import CPU, build_run
+
+SIZES, BATCHES = range(1, 18), range(1, 7)
+
+
+def evaluate_grid(rank, world_size, rendezvous, results):
+    """Evaluate a network of 7 classes for every number of images and every batch size."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=world_size)
+    config = load_config(TINY, ['MODEL.NUM_CLASSES', '7', 'PRINT_FREQ', '1000'])
+    model = fill_(build_model(config))
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(17, 3, 28, 28, generator=generator), torch.randint(7, (17,), generator=generator)
+    logger = logging.Logger('silent', logging.CRITICAL)
+    run = build_run(config, Process(rank, world_size, CPU), logger)
+    polls, grid = torch.zeros(1), {}
+
+    def poll():  # deadlocks unless called equally often in every process
+        dist.all_reduce(polls)
+
+    for size in SIZES:
+        for batch in BATCHES:
+            sampler = ShardSampler(size, rank, world_size)
+            loader = DataLoader(TensorDataset(images[:size], targets[:size]), batch, sampler=sampler)
+            grid[size, batch] = tuple(validate(run, model, loader, poll))
+    torch.save(grid, f'{results}/{world_size}_{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_metrics_equal_those_of_one_process_for_every_size(tmp_path):
+    grids = {}
+    for world_size in (1, 2, 3):
+        arguments = (world_size, tmp_path / f'rendezvous_{world_size}', tmp_path)
+        if world_size == 1:
+            evaluate_grid(0, *arguments)
+        else:
+            mp.spawn(evaluate_grid, arguments, world_size)
+        for rank in range(world_size):
+            grids[world_size, rank] = torch.load(tmp_path / f'{world_size}_{rank}.pt', weights_only=True)
+    single = {size: grids[1, 0][size, 1] for size in SIZES}
+    assert len({acc1 for _, acc1, _ in single.values()}) > 3
+    assert any(acc1 != acc5 for _, acc1, acc5 in single.values())
+    for grid in grids.values():
+        assert grid.keys() == {(size, batch) for size in SIZES for batch in BATCHES}
+        for (size, _), (loss, acc1, acc5) in grid.items():
+            assert (acc1, acc5) == single[size][1:]
+            assert loss == pytest.approx(single[size][0], rel=1e-6)

@@ -1,0 +1,70 @@
+"""Processes that are killed, at random and while they save, and resume to the same bits."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.helpers.processes import SpawnedRun, children, start_two_ranks
+from tests.helpers.runs import differences
+
+
+def is_saving(run):
+    return any(name.endswith('.tmp') for name in run.checkpoint_names())
+
+
+def kill_and_resume(folder, undisturbed, tag, kills, seed):
+    """Kill a run again and again, every third time while it saves, then let it finish.
+
+    Returns:
+        What the kills hit: 'saving', 'training' (or evaluating), or a run that had 'finished'.
+    """
+    expected, seconds = undisturbed
+    rng, hit = random.Random(seed), set()
+    for number in range(kills):
+        run = SpawnedRun(folder, tag)
+        log_before = len(run.log())
+        assert run.wait_for(lambda run=run, start=log_before: 'Train: [' in run.log()[start:]), run.output.read_text()
+        if number % 3 == 0:
+            run.wait_for(lambda run=run: is_saving(run))
+        else:
+            time.sleep(rng.uniform(0, seconds / kills))
+        run.kill()
+        if run.process.returncode != -signal.SIGKILL:
+            hit.add('finished')
+        else:
+            hit.add('saving' if is_saving(run) else 'training')
+    run = SpawnedRun(folder, tag)
+    assert run.wait() == 0, run.output.read_text()
+    assert differences(expected, run.last_checkpoint()) == []
+    assert not is_saving(run)
+    metrics = [json.loads(line) for line in (run.folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [record['epoch'] for record in metrics if record['kind'] == 'epoch'] == list(range(12))
+    return hit
+
+
+def test_run_killed_three_times_ends_with_the_same_bits(folder, undisturbed):
+    assert kill_and_resume(folder, undisturbed, 'killed_3', kills=3, seed=time.time_ns()) - {'finished'}
+
+
+@pytest.mark.slow
+def test_run_killed_twenty_times_ends_with_the_same_bits(folder, undisturbed):
+    hit = kill_and_resume(folder, undisturbed, 'killed_20', kills=20, seed=time.time_ns())
+    assert hit >= {'training', 'saving'}
+
+
+def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, undisturbed_pair):
+    run = start_two_ranks(folder, 'dead_rank')
+    assert run.wait_for(lambda: 'Train: [2/12]' in run.log())
+    ranks = children(run.process.pid)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert run.wait(60) != 0  # within a minute
+    assert all(not os.path.exists(f'/proc/{rank}') for rank in ranks)
+    run = start_two_ranks(folder, 'dead_rank', restarts=1)
+    assert run.wait_for(lambda: 'Train: [6/12]' in run.log())
+    os.kill(children(run.process.pid)[0], signal.SIGKILL)
+    assert run.wait() == 0, run.output.read_text()
+    assert differences(undisturbed_pair, run.last_checkpoint()) == []

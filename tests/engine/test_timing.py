@@ -1,0 +1,34 @@
+from engine import timing
+from engine.timing import Quartiles, time_callable, time_interleaved
+from tests.helpers.runs import CPU
+
+
+def test_quartiles():
+    assert Quartiles.from_values([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+
+
+def test_callables_are_interleaved_and_short_ones_repeat(monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
+
+    def timed(name, seconds):
+        def run():
+            calls.append(name)
+            clock[0] += seconds
+
+        return run
+
+    callables = {'a': timed('a', 0.25), 'b': timed('b', 1.0), 'c': timed('c', 2.0)}
+    times = time_interleaved(callables, 3, CPU, min_seconds=0.5)
+    assert times == {'a': [0.25] * 3, 'b': [1.0] * 3, 'c': [2.0] * 3}
+    assert ''.join(calls) == 'abc' + 'aabc' + 'bcaa' + 'caab'
+
+
+def test_time_callable_gives_seconds_per_call(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
+
+    def run():
+        clock[0] += 2.0
+
+    assert time_callable(run, CPU) == (2.0, 2.0, 2.0)

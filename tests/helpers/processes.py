@@ -1,0 +1,119 @@
+"""Programs started as a user starts them, in processes of their own."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+from engine.checkpoint import load_checkpoint
+from engine.distributed import TORCHRUN_VARIABLES
+from tests.helpers.paths import ROOT, TINY
+
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
+
+# Options of `SpawnedRun`: augmentation and Mixup stay on; epochs are short, so evaluation and both saves come often.
+RUN_OPTIONS = 'TRAIN.EPOCHS 12 SAVE_STEPS 3 SAVE_KEEP 3 DATA.NUM_WORKERS 2 MODEL.DROP_PATH_RATE 0.2 TRAIN.EMA_DECAY 0.9'
+
+
+def environment(**variables):
+    """The environment of a program that a user starts, and not a launcher."""
+    inherited = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
+    return inherited | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1'} | variables
+
+
+def start(*command, timeout=300, variables=None):
+    """Run Python with these arguments to its end."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**(variables or {})), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def error_line(*command, variables=None):
+    """The one line in which a program reports a user's mistake."""
+    done = start(*command, variables=variables)
+    assert done.returncode not in (0, None)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert 'Traceback' not in done.stderr + done.stdout, done.stderr
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def main_error(tmp_path, *flags, variables=None):
+    """The line in which main.py, with the tiny config, reports a mistake."""
+    return error_line('main.py', '--cfg', TINY, '--output', tmp_path / 'output', *flags, variables=variables)
+
+
+def children(pid):
+    """Processes started by a process."""
+    listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout
+    return [int(child) for child in listed.split()]
+
+
+class SpawnedRun:
+    """A training run in a process group of its own.
+
+    Args:
+        folder: of its data, `tree/`, and its output.
+        tag: of the run.
+        launcher: arguments of Python before the program.
+        options: config keys and values besides `RUN_OPTIONS`.
+        limit: largest size of a file it may write, in bytes.
+        pipe: send its output into a pipe instead of a file.
+    """
+
+    def __init__(self, folder, tag, launcher=(), options='', limit=None, pipe=False):
+        self.folder = folder / 'output' / 'tiny' / tag
+        command = [sys.executable, *launcher, 'main.py', '--cfg', TINY, '--data-path', folder / 'tree']
+        command += ['--output', folder / 'output', '--tag', tag, '--opts', *RUN_OPTIONS.split(), *options.split()]
+        self.output = folder.parent / f'{folder.name}_{tag}.txt'
+        with self.output.open('a') as output:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                env=environment(),
+                start_new_session=True,
+                stdout=subprocess.PIPE if pipe else output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+            )
+
+    def wait(self, timeout=120):
+        """Its exit code."""
+        return self.process.wait(timeout)
+
+    def kill(self):
+        """Kill the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+    def wait_for(self, condition, timeout=120):
+        """Busy-wait until a condition holds; False if the program ends first."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < end, self.output.read_text()
+        return True
+
+    def log(self, rank=0):
+        """A rank's log so far."""
+        path = self.folder / f'log_rank{rank}.txt'
+        return path.read_text() if path.exists() else ''
+
+    def last_checkpoint(self):
+        """The checkpoint of the last of its 12 epochs."""
+        return load_checkpoint(self.folder / 'ckpt_epoch_11.pth')
+
+    def checkpoint_names(self):
+        """Names of its checkpoint files, temporary ones too."""
+        return {path.name for path in self.folder.glob('ckpt_*')}
+
+
+def start_two_ranks(folder, tag, options='', restarts=0):
+    """A `SpawnedRun` of two ranks, which torchrun starts again up to `restarts` times."""
+    return SpawnedRun(folder, tag, [*TORCHRUN, '2', '--max-restarts', str(restarts)], options)

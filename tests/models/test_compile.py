@@ -1,0 +1,59 @@
+"""The network under `torch.compile`: minutes of compilation, so slow."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers.golden import GOLDEN, V2, assert_close, fill_, golden_network, images, labels, micro
+from tests.helpers.runs import CPU
+from tools.benchmark.cases import BenchmarkCase, Setting
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def reset():
+    """Networks of a class count together, and PyTorch refuses to compile a ninth."""
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(('version', 'size'), GOLDEN)
+@torch.inference_mode()
+def test_recorded_outputs(version, size):
+    record = GOLDEN[version, size]
+    model = torch.compile(golden_network(version, size).eval(), fullgraph=True)
+    logits = model(images(2, record['size']))
+    assert_close(logits[:, :10], record['logits'])
+    assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
+
+
+@pytest.mark.parametrize(('version', 'size'), [key for key, record in GOLDEN.items() if 'loss' in record])
+def test_recorded_loss_and_gradient_norms(version, size):
+    record = GOLDEN[version, size]
+    model = golden_network(version, size).train()
+    graph = torch.compile(model, fullgraph=True)
+    loss = F.cross_entropy(graph(images(2, record['size'])), labels(2, model.num_classes))
+    loss.backward()
+    assert_close(loss.item(), record['loss'])
+    for name, p in model.named_parameters():
+        assert p.grad.norm().item() == pytest.approx(record['grad_norm'][name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize('types', [{}, V2], ids=['v1', 'v2'])
+def test_training_forward_and_backward(types):
+    plain = fill_(micro(**types)).train()
+    compiled = copy.deepcopy(plain)
+    graph = torch.compile(compiled, fullgraph=True)
+    for model in (plain, graph):
+        F.cross_entropy(model(images(2, 56)), labels(2, 10)).backward()
+    for (name, one), two in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_freezing_gives_the_same_logits():
+    case = BenchmarkCase(fill_(micro()), Setting(compile_mode='freezing', batch=2, size=56), CPU)
+    case.warm_up()
+    with torch.inference_mode():
+        torch.testing.assert_close(case(), case.network(case.images), rtol=1e-4, atol=1e-4)

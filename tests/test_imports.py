@@ -1,0 +1,137 @@
+"""The rooms: imports go one way, modules stand alone, files stay short."""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import environment
+
+PACKAGES = ('data', 'detection', 'engine', 'models', 'tools')
+FILES = [*ROOT.glob('*.py'), *(path for package in PACKAGES for path in (ROOT / package).rglob('*.py'))]
+
+
+def module_name(path):
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+# What a room may import of the project, besides itself.
+ALLOWED = {
+    'utils': (),
+    'models': (),
+    'lr_scheduler': (),
+    'optimizer': (),
+    'logger': ('utils',),
+    'data': ('utils',),
+    'engine': ('data.samplers', 'data.seeding', 'logger', 'utils'),
+    'config': ('engine.config_tree', 'models.build'),
+    'main': ('config', 'data', 'engine', 'lr_scheduler', 'models', 'optimizer', 'utils'),
+    'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'tools.inference', 'tools.make_digits', 'utils'),
+    'tools': ('config', 'data', 'detection', 'engine', 'models', 'utils'),
+}
+
+
+def imported_names(path):
+    """Dotted names that a file imports anywhere in it; relative ones made absolute."""
+    package = module_name(path).split('.')
+    if path.name != '__init__.py':
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+            origin = base if node.level else node.module
+            yield from (f'{origin}.{alias.name}' for alias in node.names)
+
+
+def imports(path):
+    """The project's own modules that a file imports."""
+    found = set()
+    for name in imported_names(path):
+        for candidate in (name, name.rpartition('.')[0]):
+            if candidate in MODULES:
+                found.add(candidate)
+                break
+    return found
+
+
+def is_allowed(room, name):
+    return any(name == prefix or name.startswith(f'{prefix}.') for prefix in (room, *ALLOWED[room]))
+
+
+def test_imports_go_one_way():
+    pairs = [(module, name) for module, path in MODULES.items() for name in imports(path)]
+    assert len(pairs) > 100
+    assert not [pair for pair in pairs if not is_allowed(pair[0].partition('.')[0], pair[1])]
+
+
+def test_no_circles():
+    graph = {module: imports(path) - {module} for module, path in MODULES.items()}
+    assert len(graph['main']) >= 9
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_models_import_relatively():
+    names = {name for path in (ROOT / 'models').glob('*.py') for name in ast.walk(ast.parse(path.read_text()))}
+    absolute = [node.module for node in names if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert not [name for name in absolute if name.split('.')[0] == 'models']
+
+
+def test_files_are_short():
+    limits = {module: 420 if module in ('config', 'detection.config') else 320 for module in MODULES}
+    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert not [module for module in MODULES if lengths[module] > limits[module]]
+
+
+# Switches of the compiler that have no public name.
+PRIVATE = {'tools.benchmark.cases': {'torch._dynamo.config', 'torch._inductor.config'}}
+
+
+def private_names(path, library):
+    """Names of a library's private parts that a file imports or reaches through attributes."""
+    attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    names = {*imported_names(path), *map(ast.unparse, attributes)}
+    parts = {name: name.split('.') for name in names if name.startswith(f'{library}.')}
+    return {name for name in parts if any(re.match('_[^_]', part) for part in parts[name])}
+
+
+def test_private_parts_of_torch_are_not_used():
+    used = {module: private_names(path, 'torch') for module, path in MODULES.items()}
+    assert {module: names for module, names in used.items() if names} == PRIVATE
+
+
+def test_private_parts_of_torchvision_are_imported_in_one_place():
+    users = {module for module, path in MODULES.items() if private_names(path, 'torchvision')}
+    assert users == {'detection.models.torchvision_private'}
+
+
+IMPORT_ALONE = """
+import importlib, sys, torch
+from torch import nn
+from torch.optim import optimizer
+for name in sys.argv[1:]:
+    before = set(sys.modules)
+    importlib.import_module(name)
+    hooks = [optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks]
+    hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+    hooks += [nn.modules.module._global_backward_hooks]
+    assert not any(hooks), name
+    assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled(), name
+    for loaded in set(sys.modules) - before:
+        if loaded.partition('.')[0] in {packages}:
+            del sys.modules[loaded]
+"""
+
+
+def test_every_module_imports_alone_and_registers_no_global_hook():
+    rooms = {module.partition('.')[0] for module in MODULES}
+    names = [name for name in MODULES if not name.endswith('__main__')]
+    code = IMPORT_ALONE.replace('{packages}', repr(rooms))
+    command = [sys.executable, '-c', code, *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main as program
+from logger import MetricsLog, create_logger
+from tests.helpers.runs import folder_of, records
+
+
+def test_nonfinite_numbers_are_null(tmp_path):
+    MetricsLog(tmp_path).write('train', 3, a=math.inf, b=1.5)
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"kind": "train", "updates": 3, "a": null, "b": 1.5}\n'
+
+
+def test_records_that_will_be_repeated_are_removed(tmp_path):
+    log = MetricsLog(tmp_path)
+    for epoch, step in ((0, 0), (0, 1), (0, None), (1, 0), (1, 1)):
+        log.write('epoch' if step is None else 'train', 0, epoch=epoch, **({} if step is None else {'step': step}))
+    before = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    MetricsLog(tmp_path, epoch=1, step=1)
+    assert (tmp_path / 'metrics.jsonl').read_text().splitlines() == before[:4]
+
+
+def test_only_rank_0_writes_to_the_console(tmp_path, capsys):
+    for rank in (0, 1):
+        create_logger(tmp_path, rank).info(f'rank {rank}')
+        assert f'INFO rank {rank}' in (tmp_path / f'log_rank{rank}.txt').read_text()
+    out = capsys.readouterr().out
+    assert 'rank 0' in out
+    assert 'rank 1' not in out
+
+
+def test_tensorboard_has_the_same_metrics(tiny_config, image_tree):
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TAG='without', TENSORBOARD='False'))
+    assert not (folder_of(tiny_config(TAG='without')) / 'tensorboard').exists()
+    config = tiny_config(DATA__DATA_PATH=str(image_tree))
+    program.main(config)
+    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    program.main(config)
+    events = EventAccumulator(str(folder_of(config) / 'tensorboard')).Reload()
+    for kind, key in (('train', 'loss'), ('train', 'lr'), ('epoch', 'acc1'), ('epoch', 'val_loss')):
+        written = [(event.step, event.value) for event in events.Scalars(f'{kind}/{key}')]
+        expected = [(record['updates'], pytest.approx(record[key])) for record in records(config, kind)]
+        assert written == expected  # each once, also those of the repeated epoch

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.runs import CPU
+from tools.benchmark.cases import BenchmarkCase, Setting, unavailable
+from tools.benchmark.timing import MatmulReference
+from tools.flops import count_multiply_adds
+
+GPU = torch.device('cuda')
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4, bias=False), nn.Flatten(), nn.Linear(8 * 4, 5, bias=False))
+
+
+def test_inference_leaves_the_network_unchanged():
+    case = BenchmarkCase(network(), Setting(batch=2, size=8), CPU)
+    case.warm_up()
+    assert case().shape == (2, 5)
+    assert not case.network.training
+    assert torch.equal(case(), case.network(case.images))
+
+
+def test_train_step_is_forward_loss_backward_clipping_and_adamw():
+    torch.manual_seed(0)
+    case = BenchmarkCase(network(), Setting('train', batch=2, size=8), CPU)
+    weights = [p.detach().clone().requires_grad_() for p in case.network.parameters()]
+    expected = network()
+    for p, w in zip(expected.parameters(), weights, strict=True):
+        p.data = w.data
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-4, weight_decay=0.05)
+    loss = nn.functional.cross_entropy(expected(case.images), case.targets)
+    loss.backward()
+    nn.utils.clip_grad_norm_(expected.parameters(), 5.0)
+    optimizer.step()
+    torch.testing.assert_close(case(), loss.detach())
+    for one, two in zip(case.network.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+    assert case.network.training
+
+
+def test_precision():
+    case = BenchmarkCase(network(), Setting(precision='bf16', batch=2, size=8), CPU)
+    assert case().dtype is torch.bfloat16
+    case = BenchmarkCase(network(), Setting(precision='tf32', batch=2, size=8), CPU)
+    case()
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'tf32'])
+def test_tf32_applies_to_the_backward_pass(precision):
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    case, seen, before = BenchmarkCase(network(), Setting('train', precision, batch=2, size=8), CPU), [], flags()
+    weight = next(case.network.parameters())
+    case.network.register_forward_hook(lambda *_: seen.append(flags()))
+    weight.register_hook(lambda _: seen.append(flags()))
+    case()
+    assert seen == [(precision == 'tf32',) * 2] * 2
+    assert flags() == before
+
+
+def test_multiply_adds_of_real_operators():
+    forward = 2 * 4 * 8 * 3 * 16 + 2 * 32 * 5  # pixels * channels * kernel, and the linear, for two images
+    assert BenchmarkCase(network(), Setting(batch=2, size=8), CPU).multiply_adds() == forward
+    weights_and_inputs = forward + forward + 2 * 32 * 5  # the images need no gradient
+    assert BenchmarkCase(network(), Setting('train', batch=2, size=8), CPU).multiply_adds() == weights_and_inputs
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+def test_multiply_adds_of_gradients_of_grouped_convolutions(groups):
+    convolution, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 5, 5, requires_grad=True)
+    forward = 2 * 25 * 8 * (8 // groups) * 9
+    assert count_multiply_adds(lambda: convolution(x)) == forward
+    assert count_multiply_adds(lambda: convolution(x).sum().backward()) == 3 * forward
+
+
+@pytest.mark.parametrize(('multiply_adds', 'side'), [(3 * 1024**3, 1024), (30**3, 30), (1, 1)])
+def test_matmul_is_as_square_as_its_size_allows(multiply_adds, side):
+    matmul = MatmulReference('fp32', CPU, multiply_adds)
+    assert matmul.multiply_adds == matmul.left.numel() * matmul.right.shape[1] == multiply_adds
+    assert matmul.right.shape == (side, side)
+
+
+def test_peak_memory_is_resident_and_allocated_memory():
+    class Greedy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1, bias=False)
+
+        def forward(self, x):
+            large = torch.ones(1000, 1000)  # 4 MB, gone before the next 2 MB
+            small = large.sum()
+            del large
+            return torch.ones(500, 1000)[:2, :2] * small
+
+    case = BenchmarkCase(Greedy(), Setting(batch=2, size=8), CPU)
+    case()
+    resident = 4 * 6 + 4 * 2 * 3 * 64 + 8 * 2
+    assert case.resident_bytes() == resident
+    assert 4e6 <= case.peak_memory() - resident < 4.1e6
+
+    case = BenchmarkCase(network(), Setting('train', batch=2, size=8), CPU)
+    case()
+    parameters = 8 * 48 + 32 * 5
+    assert case.resident_bytes() == 4 * (3 * parameters + 2) + 4 * 2 * 3 * 64 + 8 * 2
+
+
+def test_unavailable_settings(monkeypatch):
+    assert unavailable(Setting('train', compile_mode='freezing'), CPU) == 'freezing is for inference'
+    assert unavailable(Setting(), CPU) == unavailable(Setting(precision='fp16'), torch.device('mps')) == ''
+    assert 'for NVIDIA GPUs' in unavailable(Setting(precision='tf32'), CPU)
+    assert 'for NVIDIA GPUs' in unavailable(Setting(compile_mode='graphs'), CPU)
+    for unit in ('avx512_bf16', 'amx_bf16', 'avx2'):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda unit=unit: {unit: True})
+        reason = 'this processor has no bf16 instructions' if unit == 'avx2' else ''
+        assert unavailable(Setting(precision='bf16'), CPU) == reason
+        assert unavailable(Setting(precision='fp16'), CPU) == 'this processor has no fp16 instructions'
+    for capability, reason in (((7, 0), 'this GPU has no bf16'), ((9, 0), '')):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)
+        assert unavailable(Setting(precision='bf16', compile_mode='graphs'), GPU) == reason
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_matmul_reference_multiplies(precision):
+    matmul = MatmulReference(precision, CPU, 2 * 1024**2)
+    torch.testing.assert_close(matmul(), matmul.left @ matmul.right)

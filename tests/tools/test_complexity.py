@@ -1,0 +1,44 @@
+import pytest
+
+from tests.helpers.detectors import tiny_detector
+from tests.helpers.paths import DETECTION_CONFIGS, ROOT
+from tools.complexity import complexity, detector_complexity
+
+
+def test_formula_and_real_operators_differ_by_the_norms():
+    counted = complexity(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml')
+    assert (counted.parameters, counted.formula) == (28290166, 4588614144)
+    # Two norms per token in a block, one in the embedding and in merging
+    tokens = [56 * 56 + 64, 28 * 28 + 16, 14 * 14 + 4, 49 + 1]
+    norms = sum(2 * depth * t * 96 * 2**i for i, (depth, t) in enumerate(zip((2, 2, 6, 2), tokens, strict=True)))
+    norms += 56 * 56 * 96 + sum(t * 96 * 2**i for i, t in enumerate(tokens[:3])) + 768 * 50
+    assert counted.formula - counted.measured == norms
+
+
+@pytest.mark.parametrize(
+    ('name', 'parameters', 'published'),
+    [
+        ('tiny', 85_631_616, 747.64e9),
+        pytest.param('small', 106_949_808, 841.88e9, marks=pytest.mark.slow),
+        pytest.param('base', 144_979_802, 989.65e9, marks=pytest.mark.slow),
+        ('v2_tiny', 82.56e6, 730.63e9),
+        pytest.param('v2_small', 113.31e6, 830.82e9, marks=pytest.mark.slow),
+        pytest.param('v2_base', 141.73e6, 956.48e9, marks=pytest.mark.slow),
+    ],
+)
+def test_published_counts_of_detectors(name, parameters, published):
+    counted = complexity(DETECTION_CONFIGS / f'cascade_mask_rcnn_msg_{name}_3x.yaml')
+    if isinstance(parameters, int):
+        assert counted.parameters == parameters
+    else:
+        assert counted.parameters == pytest.approx(parameters, abs=0.005e6)
+    assert counted.formula is None
+    assert counted.measured == pytest.approx(published, rel=1e-3)
+
+
+def test_multiply_adds_per_roi():
+    config = tiny_detector()
+    none, boxes, both = (detector_complexity(config, 64, 64, *n).measured for n in ((0, 0), (10, 0), (10, 10)))
+    box_head = 7 * 7 * 9 * 16 * 16 + 7 * 7 * 16 * 32 + 32 * (4 + 12)
+    mask_head = 14 * 14 * 9 * 16 * 16 + 14 * 14 * 16 * 16 * 4 + 28 * 28 * 16 * 3
+    assert (boxes - none, both - boxes) == (3 * 10 * box_head, 3 * 10 * mask_head)

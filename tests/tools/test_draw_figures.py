@@ -1,0 +1,10 @@
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import start
+
+
+def test_figures_are_those_in_docs(tmp_path):
+    done = start('-m', 'tools.draw_figures', '--output', tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, document in (('windows.svg', 'README.md'), ('block.svg', 'docs/network.md')):
+        assert (tmp_path / name).read_text() == (ROOT / 'docs' / name).read_text(), f'{name} is stale: run `make docs`'
+        assert name in (ROOT / document).read_text()

@@ -1,0 +1,52 @@
+import cv2
+import pytest
+import torch
+
+from data.images import find_images
+from models import build_model
+from tests.helpers.golden import fill_
+from tests.helpers.paths import TINY
+from tests.helpers.processes import start
+from tests.helpers.runs import CPU
+from tools.inference import Predictor, choose_images
+from tools.predict import draw_sheet, predict
+
+
+def test_predictions(tiny_config, image_tree, tmp_path):
+    config = tiny_config()
+    predictor = Predictor(config, fill_(build_model(config)).eval(), ['class_0', 'class_1', 'class_2'], CPU)
+    images = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
+    assert len(images) == 13
+    predictions = predict(predictor, images, batch_size=5)
+    assert [prediction.label for prediction in predictions] == ['class_0'] * 4 + ['class_1'] * 4 + ['class_2'] * 4 + [
+        'class_0'
+    ]
+    assert all(1 / 3 <= prediction.probability <= 1 for prediction in predictions)
+    (single,) = predict(predictor._replace(class_names=['a', 'b', 'c']), images[4:5])
+    assert single.label is None
+    assert single.probability == pytest.approx(predictions[4].probability, rel=1e-5)
+    draw_sheet(predictions, tmp_path / 'sheet.png')
+    assert cv2.imread(str(tmp_path / 'sheet.png')).shape == (340, 1120, 3)
+
+
+def test_chosen_images_are_random_but_fixed():
+    images = list(range(100))
+    chosen = choose_images(images, 10)
+    assert chosen == choose_images(images, 10) == sorted(set(chosen))
+    assert chosen != images[:10]
+    assert choose_images(images, 100) == choose_images(images, None) == images
+
+
+def test_predict_prints_and_draws(tiny_config, image_tree, tmp_path):
+    names = ['class_0', 'class_1', 'class_2']
+    torch.save({'model': build_model(tiny_config()).state_dict(), 'classes': names}, tmp_path / 'w.pth')
+    done = start(
+        '-m', 'tools.predict', image_tree / 'val', '--limit', '6', '--cfg', TINY,
+        '--resume', tmp_path / 'w.pth', '--output', tmp_path / 'sheet.png',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    assert all(line.split('\t')[1] in names for line in lines[:6])
+    assert lines[6].endswith('of 6 right')
+    assert (tmp_path / 'sheet.png').exists()

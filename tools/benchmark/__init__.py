@@ -1,0 +1,1 @@
+"""Interleaved timing of networks, with a plain matmul as reference: `python -m tools.benchmark`."""

@@ -1,0 +1,78 @@
+"""Shared by the prediction tools: flags, loading a trained network, choosing images."""
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from engine.checkpoint import load_checkpoint, load_weights
+from engine.distributed import choose_device
+
+
+class Predictor(NamedTuple):
+    """A trained network, ready for inference."""
+
+    config: CfgNode
+    model: nn.Module
+    class_names: list[str]
+    device: torch.device
+
+
+def positive_int(text: str) -> int:
+    """A positive integer, as argparse's `type`.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a positive integer')
+    return int(text)
+
+
+def prediction_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of images and of a trained network; read it with `parse_intermixed_args`."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
+    add('--cfg', required=True, metavar='FILE', help='YAML config of the network')
+    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
+    add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
+    return parser
+
+
+def load_predictor(
+    args: argparse.Namespace,
+    load_config: Callable[[str, list[str]], CfgNode],
+    build: Callable[[CfgNode], nn.Module],
+    first_label: int,
+) -> Predictor:
+    """Load the network that the command line names.
+
+    Args:
+        args: from `prediction_parser`.
+        load_config: of the task.
+        build: builds the task's network from the config.
+        first_label: names classes where the checkpoint has no names: by number from here on.
+
+    Raises:
+        UserError: a config or checkpoint that cannot be used.
+    """
+    config = load_config(args.cfg, args.opts)
+    device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
+    model = build(config).to(device)
+    checkpoint: dict[str, Any] = load_checkpoint(args.resume)
+    load_weights(model, checkpoint, args.resume)
+    numbers = range(first_label, first_label + config.MODEL.NUM_CLASSES)
+    class_names = checkpoint.get('classes') or [str(number) for number in numbers]
+    return Predictor(config, model.eval(), class_names, device)
+
+
+def choose_images(paths: list[Path], limit: int | None) -> list[Path]:
+    """At most `limit` of the images, chosen at random but always the same; None takes all."""
+    return paths if limit is None or limit >= len(paths) else sorted(random.Random(0).sample(paths, limit))
