@@ -1,0 +1,169 @@
+"""README and docs: links lead somewhere, commands parse, documented counts and keys are those of the code."""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import timeit
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+import config
+import detection.config
+import detection.main
+import main
+from models import build_model
+from tests.helpers.documents import DOCUMENTS, anchors, code_blocks, commands, links, prose, relative, words
+from tests.helpers.paths import ROOT
+from tools import list_config
+
+README = (ROOT / 'README.md').read_text()
+CONFIGS = sorted([*ROOT.glob('configs/*.yaml'), *ROOT.glob('detection/configs/*.yaml')])
+
+
+class ParsedError(Exception):
+    """A program has read its command line."""
+
+
+def parse_with_program(module, arguments, monkeypatch):
+    """Run a program until its command line is read."""
+    for name in ('parse_args', 'parse_intermixed_args'):
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def parse_and_stop(self, args=None, namespace=None, parse=parse):
+            parse(self, args, namespace)
+            raise ParsedError
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_and_stop)
+    monkeypatch.setattr(sys, 'argv', [module.__name__, *arguments])
+    with pytest.raises(ParsedError):
+        module.main()
+
+
+def check_python(arguments, monkeypatch):
+    """Parse the arguments of `python` with the program they name; training programs load the whole config."""
+    script, *rest = arguments
+    if script == 'main.py':
+        config.get_config(main.parse_option(rest))
+    elif script == '-m' and rest[0] == 'detection.main':
+        detection.config.get_config(detection.main.parse_option(rest[1:]))
+    elif script == '-m' and rest[0] == 'torch.distributed.launch':
+        check_launcher(rest[1:], monkeypatch)
+    elif script == '-m' and rest[0] == 'timeit':
+        with torch.no_grad():  # restores the grad mode
+            timeit.main(['-n', '1', '-r', '1', *rest[1:]])
+    elif script == '-m' and rest[0] == 'venv':
+        pass
+    else:
+        assert script == '-m', arguments
+        name, *rest = rest
+        package = ROOT / name.replace('.', '/')
+        module = importlib.import_module(f'{name}.__main__' if package.is_dir() else name)
+        for argument in rest:
+            assert '*' not in argument or list(ROOT.glob(argument)), argument
+        parse_with_program(module, rest, monkeypatch)
+
+
+def check_launcher(arguments, monkeypatch):
+    """Parse torchrun's arguments, then those of the program."""
+    args = get_args_parser().parse_args(arguments)
+    check_python(['-m'] * args.module + [args.training_script, *args.training_script_args], monkeypatch)
+
+
+def check_command(command, monkeypatch):
+    """Assert that a command parses."""
+    program, *arguments = words(command)
+    if program in ('python', 'python3', sys.executable):
+        check_python(arguments, monkeypatch)
+    elif program == 'torchrun':
+        check_launcher(arguments, monkeypatch)
+    elif program == 'make':
+        done = subprocess.run(['make', '--dry-run', *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif program == 'sbatch':
+        assert (ROOT / arguments[0]).exists()
+        check_python(['main.py', *arguments[1:]], monkeypatch)
+    elif program == 'pip':
+        assert arguments[:2] == ['install', '-r']
+        assert (ROOT / arguments[2]).exists()
+    elif program in ('bash', 'source'):
+        assert arguments[0] == '.venv/bin/activate' or (ROOT / arguments[0]).exists()
+    else:
+        assert program in ('echo', 'mkdir', 'tensorboard'), f'unknown program {program}'
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=relative)
+def test_links_exist(document):
+    for link in links(document.read_text()):
+        path, _, anchor = link.partition('#')
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize(
+    ('document', 'command'),
+    [(document, command) for document in DOCUMENTS for command in commands(document.read_text())],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_commands_parse(document, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_command(command, monkeypatch)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=relative)
+def test_configs_open_with_model_command_hardware_and_expected_result(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, command, hardware, expected = path.read_text().splitlines()[:4]
+    check_command(command.removeprefix('# '), monkeypatch)
+    assert path.name in command or command.startswith('# make demo')
+    assert hardware.startswith('# Hardware: ')
+    assert expected.startswith('# Expected: ')
+
+
+@pytest.mark.parametrize(
+    'command', ['make dmo', 'python main.py --cfg configs/none.yaml', 'python -m tools.plot --rum x']
+)
+def test_a_wrong_command_is_found(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, SystemExit, config.ConfigError)):
+        check_command(command, monkeypatch)
+
+
+@pytest.mark.parametrize('document', [d for d in DOCUMENTS if code_blocks(d.read_text(), 'python')], ids=relative)
+def test_python_code_runs(document):
+    for block in code_blocks(document.read_text(), 'python'):
+        with torch.no_grad():
+            exec(block, {})
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=relative)
+def test_named_keys_exist(document):
+    keys = {*config.TREE.keys, *detection.config.TREE.keys}
+    named = re.findall(r'`((?:AUG|DATA|MODEL|SOLVER|TEST|TRAIN)\.[A-Z_.]+)', document.read_text())
+    assert set(named) <= keys
+
+
+def test_configuration_is_generated_from_the_trees():
+    written = (ROOT / 'docs' / 'configuration.md').read_text()
+    assert written == list_config.document(), 'stale: python -m tools.list_config > docs/configuration.md'
+
+
+def test_model_table_has_the_counts_of_the_networks():
+    rows = re.findall(r'^\| MSG-\S+(?: v2)? \| `(\S+\.yaml)` \| ([\d,]+) \| ([\d,]+) \|', README, re.MULTILINE)
+    assert {name for name, *_ in rows} == {path.name for path in ROOT.glob('configs/msg_*_224.yaml')}
+    for name, parameters, multiply_adds in rows:
+        with torch.device('meta'):
+            model = build_model(config.load_config(ROOT / 'configs' / name))
+        assert parameters == f'{sum(p.numel() for p in model.parameters()):,}'
+        assert multiply_adds == f'{model.flops():,}'
+
+
+def test_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 160
+    unlinked = [path.name for path in ROOT.glob('docs/*.md') if f'docs/{path.name}' not in links(prose(README))]
+    assert not unlinked
