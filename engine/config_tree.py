@@ -119,7 +119,6 @@ class ConfigTree:
             if key == 'BASE':
                 raise ConfigError('BASE is for config files: write it in the file given to --cfg')
             self._set(config, key, _parse(value, get(config, key, '--opts')), '--opts')
-        self._check_values(config)
         self.check(config)
         config.freeze()
         return config
@@ -175,13 +174,15 @@ class ConfigTree:
         for base in self._coerce('BASE', tree.get('BASE', default), str(path)):
             if base:
                 self._merge_file(config, path.parent / base, (*descendants, path.resolve()))
-        for key, value in leaves(tree):
+        # Unknown keys last: a config of another task fails by its MODEL.TYPE, which says more.
+        for key, value in sorted(leaves(tree), key=lambda leaf: leaf[0] not in self.keys):
             self._set(config, key, value, str(path))
 
     def _set(self, config: CfgNode, name: str, value: Any, source: str) -> None:
-        """Set the leaf of a dotted name to a value of its type."""
+        """Set the leaf of a dotted name to a value of its type, within its bounds."""
         get(config, name, source)  # it must exist
         value = self._coerce(name, value, source)
+        self._check_value(name, value, source)
         *groups, leaf = name.split('.')
         for group in groups:
             config = config[group]
@@ -210,15 +211,14 @@ class ConfigTree:
             example = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}[kind]
         raise ConfigError(f'{name} is {value!r}: write {example} (in {source})')
 
-    def _check_values(self, config: CfgNode) -> None:
-        """Refuse values that a key does not allow."""
-        for name, key in self.keys.items():
-            value = get(config, name, 'config')
-            values = value if isinstance(value, list | tuple) else [value]
-            low, high = (-float('inf') if key.min is None else key.min), (float('inf') if key.max is None else key.max)
-            is_outside = any(isinstance(x, int | float) and not low <= x <= high for x in values)
-            if is_outside or (key.choices and value not in key.choices):
-                raise ConfigError(f'{name} is {value!r}: write {key.allowed}')
+    def _check_value(self, name: str, value: Any, source: str) -> None:
+        """Refuse a value that the key does not allow."""
+        key = self.keys[name]
+        values = value if isinstance(value, list | tuple) else [value]
+        low, high = (-float('inf') if key.min is None else key.min), (float('inf') if key.max is None else key.max)
+        is_outside = any(isinstance(x, int | float) and not low <= x <= high for x in values)
+        if is_outside or (key.choices and value not in key.choices):
+            raise ConfigError(f'{name} is {value!r}: write {key.allowed} (in {source})')
 
 
 def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:

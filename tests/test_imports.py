@@ -1,4 +1,4 @@
-"""The rooms: imports go one way, modules stand alone, files stay short."""
+"""The rooms: imports go one way, modules import alone, files stay short."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def module_name(path):
 
 MODULES = {module_name(path): path for path in FILES}
 
-# What a room may import of the project, besides itself.
+# Modules of the project that a room may import, in addition to its own.
 ALLOWED = {
     'utils': (),
     'models': (),
@@ -51,13 +51,13 @@ def imported_names(path):
 
 def imports(path):
     """The project's own modules that a file imports."""
-    found = set()
+    modules = set()
     for name in imported_names(path):
         for candidate in (name, name.rpartition('.')[0]):
             if candidate in MODULES:
-                found.add(candidate)
+                modules.add(candidate)
                 break
-    return found
+    return modules
 
 
 def is_allowed(room, name):

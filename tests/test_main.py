@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import main as program
+from engine.timing import Quartiles
 from engine.trainer import Trainer
 from models import build_model
 from tests.helpers.golden import fill_
@@ -63,8 +64,13 @@ def test_top_five_of_many_classes(tiny_config):
 
 
 def test_throughput_needs_no_data(tiny_config, capsys, monkeypatch):
+    def time_callable(function, device):
+        assert function().shape == (4, 3)
+        return Quartiles(median=2.0, low=1.0, high=4.0)
+
+    monkeypatch.setattr(program, 'time_callable', time_callable)
     program.main(tiny_config(THROUGHPUT_MODE='True', AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'))
-    assert 'batch_size 4 throughput ' in capsys.readouterr().out
+    assert 'batch_size 4 throughput 2.0 images/s (quartiles 1.0 to 4.0)' in capsys.readouterr().out
 
 
 def test_config_errors_come_before_any_data_is_opened(tmp_path):

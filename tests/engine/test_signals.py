@@ -1,4 +1,4 @@
-"""Requests to stop; test_survival has real processes."""
+"""Requests to stop; test_stopped_runs has real processes."""
 
 import os
 import signal

@@ -39,11 +39,11 @@ def anchors(text: str) -> set[str]:
 
 def commands(text: str) -> list[str]:
     """Commands of the bash blocks, continued lines joined, and of inline code."""
-    found = INLINE_COMMAND.findall(prose(text))
+    collected = INLINE_COMMAND.findall(prose(text))
     for block in code_blocks(text, 'bash'):
         lines = block.replace('\\\n', ' ').splitlines()
-        found += [' '.join(line.split()) for line in lines if line.strip() and not line.startswith('#')]
-    return found
+        collected += [' '.join(line.split()) for line in lines if line.strip() and not line.startswith('#')]
+    return collected
 
 
 def words(command: str) -> list[str]:

@@ -60,7 +60,7 @@ class SpawnedRun:
         folder: of its data, `tree/`, and its output.
         tag: of the run.
         launcher: arguments of Python before the program.
-        options: config keys and values besides `RUN_OPTIONS`.
+        options: further config keys and values, after `RUN_OPTIONS`.
         limit: largest size of a file it may write, in bytes.
         pipe: send its output into a pipe instead of a file.
     """

@@ -41,14 +41,14 @@ def test_images_smaller_than_a_patch_are_refused(size):
 
 @pytest.mark.parametrize('version', [{}, V2], ids=['v1', 'v2'])
 @pytest.mark.parametrize('training', [False, True])
-def test_every_token_and_the_msg_tokens_alone_give_the_same_features(version, training):
+def test_forward_features_equals_forward_intermediates(version, training):
     model = fill_(MSGTransformer(**SMALL | version | {'drop_path_rate': 0.3})).train(training)
     batch = images(2, 224)
     torch.manual_seed(3)
-    alone = model.forward_features(batch)
+    expected = model.forward_features(batch)
     torch.manual_seed(3)
     features, maps = model.forward_intermediates(batch)
-    torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert len(maps) == 4
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.golden import GOLDEN, V2, assert_close, fill_, golden_network, images, labels, micro
+from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, fill_, golden_network, images, labels, micro
 from tests.helpers.runs import CPU
 from tools.benchmark.cases import BenchmarkCase, Setting
 
@@ -15,11 +15,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def reset():
-    """Networks of a class count together, and PyTorch refuses to compile a ninth."""
+    """PyTorch compiles at most eight variants of a function."""
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(('version', 'size'), GOLDEN)
+# Small has Base's depths; micro is compared gradient by gradient below.
+@pytest.mark.parametrize(('version', 'size'), [(v, size) for v in VERSIONS for size in ('tiny', 'base')])
 @torch.inference_mode()
 def test_recorded_outputs(version, size):
     record = GOLDEN[version, size]
@@ -29,7 +30,7 @@ def test_recorded_outputs(version, size):
     assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
 
 
-@pytest.mark.parametrize(('version', 'size'), [key for key, record in GOLDEN.items() if 'loss' in record])
+@pytest.mark.parametrize(('version', 'size'), [(v, 'tiny') for v in VERSIONS])
 def test_recorded_loss_and_gradient_norms(version, size):
     record = GOLDEN[version, size]
     model = golden_network(version, size).train()
@@ -41,8 +42,8 @@ def test_recorded_loss_and_gradient_norms(version, size):
         assert p.grad.norm().item() == pytest.approx(record['grad_norm'][name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize('types', [{}, V2], ids=['v1', 'v2'])
-def test_training_forward_and_backward(types):
+@pytest.mark.parametrize('types', VERSIONS.values(), ids=VERSIONS)
+def test_gradients_equal_eager_ones(types):
     plain = fill_(micro(**types)).train()
     compiled = copy.deepcopy(plain)
     graph = torch.compile(compiled, fullgraph=True)
