@@ -1,6 +1,6 @@
 import pytest
 
-from detection.config import TREE, get_config, load_config
+from detection.config import get_config, load_config
 from detection.main import parse_option
 from engine.config_tree import ConfigError
 from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
