@@ -15,15 +15,15 @@ from main import validate
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY
-from tests.helpers.runs import CPU, build_run
+from tests.helpers.runs import CPU, build_run, one_thread
 
 SIZES, BATCHES = range(1, 18), range(1, 7)
 
 
-def evaluate_grid(rank, world_size, rendezvous, results):
+def evaluate_grid(rank, world_size, folder):
     """Evaluate a network of 7 classes for every number of images and every batch size."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=world_size)
+    rendezvous = f'file://{folder}/rendezvous_{world_size}'
+    dist.init_process_group('gloo', init_method=rendezvous, rank=rank, world_size=world_size)
     config = load_config(TINY, ['MODEL.NUM_CLASSES', '7', 'PRINT_FREQ', '1000'])
     model = fill_(build_model(config))
     generator = torch.Generator().manual_seed(0)
@@ -40,21 +40,25 @@ def evaluate_grid(rank, world_size, rendezvous, results):
             sampler = ShardSampler(size, rank, world_size)
             loader = DataLoader(TensorDataset(images[:size], targets[:size]), batch, sampler=sampler)
             grid[size, batch] = tuple(validate(run, model, loader, poll))
-    torch.save(grid, f'{results}/{world_size}_{rank}.pt')
+    torch.save(grid, f'{folder}/{world_size}_{rank}.pt')
     dist.destroy_process_group()
 
 
+def evaluate_grids(rank, folder):
+    """Evaluate on three processes, then on two of them."""
+    torch.set_num_threads(1)
+    for world_size in (3, 2):
+        if rank < world_size:
+            evaluate_grid(rank, world_size, folder)
+
+
 def test_metrics_equal_those_of_one_process_for_every_size(tmp_path):
-    grids = {}
-    for world_size in (1, 2, 3):
-        arguments = (world_size, tmp_path / f'rendezvous_{world_size}', tmp_path)
-        if world_size == 1:
-            evaluate_grid(0, *arguments)
-        else:
-            mp.spawn(evaluate_grid, arguments, world_size)
-        for rank in range(world_size):
-            grids[world_size, rank] = torch.load(tmp_path / f'{world_size}_{rank}.pt', weights_only=True)
-    single = {size: grids[1, 0][size, 1] for size in SIZES}
+    with one_thread():
+        evaluate_grid(0, 1, tmp_path)
+    mp.spawn(evaluate_grids, (tmp_path,), 3)
+    grids = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob('*.pt')}
+    assert grids.keys() == {f'{world_size}_{rank}' for world_size in (1, 2, 3) for rank in range(world_size)}
+    single = {size: grids['1_0'][size, 1] for size in SIZES}
     assert len({acc1 for _, acc1, _ in single.values()}) > 3
     assert any(acc1 != acc5 for _, acc1, acc5 in single.values())
     for grid in grids.values():

@@ -265,14 +265,11 @@ def test_choice_of_backend(apex, tiny_config):
     assert choose(compiles=True) == 'float16 autocast'  # no Apex in graphs
     assert choose(CPU) == 'float32'
     assert choose(CPU, AMP_OPT_LEVEL='O1') == 'float16 autocast'
+    assert choose(CPU, AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16') == 'bfloat16 autocast'
     for device, options, message in (
         (CPU, {'AMP_BACKEND': 'apex'}, 'AMP_BACKEND is apex, but no GPU: write native or auto'),
         (GPU, {'AMP_BACKEND': 'apex', 'AMP_DTYPE': 'bfloat16'}, 'AMP_DTYPE is bfloat16, which Apex does not support'),
-        (
-            GPU,
-            {'AMP_BACKEND': 'apex', 'compiles': True},
-            'torch.compile cannot trace: write native',
-        ),
+        (GPU, {'AMP_BACKEND': 'apex', 'compiles': True}, 'torch.compile cannot trace: write native'),
         (
             GPU,
             {'AMP_OPT_LEVEL': 'O2', 'TRAIN__EMA_DECAY': '0.9'},
@@ -293,6 +290,9 @@ def test_apex_missing_or_another_package_of_that_name(tiny_config, monkeypatch, 
     monkeypatch.setitem(sys.modules, 'apex', None)  # not installed
     assert import_apex_amp() is None
     assert str(build_precision(tiny_config(), GPU)) == 'float16 autocast'
+    assert str(build_precision(tiny_config(AMP_BACKEND='native'), GPU)) == 'float16 autocast'
+    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O0'), GPU)) == 'float32'
+    assert str(build_precision(tiny_config(), CPU)) == 'float32'
     with pytest.raises(ConfigError, match='NVIDIA Apex .* is not installed: write native or auto'):
         build_precision(tiny_config(AMP_BACKEND='apex'), GPU)
     monkeypatch.delitem(sys.modules, 'apex')
@@ -301,14 +301,6 @@ def test_apex_missing_or_another_package_of_that_name(tiny_config, monkeypatch, 
         (tmp_path / 'apex.py').write_text(text)
         monkeypatch.delitem(sys.modules, 'apex', raising=False)
         assert import_apex_amp() is None
-
-
-def test_default_is_fp32_on_a_cpu_and_published_o1_on_a_gpu(tiny_config):
-    assert str(build_precision(tiny_config(), CPU)) == 'float32'
-    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O1'), CPU)) == 'float16 autocast'
-    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'), CPU)) == 'bfloat16 autocast'
-    assert str(build_precision(tiny_config(AMP_OPT_LEVEL='O0'), GPU)) == 'float32'
-    assert str(build_precision(tiny_config(AMP_BACKEND='native'), GPU)) == 'float16 autocast'
 
 
 @torch.inference_mode()

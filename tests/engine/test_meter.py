@@ -1,0 +1,61 @@
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import meter
+from engine.meter import TrainMeter, peak_memory_mb
+from logger import MetricsLog
+from models import build_model
+from tests.helpers.runs import CPU, build_trainer
+
+NO, YES = torch.tensor(False), torch.tensor(True)
+
+
+def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp_path, monkeypatch, caplog):
+    """An epoch resumed at update 2: three updates of a second each, then one of four seconds."""
+    clock = [100.0]
+    monkeypatch.setattr(meter.time, 'time', lambda: clock[0])
+    monkeypatch.setattr(meter, 'peak_memory_mb', lambda device: 12.0)
+    written = []
+    metrics = MetricsLog(None)
+    monkeypatch.setattr(metrics, 'write', lambda kind, updates, **record: written.append((kind, updates, record)))
+    config = tiny_config()
+    state = build_trainer(config, build_model(config), steps_per_epoch=8).state
+    state.images_per_update, state.step = 4, 2
+    train_meter = TrainMeter(logging.getLogger('test'), metrics, state, epochs=2)
+
+    def update(seconds, loss, grad_norm, skipped=NO):
+        clock[0] += seconds
+        state.record(torch.tensor(loss), torch.tensor(grad_norm), skipped)
+        state.advance(updated=not skipped)
+
+    with caplog.at_level(logging.INFO, 'test'):
+        update(1.0, 3.0, 5.0)
+        update(1.0, 1.0, 7.0)
+        update(1.0, float('nan'), float('inf'), YES)  # not in the means
+        train_meter.log(0.25, torch.tensor(1.0), torch.tensor(7.0), {})
+        update(4.0, 2.0, 3.0)
+        losses = {'class': torch.tensor(1.5), 'box': torch.tensor(0.5)}
+        train_meter.log(0.125, torch.tensor(2.0), torch.tensor(3.0), losses)
+    assert train_meter.seconds == 7.0
+    first, second = [record.getMessage() for record in caplog.records if record.name == 'test']
+    assert first.startswith('Train: [0/2][4/8]\teta 0:00:03 lr 0.250000\ttime 1.0000 (1.0000)\tloss 1.0000 (2.0000)\t')
+    assert second == (
+        'Train: [0/2][5/8]\teta 0:00:03 lr 0.125000\ttime 4.0000 (1.7500)\tloss 2.0000 (2.0000)\t'
+        'grad_norm 3.0000 (5.0000)\tmem 12MB\t1 images/s'
+    )
+    kind, updates, record = written[1]
+    assert (kind, updates) == ('train', 5)  # six, of which one was skipped
+    assert record == {
+        'class': 1.5, 'box': 0.5, 'epoch': 0, 'step': 5, 'lr': 0.125, 'loss': 2.0, 'grad_norm': 3.0,
+        'images_per_s': 1.0, 'memory_mb': 12.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(('platform', 'ru_maxrss'), [('linux', 3 * 2**10), ('darwin', 3 * 2**20)])
+def test_peak_memory_of_the_host_in_the_units_of_its_system(monkeypatch, platform, ru_maxrss):
+    monkeypatch.setattr(meter.sys, 'platform', platform)
+    monkeypatch.setattr(meter.resource, 'getrusage', lambda _: SimpleNamespace(ru_maxrss=ru_maxrss))
+    assert peak_memory_mb(CPU) == 3
