@@ -42,7 +42,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-$(DIGITS)/made: tools/make_digits.py | $(VENV)/installed
+$(DIGITS)/made: tools/make_digits.py data/digits.py | $(VENV)/installed
 	$(PY) -m tools.make_digits --output $(DIGITS)
 	touch $@
 
@@ -70,7 +70,7 @@ lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-$(DIGITS_COCO)/made: detection/tools/make_digits_coco.py tools/make_digits.py | $(VENV)/installed
+$(DIGITS_COCO)/made: detection/tools/make_digits_coco.py data/digits.py | $(VENV)/installed
 	$(PY) -m detection.tools.make_digits_coco --output $(DIGITS_COCO)
 	touch $@
 

@@ -1,5 +1,6 @@
 """Leaf helpers: user errors and exits, atomic writes, seeds, backend flags, the environment of a run."""
 
+import argparse
 import errno
 import os
 import platform
@@ -23,6 +24,17 @@ class UserError(ValueError):
 
 class OutputError(UserError):
     """A folder or file that cannot be written."""
+
+
+def positive_int(text: str) -> int:
+    """A positive integer, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a positive integer')
+    return int(text)
 
 
 @contextmanager

@@ -79,12 +79,13 @@ def start_run(config: CfgNode, compiles: bool = False) -> Iterator[Run]:
         config: the config tree.
         compiles: whether the run compiles its network.
     """
-    set_backend_flags(config.TF32, config.DETERMINISTIC)
     with start_process(config.DEVICE, config.LOCAL_RANK) as process:
+        precision = build_precision(config, process.device, compiles)
+        set_backend_flags(config.TF32, config.DETERMINISTIC)
         set_seed(config.SEED + process.rank)
         output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
         logger = create_logger(output_dir, process.rank)
-        run = Run(config, process, build_precision(config, process.device, compiles), output_dir, logger)
+        run = Run(config, process, precision, output_dir, logger)
         with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
             logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
             logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')

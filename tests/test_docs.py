@@ -15,9 +15,9 @@ import config
 import detection.config
 import detection.main
 import main
-from models import build_model
 from tests.helpers.documents import DOCUMENTS, anchors, code_blocks, commands, links, prose, relative, words
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import start
 from tools import list_config
 
 README = (ROOT / 'README.md').read_text()
@@ -153,14 +153,28 @@ def test_configuration_is_generated_from_the_trees():
     assert written == list_config.document(), 'stale: python -m tools.list_config > docs/configuration.md'
 
 
-def test_model_table_has_the_counts_of_the_networks():
-    rows = re.findall(r'^\| MSG-\S+(?: v2)? \| `(\S+\.yaml)` \| ([\d,]+) \| ([\d,]+) \|', README, re.MULTILINE)
-    assert {name for name, *_ in rows} == {path.name for path in ROOT.glob('configs/msg_*_224.yaml')}
-    for name, parameters, multiply_adds in rows:
-        with torch.device('meta'):
-            model = build_model(config.load_config(ROOT / 'configs' / name))
-        assert parameters == f'{sum(p.numel() for p in model.parameters()):,}'
-        assert multiply_adds == f'{model.flops():,}'
+@pytest.mark.parametrize(
+    ('document', 'command', 'configs'),
+    [
+        ('README.md', 'python -m tools.complexity configs/msg_*_224.yaml', 'configs/msg_*_224.yaml'),
+        (
+            'docs/detection.md',
+            'python -m tools.complexity detection/configs/*mask_rcnn_msg*.yaml',
+            'detection/configs/*mask_rcnn_msg*.yaml',
+        ),
+    ],
+)
+def test_tables_of_models_are_those_that_their_commands_print(document, command, configs):
+    text = (ROOT / document).read_text()
+    assert command in commands(text)
+    done = start('-m', 'tools.complexity', *sorted(ROOT.glob(configs)))
+    printed = re.findall(r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$', done.stdout, re.MULTILINE)
+    rows = set()
+    for name, parameters, formula, measured in printed:
+        rows.add((f'{name}.yaml', parameters, formula or f'{int(measured.replace(",", "")) / 1e9:.1f}G'))
+    written = re.findall(r'\| `(\w+\.yaml)` \| ([\d,]+) \| ([\d,.]+G?) \|', text)
+    assert set(written) == rows
+    assert len(written) >= 6
 
 
 def test_readme_is_a_front_page():

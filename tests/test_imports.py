@@ -30,7 +30,7 @@ ALLOWED = {
     'engine': ('data.samplers', 'data.seeding', 'logger', 'utils'),
     'config': ('engine.config_tree', 'models.build'),
     'main': ('config', 'data', 'engine', 'lr_scheduler', 'models', 'optimizer', 'utils'),
-    'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'tools.inference', 'tools.make_digits', 'utils'),
+    'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'utils'),
     'tools': ('config', 'data', 'detection', 'engine', 'models', 'utils'),
 }
 

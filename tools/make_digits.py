@@ -2,8 +2,7 @@
 
     python -m tools.make_digits --output output/digits
 
-The data are part of scikit-learn (the test set of the UCI "Optical Recognition of Handwritten Digits" set), so
-nothing is downloaded.
+The digits are part of scikit-learn, so nothing is downloaded.
 """
 
 import argparse
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from data.digits import load_split_digits
 
 SIZE = 56  # pixels
 
@@ -26,23 +25,16 @@ def make_digits(output: Path) -> dict[str, int]:
     Returns:
         Images written, by split.
     """
-    digits = load_digits()
-    splits = split_digits(digits.target)
-    for split, indices in splits.items():
+    digits = load_split_digits()
+    for split, indices in digits.splits.items():
         for index in indices:
-            folder = output / split / str(digits.target[index])
+            folder = output / split / str(digits.labels[index])
             folder.mkdir(parents=True, exist_ok=True)
             image = (digits.images[index] * (255 / 16)).astype(np.uint8)  # 8 x 8, stored as 0 to 16
             image = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
             if not cv2.imwrite(str(folder / f'{index:04d}.png'), image):
                 raise OSError(f'cannot write {folder / f"{index:04d}.png"}')
-    return {split: len(indices) for split, indices in splits.items()}
-
-
-def split_digits(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Numbers of the digits of `train` and `val`."""
-    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return {'train': train, 'val': val}
+    return {split: len(indices) for split, indices in digits.splits.items()}
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from config import load_config
 from data.images import find_images, load_image
 from data.transforms import build_transform, image_mode
+from engine.inference import Predictor, choose_images, load_predictor, prediction_parser
 from models import build_model
-from tools.inference import Predictor, choose_images, load_predictor, prediction_parser
 from utils import exit_on_user_error
 
 

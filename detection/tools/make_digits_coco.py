@@ -2,8 +2,8 @@
 
     python -m detection.tools.make_digits_coco --output output/digits_coco
 
-Digits and photographs are part of scikit-learn, so nothing is downloaded: the digits of `tools.make_digits`, and its
-two sample photographs. Training and evaluation images have different digits, on different halves of the photographs.
+Digits and photographs are part of scikit-learn, so nothing is downloaded. Training and evaluation images
+have different digits, on different halves of the photographs.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import Any
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 
-from tools.make_digits import split_digits
+from data.digits import load_split_digits
 
 SIZES = ((128, 96), (96, 128))  # width and height, in pixels
 DIGIT_SIZES = 24, 56  # smallest and largest size of a digit, in pixels
@@ -35,9 +35,8 @@ def make_digits_coco(output: Path, train: int = 800, val: int = 200) -> dict[str
     Returns:
         Digits written, by split.
     """
-    digits, photos = load_digits(), load_sample_images().images
+    digits, photos = load_split_digits(), load_sample_images().images
     half = photos[0].shape[1] // 2
-    splits = split_digits(digits.target)
     backgrounds = {'train': [photo[:, :half] for photo in photos], 'val': [photo[:, half:] for photo in photos]}
     written = {}
     (output / 'annotations').mkdir(parents=True, exist_ok=True)
@@ -50,10 +49,10 @@ def make_digits_coco(output: Path, train: int = 800, val: int = 200) -> dict[str
             canvas = cut_background(rng, backgrounds[split])
             images.append({'id': image_id, 'file_name': name, 'width': canvas.shape[1], 'height': canvas.shape[0]})
             occupied = np.zeros(canvas.shape[:2], dtype=bool)
-            for index in rng.choice(splits[split], rng.integers(DIGITS[0], DIGITS[1] + 1), replace=False):
+            for index in rng.choice(digits.splits[split], rng.integers(DIGITS[0], DIGITS[1] + 1), replace=False):
                 mask = paste(rng, canvas, digits.images[index], occupied)
                 if mask is not None:
-                    entry = {'image_id': image_id, 'category_id': int(digits.target[index]) + 1, 'iscrowd': 0}
+                    entry = {'image_id': image_id, 'category_id': int(digits.labels[index]) + 1, 'iscrowd': 0}
                     annotations.append({'id': len(annotations) + 1} | entry | describe(mask))
             if not cv2.imwrite(str(output / split / name), canvas[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
                 raise OSError(f'cannot write {output / split / name}')

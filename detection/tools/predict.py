@@ -17,7 +17,7 @@ from data.images import DataError, find_images, load_image
 from detection.config import load_config
 from detection.draw import draw_detections
 from detection.models import build_detector
-from tools.inference import Predictor, choose_images, load_predictor, prediction_parser
+from engine.inference import Predictor, choose_images, load_predictor, prediction_parser
 from utils import exit_on_user_error
 
 

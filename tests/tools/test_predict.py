@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from data.images import find_images
+from engine.inference import Predictor, choose_images
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY
 from tests.helpers.processes import start
 from tests.helpers.runs import CPU
-from tools.inference import Predictor, choose_images
 from tools.predict import draw_sheet, predict
 
 

@@ -29,8 +29,7 @@ from tools.benchmark.cases import (
 from tools.benchmark.chart import draw
 from tools.benchmark.report import compare_fastest, variants_table, write
 from tools.benchmark.timing import Result, compare, find_fastest
-from tools.inference import positive_int
-from utils import exit_on_user_error, report_write_errors
+from utils import exit_on_user_error, positive_int, report_write_errors
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Shared by the prediction tools: flags, loading a trained network, choosing images."""
+"""Inference with a trained network of any task: flags, loading, choosing images."""
 
 import argparse
 import random
@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.distributed import choose_device
+from utils import positive_int
 
 
 class Predictor(NamedTuple):
@@ -21,17 +22,6 @@ class Predictor(NamedTuple):
     model: nn.Module
     class_names: list[str]
     device: torch.device
-
-
-def positive_int(text: str) -> int:
-    """A positive integer, as argparse's `type`.
-
-    Raises:
-        ArgumentTypeError: it is none.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a positive integer')
-    return int(text)
 
 
 def prediction_parser(description: str) -> argparse.ArgumentParser:
