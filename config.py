@@ -1,8 +1,8 @@
 """The config tree: every key with its default, meaning and allowed values.
 
-`load_config` is the way in; `get_config` adds the command line's flags. The tree that comes out is checked and frozen:
-values derived at run time (scaled learning rates, rank, output folder) are local to the code that needs them.
-Defaults are the published ones. `python -m tools.list_config` prints the tree as docs/configuration.md.
+`load_config` is the entry point; `get_config` adds the command line's flags. Both return a checked, frozen tree: values
+derived at run time (scaled learning rates, rank, output folder) are local to the code that needs them. Defaults are the
+published ones. `python -m tools.list_config` prints the tree as docs/configuration.md.
 """
 
 from argparse import Namespace
@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from engine.config_tree import ConfigError, ConfigTree, Key, KeyGroup, get
 from models.build import check_network
+from models.msg_transformer import EMBED_TYPES, MANIP_TYPES, MERGE_TYPES
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'shared_keys']
 
@@ -113,9 +114,9 @@ def shared_keys() -> KeyGroup:
     c.MODEL.MSG.QK_SCALE = Key(None, 'Factor on query times key; None is (channels per head)^-0.5', optional=float)
     c.MODEL.MSG.PATCH_NORM = Key(True, 'Norm after the patch embedding')
     c.MODEL.MSG.SHUF_SIZE = Key([4, 4, 2, 1], 'Size of a shuffle region per stage, in windows', min=1)
-    c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=('shuf', 'none'))
-    c.MODEL.MSG.EMBED_TYPE = Key('patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=('patch', 'overlap'))
-    c.MODEL.MSG.MERGE_TYPE = Key('patch', 'Patch merging: patch (v1) or overlap (v2)', choices=('patch', 'overlap'))
+    c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=MANIP_TYPES)
+    c.MODEL.MSG.EMBED_TYPE = Key('patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES)
+    c.MODEL.MSG.MERGE_TYPE = Key('patch', 'Patch merging: patch (v1) or overlap (v2)', choices=tuple(MERGE_TYPES))
 
     c.TRAIN = KeyGroup()
     c.TRAIN.EPOCHS = Key(300, 'Number of epochs', min=1)
@@ -123,7 +124,7 @@ def shared_keys() -> KeyGroup:
     c.TRAIN.BASE_LR = Key(
         5e-4, 'Peak learning rate for 512 images per update; scaled with their number, like WARMUP_LR and MIN_LR', min=0
     )
-    c.TRAIN.CLIP_GRAD = Key(5.0, 'Largest norm of the gradient; 0 for no clipping', min=0)
+    c.TRAIN.CLIP_GRAD = Key(5.0, 'Maximum gradient norm; 0 disables clipping', min=0)
     c.TRAIN.AUTO_RESUME = Key(True, "Resume from the newest checkpoint in the run's folder", harmless=True)
     c.TRAIN.ACCUMULATION_STEPS = Key(
         0, 'Batches whose gradients make one update; 0 and 1 are the same', min=0, flag='--accumulation-steps'
@@ -190,12 +191,12 @@ _C.TRAIN.LR_SCHEDULER = KeyGroup()
 _C.TRAIN.LR_SCHEDULER.NAME = Key(
     'cosine', 'Learning-rate schedule after warm-up: cosine, linear or step', choices=('cosine', 'linear', 'step')
 )
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, 'Epochs between drops of step', min=1)
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, 'Factor of each drop of step', min=0, max=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, 'Epochs between drops of the step schedule', min=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, 'Factor of each drop of the step schedule', min=0, max=1)
 
 _C.AUG = KeyGroup()
-_C.AUG.SCALE = Key((0.08, 1.0), 'Area of the random crop, relative to the image: smallest, largest', min=0.001, max=1)
-_C.AUG.RATIO = Key((3 / 4, 4 / 3), 'Width over height of the random crop: smallest, largest', min=0.001, max=1000)
+_C.AUG.SCALE = Key((0.08, 1.0), 'Area of the random crop, relative to the image: min, max', min=0.001, max=1)
+_C.AUG.RATIO = Key((3 / 4, 4 / 3), 'Width over height of the random crop: min, max', min=0.001, max=1000)
 _C.AUG.HFLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
 _C.AUG.COLOR_JITTER = Key(0.4, 'Strength of colour jitter, where AUTO_AUGMENT is none; 0 is off', min=0)
 _C.AUG.AUTO_AUGMENT = Key(
@@ -203,19 +204,21 @@ _C.AUG.AUTO_AUGMENT = Key(
 )
 _C.AUG.REPROB = Key(0.25, 'Probability of random erasing', min=0, max=1)
 _C.AUG.REMODE = Key('pixel', 'Fill of random erasing: pixel, rand or const', choices=('pixel', 'rand', 'const'))
-_C.AUG.RECOUNT = Key(1, 'Largest number of erased rectangles', min=1)
+_C.AUG.RECOUNT = Key(1, 'Maximum number of erased rectangles', min=1)
 _C.AUG.MIXUP = Key(0.8, "Mixup's alpha; 0 is off", min=0)
 _C.AUG.CUTMIX = Key(1.0, "CutMix's alpha; 0 is off", min=0)
 _C.AUG.CUTMIX_MINMAX = Key(
     None,
-    'Size of the CutMix rectangle, relative to the image: smallest, largest; replaces its alpha',
+    'Size of the CutMix rectangle, relative to the image: min, max; replaces its alpha',
     optional=list,
     min=0,
     max=1,
 )
 _C.AUG.MIXUP_PROB = Key(1.0, 'Probability that a batch is mixed', min=0, max=1)
 _C.AUG.MIXUP_SWITCH_PROB = Key(0.5, 'Probability of CutMix where both are on', min=0, max=1)
-_C.AUG.MIXUP_MODE = Key('batch', 'One mix per batch, pair or elem', choices=('batch', 'pair', 'elem'))
+_C.AUG.MIXUP_MODE = Key(
+    'batch', 'Draw one mix per batch, per pair, or per image (elem)', choices=('batch', 'pair', 'elem')
+)
 
 _C.TEST = KeyGroup()
 _C.TEST.CROP = Key(
@@ -276,6 +279,9 @@ def _check(config: CfgNode) -> None:
             f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
             f'write both for a short run'
         )
+    patch = config.MODEL.MSG.PATCH_SIZE
+    if patch > config.DATA.IMG_SIZE:
+        raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput exclude each other: give one of them')
     check_run(config, config.DATA.IMG_SIZE)

@@ -17,7 +17,7 @@ def create_logger(output_dir: Path, rank: int) -> logging.Logger:
 
     Args:
         output_dir: the run's folder; created if missing.
-        rank: of this process.
+        rank: this process's rank.
 
     Raises:
         OutputError: the folder cannot be created or written to.
@@ -49,7 +49,7 @@ class MetricsLog:
 
     Args:
         folder: the run's folder; None writes nothing, on ranks that do not log.
-        epoch: where the run starts or resumes.
+        epoch: epoch in which the run starts or resumes.
         step: update within the epoch.
         updates: updates of the whole run before that.
         tensorboard: write event files too.

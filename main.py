@@ -50,8 +50,11 @@ def main(config: CfgNode) -> None:
         model = build_model(config).to(run.process.device)
         parameters = sum(p.numel() for p in model.parameters())
         run.logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
-        if start is not None and start.load_weights(model, head=r'head\.'):
-            run.logger.info(f'{start.path} has other classes: the head starts from scratch')
+        if start is not None:
+            has_new_head = start.load_weights(model, head=r'head\.')
+            run.logger.info(f'weights of {start.path} loaded')
+            if has_new_head:
+                run.logger.info(f'{start.path} has other classes: the head starts from scratch')
         if is_training_run:
             train(run, model, start)
         elif config.EVAL_MODE:
@@ -78,7 +81,7 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
         resume(run, state, start, TREE)
 
     # Loss, metrics
-    forward = run.compiled(network, config.TRAIN.COMPILE)
+    forward = run.maybe_compile(network, config.TRAIN.COMPILE)
     mixup, criterion = build_mixup(config), build_criterion(config)
 
     def loss_fn(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +133,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
         poll: called after each batch, equally often in every process.
     """
     device = run.process.device
-    network = run.compiled(model.eval(), run.config.TEST.COMPILE)
+    network = run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     loop = EvaluationLoop(run, loader, poll)
     for batch in loop:
@@ -161,7 +164,7 @@ def throughput(run: Run, model: nn.Module) -> float:
     """Log images/s of the forward pass on a random batch, the median of ten rounds; see also `tools.benchmark`."""
     data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
     images = torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)
-    network = run.compiled(model.eval(), run.config.TEST.COMPILE)
+    network = run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
 
     def forward() -> Tensor:
         with run.precision.autocast():

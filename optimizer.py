@@ -39,7 +39,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: boo
 
     Args:
         model: the network, not wrapped.
-        weight_decay: of the first group.
+        weight_decay: weight decay of the first group.
         decay_biases: decay the biases of linears and convolutions too, but not the vectors of norms.
     """
     names = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else set()

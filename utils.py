@@ -72,7 +72,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError):
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -81,7 +81,7 @@ def build_train_loader(
     Args:
         config: the config tree.
         dataset: indexed by sample.
-        sampler: of its samples.
+        sampler: draws its samples.
         collate_fn: makes a batch of a list of samples; None stacks them.
 
     Raises:

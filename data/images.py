@@ -1,5 +1,6 @@
 """Reading image files, with errors that name the file at fault."""
 
+import random
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,3 +61,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     if not images:
         raise DataError(f'no images in {", ".join(map(str, paths))}')
     return images
+
+
+def choose_images(paths: list[Path], limit: int | None) -> list[Path]:
+    """At most `limit` of the images, chosen at random but always the same; None takes all."""
+    return paths if limit is None or limit >= len(paths) else sorted(random.Random(0).sample(paths, limit))

@@ -16,9 +16,9 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
     Args:
         length: number of images.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of processes.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0):
@@ -68,7 +68,7 @@ class ShardSampler(Sampler[int]):
 
     Args:
         length: number of images.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of processes.
     """
 

@@ -55,7 +55,7 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: indexed by sample.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, dataset: Dataset, seed: int):

@@ -42,7 +42,7 @@ _C.AMP_BACKEND = replace(_C.AMP_BACKEND, default='native')
 
 _C.BENCHMARK_MODE = Key(False, 'Measure images/s of the whole detector and stop', flag='--benchmark', harmless=True)
 _C.SHOW = Key(0, 'With --eval, draw the first N images with their detections', min=0, flag='--show', harmless=True)
-_C.SHOW_SCORE = Key(0.5, 'Lowest score of a detection that is drawn', min=0, max=1, harmless=True)
+_C.SHOW_SCORE = Key(0.5, 'Minimum score of a detection that is drawn', min=0, max=1, harmless=True)
 
 _C.DATA.TRAIN_SPLIT = Key('train2017', 'Training split: its folder, and annotations/instances_<split>.json')
 _C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split')
@@ -52,11 +52,11 @@ _C.INPUT.FLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
 _C.INPUT.TRAIN_SHORT = Key(
     list(range(480, 801, 32)), 'Short side of training images, in pixels: one of these, at random', min=1
 )
-_C.INPUT.MAX_LONG = Key(1333, 'Largest long side of an image, in pixels; overrides the short side', min=1)
+_C.INPUT.MAX_LONG = Key(1333, 'Maximum long side of an image, in pixels; overrides the short side', min=1)
 _C.INPUT.CROP_PROB = Key(0.5, 'Probability of a resize and a crop before the resize of training', min=0, max=1)
 _C.INPUT.CROP_RESIZE = Key([400, 500, 600], 'Short side before a crop, in pixels: one of these, at random', min=1)
-_C.INPUT.CROP_MAX_LONG = Key(4200, 'Largest long side before a crop, in pixels', min=1)
-_C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: smallest, largest', min=1)
+_C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1)
+_C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1)
 _C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1)
 
 _C.MODEL.TYPE = Key(
@@ -69,10 +69,10 @@ _C.MODEL.FPN_CHANNELS = Key(256, 'Channels of the feature pyramid', min=1)
 _C.MODEL.RPN = KeyGroup()
 _C.MODEL.RPN.ANCHOR_SCALE = Key(8, "Size of an anchor, relative to its level's stride", min=1)
 _C.MODEL.RPN.ANCHOR_RATIOS = Key([0.5, 1.0, 2.0], 'Height over width of the anchors', min=0.01, max=100)
-_C.MODEL.RPN.POSITIVE_IOU = Key(0.7, 'Lowest IoU of a positive anchor', min=0, max=1)
+_C.MODEL.RPN.POSITIVE_IOU = Key(0.7, 'Minimum IoU of a positive anchor', min=0, max=1)
 _C.MODEL.RPN.NEGATIVE_IOU = Key(0.3, 'IoU below which an anchor is negative', min=0, max=1)
 _C.MODEL.RPN.SAMPLES = Key(256, 'Anchors per image sampled for the losses', min=1)
-_C.MODEL.RPN.POSITIVE_FRACTION = Key(0.5, 'Largest fraction of positive ones among them', min=0, max=1)
+_C.MODEL.RPN.POSITIVE_FRACTION = Key(0.5, 'Maximum fraction of positives among the sampled anchors', min=0, max=1)
 _C.MODEL.RPN.PRE_NMS_TRAIN = Key(2000, 'Proposals per level before NMS, in training', min=1)
 _C.MODEL.RPN.POST_NMS_TRAIN = Key(2000, 'Proposals per image after NMS, in training', min=1)
 _C.MODEL.RPN.PRE_NMS_TEST = Key(1000, 'Proposals per level before NMS, in evaluation', min=1)
@@ -80,7 +80,7 @@ _C.MODEL.RPN.POST_NMS_TEST = Key(1000, 'Proposals per image after NMS, in evalua
 _C.MODEL.RPN.NMS_IOU = Key(0.7, 'IoU threshold of NMS for proposals', min=0, max=1)
 
 _C.MODEL.BOX = KeyGroup()
-_C.MODEL.BOX.IOUS = Key([0.5, 0.6, 0.7], 'Lowest IoU of a positive RoI, per stage of the cascade', min=0, max=1)
+_C.MODEL.BOX.IOUS = Key([0.5, 0.6, 0.7], 'Minimum IoU of a positive RoI, per stage of the cascade', min=0, max=1)
 _C.MODEL.BOX.CENTRE_STDS = Key(
     [0.1, 0.05, 0.033], "Standard deviation of the centre's deltas, relative to the RoI's size, per stage", min=0.0001
 )
@@ -96,10 +96,10 @@ _C.MODEL.BOX.LINEARS = Key([1024], 'Channels of the linear layers that follow', 
 _C.MODEL.BOX.LOSS = Key('giou', 'Box loss: giou, of decoded boxes, or l1, of box deltas', choices=('giou', 'l1'))
 _C.MODEL.BOX.LOSS_WEIGHT = Key(10.0, 'Weight of the box loss', min=0)
 _C.MODEL.BOX.SAMPLES = Key(512, 'RoIs per image sampled for the losses of a stage', min=1)
-_C.MODEL.BOX.POSITIVE_FRACTION = Key(0.25, 'Largest fraction of positive ones among them', min=0, max=1)
-_C.MODEL.BOX.SCORE = Key(0.05, 'Score above which a detection is kept', min=0, max=1)
+_C.MODEL.BOX.POSITIVE_FRACTION = Key(0.25, 'Maximum fraction of positives among the sampled RoIs', min=0, max=1)
+_C.MODEL.BOX.SCORE = Key(0.05, 'Minimum score of a detection', min=0, max=1)
 _C.MODEL.BOX.NMS_IOU = Key(0.5, 'IoU threshold of NMS for detections of a class', min=0, max=1)
-_C.MODEL.BOX.DETECTIONS = Key(100, 'Largest number of detections per image', min=1)
+_C.MODEL.BOX.DETECTIONS = Key(100, 'Maximum number of detections per image', min=1)
 
 _C.MODEL.MASK = KeyGroup()
 _C.MODEL.MASK.POOL_SIZE = Key(14, "Size of a RoI's features; its mask is twice as large", min=1)

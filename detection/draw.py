@@ -39,8 +39,8 @@ def draw_detections(
         masks = F.interpolate(masks, scale_factor=factor, mode='bilinear')[:, 0] > 0.5  # (n, H, W)
         colors = [label_color(label) for label in labels.tolist()]
         texts = [f'{class_names[i - 1]} {score:.0%}' for i, score in zip(labels.tolist(), scores[order], strict=True)]
-        side = min(picture.shape[1:])
-        style = {'width': max(side // 250, 1), 'font': FONT, 'font_size': max(side // 35, 9), 'fill_labels': True}
+        short = min(picture.shape[1:])
+        style = {'width': max(short // 250, 1), 'font': FONT, 'font_size': max(short // 35, 9), 'fill_labels': True}
         for mask, color in zip(masks, colors, strict=True):  # torchvision's masks turn black where they overlap
             picture[:, mask] = picture[:, mask] // 2 + torch.tensor(color, dtype=torch.uint8)[:, None] // 2
         picture = draw_bounding_boxes(picture, boxes * factor, texts, colors, **style)

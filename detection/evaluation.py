@@ -40,8 +40,8 @@ class CocoEvaluation:
 
         Args:
             targets: with `image_id`.
-            detections: of each image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1, `scores` (n,),
-                and `masks` (n, 1, H, W), with objects above 0.5.
+            detections: a dict per image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1,
+                `scores` (n,), and `masks` (n, 1, H, W), with objects above 0.5.
         """
         for target, x in zip(targets, detections, strict=True):
             self.detections[target['image_id']] = self._to_coco(target['image_id'], x)

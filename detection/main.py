@@ -57,7 +57,7 @@ def main(config: CfgNode) -> None:
         model = build_detector(config).to(run.process.device)
         run.logger.info(f'{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()):,} parameters')
         if start is not None:
-            load_start(run, model, start)
+            load_initial_weights(run, model, start)
         if is_training_run:
             train(run, model, start)
         elif config.EVAL_MODE:
@@ -66,13 +66,16 @@ def main(config: CfgNode) -> None:
             benchmark(run, run.precision.prepare(model)[0])
 
 
-def load_start(run: Run, model: Detector, start: Start) -> None:
+def load_initial_weights(run: Run, model: Detector, start: Start) -> None:
     """Load a detector's weights, or those of a classifier into the backbone of a new run."""
     if start.is_new_run and not any(name.startswith('backbone.') for name in start.checkpoint['model']):
         load_classifier(model, start.checkpoint, start.path)
         run.logger.info(f'{start.path} is a classifier: its weights start the backbone')
-    elif start.load_weights(model, Detector.HEAD):
-        run.logger.info(f'{start.path} has other classes: the last layers of the heads start from scratch')
+    else:
+        has_new_head = start.load_weights(model, Detector.HEAD)
+        run.logger.info(f'weights of {start.path} loaded')
+        if has_new_head:
+            run.logger.info(f'{start.path} has other classes: the last layers of the heads start from scratch')
 
 
 def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> None:

@@ -1,1 +1,1 @@
-"""Training of any task: runs, the training loop, checkpoints, processes. Knows neither images nor boxes."""
+"""Runs of any task: training, evaluation, inference, checkpoints, processes. Imports neither models nor detection."""

@@ -36,7 +36,7 @@ def save_safetensors(path: Path, weights: dict[str, Tensor], **metadata: Any) ->
     """Write weights as `.safetensors`, with JSON-compatible metadata such as `config` and `classes`.
 
     Raises:
-        CheckpointError: as for `save_checkpoint`.
+        CheckpointError: see `save_checkpoint`.
     """
     weights = {name: value.contiguous() for name, value in weights.items()}
     text = {key: json.dumps(value) for key, value in metadata.items()}
@@ -93,7 +93,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _load_pth(path: Path) -> Any:
-    if zipfile.is_zipfile(path):  # PyTorch's format before 1.6 is no zip file, and has no checksums
+    if zipfile.is_zipfile(path):  # PyTorch's format before 1.6 is not a zip file, and has no checksums
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:

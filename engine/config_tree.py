@@ -158,9 +158,9 @@ class ConfigTree:
         known = {name: value for name, value in leaves(saved) if name in ours and not self.keys[name].harmless}
         return [name for name, value in known.items() if value != ours[name]]
 
-    def _merge_file(self, config: CfgNode, path: Path, descendants: tuple[Path, ...] = ()) -> None:
-        """Merge a YAML file's BASE files, in order, then the file; `descendants` are the files that led to it."""
-        if path.resolve() in descendants:
+    def _merge_file(self, config: CfgNode, path: Path, included_from: tuple[Path, ...] = ()) -> None:
+        """Merge a YAML file's BASE files, in order, then the file; `included_from` are the files that led to it."""
+        if path.resolve() in included_from:
             raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
         try:
             tree = yaml.safe_load(path.read_text())
@@ -173,7 +173,7 @@ class ConfigTree:
         default = self.keys['BASE'].default
         for base in self._coerce('BASE', tree.get('BASE', default), str(path)):
             if base:
-                self._merge_file(config, path.parent / base, (*descendants, path.resolve()))
+                self._merge_file(config, path.parent / base, (*included_from, path.resolve()))
         # Unknown keys last: a config of another task fails by its MODEL.TYPE, which says more.
         for key, value in sorted(leaves(tree), key=lambda leaf: leaf[0] not in self.keys):
             self._set(config, key, value, str(path))
@@ -236,7 +236,7 @@ def get(config: CfgNode, name: str, source: str) -> Any:
     Args:
         config: a config tree.
         name: the key's name.
-        source: where it was written, for the message.
+        source: the file or flag that names it, for the message.
 
     Raises:
         ConfigError: there is no such key; the message names the closest.

@@ -37,9 +37,9 @@ class Launch(NamedTuple):
 
     Attributes:
         launcher: 'torchrun' or 'srun'.
-        rank, world_size: of the run.
+        rank, world_size: this process's rank among the run's processes, and their number.
         local_rank: rank on this node.
-        master_addr, master_port: where rank 0 listens.
+        master_addr, master_port: address at which rank 0 listens.
     """
 
     launcher: str
@@ -94,7 +94,7 @@ def _read(variables: Mapping[str, str], names: tuple[str, ...], launcher: str) -
 
 
 def _is_slurm_task(variables: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has most of its variables, but is no task of a step."""
+    """Whether srun started this process; a batch script has most of its variables, but is not a task of a step."""
     is_batch_script = variables.get('ENVIRONMENT') == 'BATCH' and 'SLURM_STEP_ID' not in variables
     return 'SLURM_PROCID' in variables and not is_batch_script
 
@@ -229,7 +229,7 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
 
     Args:
         model: the network, on the device.
-        device: of this process.
+        device: this process's device.
         deterministic: reduce gradients in the same order in every update, as always on CPUs. Otherwise DDP rebuilds its
             buckets after the first update, which on more than two processes changes the last bits of a resumed run.
             The option that prevents this searches for unused parameters, and warns once that there are none.
@@ -246,5 +246,4 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
 
 def synchronize_gradients(network: nn.Module, enabled: bool) -> AbstractContextManager:
     """Context of a backward pass that averages gradients over the processes, or leaves that to a later one."""
-    network = getattr(network, '_orig_mod', network)  # of torch.compile
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not enabled else nullcontext()

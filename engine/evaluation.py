@@ -20,7 +20,7 @@ Poll = Callable[[], None]
 
 
 def no_poll() -> None:
-    """Poll of an evaluation outside training, where signals act as usual."""
+    """No-op poll for evaluation outside training; signals keep their default effect."""
 
 
 class EvaluationLoop:

@@ -1,7 +1,6 @@
-"""Inference with a trained network of any task: flags, loading, choosing images."""
+"""Inference with a trained network of any task: flags, loading."""
 
 import argparse
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,7 @@ def load_predictor(
 
     Args:
         args: from `prediction_parser`.
-        load_config: of the task.
+        load_config: the task's `load_config`.
         build: builds the task's network from the config.
         first_label: names classes where the checkpoint has no names: by number from here on.
 
@@ -61,8 +60,3 @@ def load_predictor(
     numbers = range(first_label, first_label + config.MODEL.NUM_CLASSES)
     class_names = checkpoint.get('classes') or [str(number) for number in numbers]
     return Predictor(config, model.eval(), class_names, device)
-
-
-def choose_images(paths: list[Path], limit: int | None) -> list[Path]:
-    """At most `limit` of the images, chosen at random but always the same; None takes all."""
-    return paths if limit is None or limit >= len(paths) else sorted(random.Random(0).sample(paths, limit))

@@ -19,8 +19,8 @@ class TrainMeter:
     Args:
         logger: gets the line.
         metrics: gets the record.
-        state: of the run.
-        epochs: of the whole run.
+        state: the run's training state.
+        epochs: number of epochs of the run.
     """
 
     def __init__(self, logger: logging.Logger, metrics: MetricsLog, state: TrainingState, epochs: int):

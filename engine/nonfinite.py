@@ -20,12 +20,12 @@ class NonFiniteCheck:
 
     With `stop`, the first one skips its update and all later ones on the device, and the host finds out where it reads
     the losses anyway: `check` raises there, on every rank, since every rank has the same flags. With `skip`, or where
-    float16 overflows now and then, the host reads one flag per update, so that schedule and EMA skip the update too.
+    float16 overflows occasionally, the host reads one flag per update, so that schedule and EMA skip the update too.
 
     Args:
         config: the config tree; `TRAIN.NONFINITE` and `TRAIN.NONFINITE_LIMIT` are read.
-        may_overflow: scaled gradients overflow now and then, which is no error.
-        device: of the losses.
+        may_overflow: scaled gradients overflow occasionally, which is not an error.
+        device: the losses' device.
         logger: for skipped updates.
     """
 

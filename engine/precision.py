@@ -18,7 +18,7 @@ class Precision:
     Args:
         level: O0 or O1.
         dtype: half-precision type of O1.
-        device: of the network.
+        device: the network's device.
 
     Raises:
         ConfigError: another level.
@@ -40,7 +40,7 @@ class Precision:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether updates are skipped now and then because scaled gradients overflow float16."""
+        """Whether updates are occasionally skipped because scaled gradients overflow float16."""
         return self.scaler.is_enabled()
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None = None) -> tuple[nn.Module, Optimizer | None]:
@@ -56,7 +56,7 @@ class Precision:
 
         Args:
             loss: a scalar.
-            optimizer: of the network.
+            optimizer: updates the network.
             is_last: whether this is the last batch of an update.
         """
         self.scaler.scale(loss).backward()
@@ -70,9 +70,9 @@ class Precision:
         fused optimizer, nothing waits for the GPU.
 
         Args:
-            optimizer: of the model's parameters.
+            optimizer: updates the model's parameters.
             model: the network.
-            max_norm: largest norm of the gradient; 0 for no clipping.
+            max_norm: maximum gradient norm; 0 disables clipping.
             skip_update: a boolean on the device.
 
         Returns:
@@ -182,7 +182,7 @@ def build_precision(config: CfgNode, device: torch.device, compiles: bool = Fals
 
     Args:
         config: the config tree.
-        device: of this process.
+        device: this process's device.
         compiles: whether the network is compiled; torch.compile cannot trace Apex.
 
     Raises:

@@ -45,7 +45,7 @@ class Run(NamedTuple):
         """Images per update, over all processes."""
         return self.config.DATA.BATCH_SIZE * self.process.world_size * self.accumulation_steps
 
-    def compiled(self, network: nn.Module, enabled: bool) -> nn.Module:
+    def maybe_compile(self, network: nn.Module, enabled: bool) -> nn.Module:
         """The network under torch.compile, if enabled: compiled at the first batch of each shape."""
         return torch.compile(network, mode=self.config.COMPILE_MODE, dynamic=False) if enabled else network
 
@@ -54,7 +54,7 @@ def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.Arg
     """A parser of `--cfg`, `--opts` and the flags of a task's keys.
 
     Args:
-        description: of the program.
+        description: the program's description.
         tree: the task's keys.
         example: path of one of its configs.
     """
@@ -151,10 +151,8 @@ def find_start(run: Run, is_training_run: bool) -> Start | None:
     path = resume or config.MODEL.PRETRAINED
     if not path:
         return None
-    checkpoint = load_checkpoint(path)
-    run.logger.info(f'loading {path}')
     return Start(
-        checkpoint,
+        load_checkpoint(path),
         str(path),
         resumes=is_training_run and bool(resume),
         is_new_run=not resume and not config.EVAL_MODE,
@@ -175,7 +173,7 @@ def build_state(
     Args:
         run: the run.
         model: the network, on the device.
-        optimizer: of its parameters.
+        optimizer: updates the network's parameters.
         loader: this process's training batches.
         build_schedule: builds the learning-rate schedule from the optimizer and the updates per epoch.
         first_epoch: from 0.
@@ -208,7 +206,7 @@ def resume(run: Run, state: TrainingState, start: Start, tree: ConfigTree) -> No
 
     Args:
         run: the run.
-        state: of training, with the checkpoint's weights.
+        state: the training state, with the checkpoint's weights.
         start: the checkpoint.
         tree: the task's keys.
     """

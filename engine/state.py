@@ -22,11 +22,11 @@ class TrainingState:
 
     Attributes:
         model: the network, not wrapped, with its starting weights.
-        optimizer: of its parameters.
-        scheduler: of the learning rate, per update.
-        precision: of the run.
-        sampler: of the training images.
-        device: of this process.
+        optimizer: the optimizer of `model`.
+        scheduler: the learning-rate schedule, stepped per update.
+        precision: the run's precision.
+        sampler: draws the training images.
+        device: this process's device.
         steps_per_epoch: updates per epoch.
         images_per_epoch: images per epoch, over all processes.
         images_per_update: images per update, over all processes; the last update of an epoch may have fewer.
@@ -128,7 +128,7 @@ class TrainingState:
 
         Args:
             checkpoint: from `state_dict`, or a published one, which ends an epoch.
-            rank: of this process.
+            rank: this process's rank.
             world_size: number of processes.
 
         Returns:
@@ -153,7 +153,7 @@ class TrainingState:
             else:
                 notes.append('it has no EMA weights: EMA starts from its weights')
         published = {'epoch': checkpoint['epoch'] + 1, 'step': 0, 'images': 0, 'skipped': 0}
-        progress = checkpoint.get('progress', checkpoint.get('place', published))  # `place` before version 0.2
+        progress = checkpoint.get('progress', checkpoint.get('place', published))  # older ones: `place`
         self.epoch, self.skipped = progress['epoch'], progress['skipped']
         self.step = min(progress['images'] // self.images_per_update, self.steps_per_epoch)
         if progress['images'] == self.images_per_epoch:

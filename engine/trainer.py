@@ -47,12 +47,12 @@ class Trainer:
 
     Args:
         run: the run.
-        state: of training.
+        state: the training state.
         network: the state's model, wrapped by `distribute`.
         loader: training batches; its sampler is the state's.
         loss_fn: mean losses of a batch, by name; their sum is minimised.
-        evaluate_fn: metrics of a network, not wrapped. It calls the function it is given now and then, at the same
-            points in every process, which raises `Stopped` where training was asked to stop.
+        evaluate_fn: returns the metrics of a network, not wrapped. It must call its second argument regularly, at the
+            same points on every rank; that raises `Stopped` when a stop was requested.
         metric: the metric whose highest value is the best, of the EMA weights where there are any.
         extra_state: further entries of the checkpoints.
         metric_name: what the log calls the metric.

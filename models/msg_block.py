@@ -144,7 +144,7 @@ class MSGBlock(nn.Module):
 
         Args:
             x: windows (B, nH, nW, N, C).
-            padding: where windows are padded: padding is zero after the first norm and left out of the MLP.
+            padding: which tokens are padding, if any: it is zero after the first norm and left out of the MLP.
             msg_only: compute the MSG tokens alone.
 
         Returns:

@@ -110,6 +110,10 @@ class MSGTransformer(nn.Module):
         shuffle = manip_type == 'shuf'
         layouts = plan_pyramid(img_size, patch_size, window_size, embed_dim, depths, num_heads, shuffle_size, shuffle)
         self.img_size = img_size
+        self.pool_size = None  # grid that `forward_head` averages, at `img_size`
+        if img_size is not None:
+            last_grid = patch_grids(img_size, patch_size, len(layouts))[-1]
+            self.pool_size = tuple(last_grid.divided_by(layouts[-1].window_size))
         self.num_classes = num_classes
         self.num_features = layouts[-1].dim
         self.global_pool = global_pool
@@ -219,7 +223,7 @@ class MSGTransformer(nn.Module):
             intermediates_only: give only the feature maps.
 
         Returns:
-            Features as of `forward_features`, and the feature maps, finest first.
+            Features as returned by `forward_features`, and the feature maps, finest first.
 
         Raises:
             ValueError: an unknown `output_fmt`, or a stage that does not exist.
@@ -252,8 +256,13 @@ class MSGTransformer(nn.Module):
 
         Args:
             img_size: (height, width) in pixels; None for the size the network was built for.
+
+        Raises:
+            ValueError: no size is given, and the network was built for none.
         """
         size = self.img_size if img_size is None else Size(*img_size)
+        if size is None:
+            raise ValueError('the network was built for no size in particular: give img_size')
         grids = patch_grids(size, self.patch_embed.patch_size, len(self.layers))
         stages = sum(stage.flops(grid) for stage, grid in zip(self.layers, grids, strict=True))
         last_patches = grids[0].height * grids[0].width // 4 ** (len(self.layers) - 1)
@@ -283,8 +292,7 @@ def _stage_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
     """Stages selected by `forward_intermediates`' argument, counted from 0."""
     if indices is None:
         indices = count
-    if isinstance(indices, int):
-        indices = range(-indices, 0)  # the last ones
-    if not indices or not all(-count <= i < count for i in indices):
+    selected = range(-indices, 0) if isinstance(indices, int) else indices  # a number selects the last ones
+    if not selected or not all(-count <= i < count for i in selected):
         raise ValueError(f'indices is {indices!r}: the network has {count} stages, 0 to {count - 1}')
-    return {i % count for i in indices}
+    return {i % count for i in selected}

@@ -77,8 +77,10 @@ def plan_pyramid(
     if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
         raise ValueError(
             f'depths {list(depths)}, num_heads {list(num_heads)} and shuffle_size {list(shuffle_size)} differ in '
-            f'length: write one entry per stage in each'
+            f'length, or are empty: write one entry per stage in each'
         )
+    if min(depths) < 1:
+        raise ValueError(f'depths {list(depths)} has a stage without blocks: write 1 or more')
     if img_size is not None and min(img_size) < patch_size:
         raise ValueError(f'image size {img_size} is smaller than one patch of {patch_size} x {patch_size} pixels')
     windows, regions = [window_size] * len(depths), list(shuffle_size)
@@ -108,7 +110,7 @@ def _tiles(
     return (
         all(grid.is_multiple_of(w) for grid, w in zip(grids, windows, strict=True))
         and all(grid.is_multiple_of(s) or grid == (1, 1) for grid, s in zip(msg_grids, regions, strict=True))
-        and all(one == (2 * two.height, 2 * two.width) for one, two in pairwise(msg_grids))
+        and all(fine == (2 * coarse.height, 2 * coarse.width) for fine, coarse in pairwise(msg_grids))
     )
 
 

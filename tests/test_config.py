@@ -131,6 +131,7 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
         (['EVAL_MODE', 'True'], '--eval needs weights: add --resume'),
         (['EVAL_MODE', 'True', 'THROUGHPUT_MODE', 'True', 'MODEL.RESUME', 'x'], 'give one of them'),
         (['MODEL.RESUME', 'x', 'MODEL.PRETRAINED', 'y'], 'give one of them'),
+        (['DATA.IMG_SIZE', '1'], 'DATA.IMG_SIZE is 1: write at least MODEL.MSG.PATCH_SIZE, 2'),
     ],
 )
 def test_invalid_values_are_refused_with_what_to_write(opts, message):

@@ -21,6 +21,7 @@ from tests.helpers.processes import start
 from tools import list_config
 
 README = (ROOT / 'README.md').read_text()
+NOT_KEYS = {'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'}
 CONFIGS = sorted([*ROOT.glob('configs/*.yaml'), *ROOT.glob('detection/configs/*.yaml')])
 
 
@@ -86,7 +87,7 @@ def check_command(command, monkeypatch):
     elif program == 'sbatch':
         assert (ROOT / arguments[0]).exists()
         check_python(['main.py', *arguments[1:]], monkeypatch)
-    elif program == 'pip':
+    elif program.endswith('pip'):
         assert arguments[:2] == ['install', '-r']
         assert (ROOT / arguments[2]).exists()
     elif program in ('bash', 'source'):
@@ -144,8 +145,10 @@ def test_python_code_runs(document):
 @pytest.mark.parametrize('document', DOCUMENTS, ids=relative)
 def test_named_keys_exist(document):
     keys = {*config.TREE.keys, *detection.config.TREE.keys}
-    named = re.findall(r'`((?:AUG|DATA|MODEL|SOLVER|TEST|TRAIN)\.[A-Z_.]+)', document.read_text())
-    assert set(named) <= keys
+    leaves = {key.rpartition('.')[2] for key in keys}
+    named = set(re.findall(r'`([A-Z][A-Z0-9]*(?:[._][A-Z0-9_]+)+)[` ]', document.read_text()))
+    assert {name for name in named if '.' in name} <= keys
+    assert {name for name in named if '.' not in name} - NOT_KEYS <= leaves
 
 
 def test_configuration_is_generated_from_the_trees():

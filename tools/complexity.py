@@ -8,16 +8,15 @@ norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800 
 """
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from yacs.config import CfgNode
 
 import config as classification
 import detection.config
 from detection.models import build_detector
+from engine.config_tree import ConfigError
 from models import build_model
 from tools.flops import count_multiply_adds
 from utils import exit_on_user_error
@@ -51,8 +50,8 @@ def detector_complexity(
 
     Args:
         config: the config tree of detection.
-        height: of the resized image, in pixels.
-        width: likewise.
+        height: height of the resized image, in pixels.
+        width: width of the resized image, in pixels.
         proposals: RoIs of each stage's box head.
         detections: RoIs of each stage's mask head.
     """
@@ -75,23 +74,19 @@ def detector_complexity(
 
 
 def complexity(cfg_file: str) -> Complexity:
-    """Count the network of a config file; its `MODEL.TYPE` tells the task.
+    """Count the network of a config file of either task.
 
     Raises:
         ConfigError: a file that cannot be used.
     """
-    if is_detection(Path(cfg_file)):
-        return detector_complexity(detection.config.load_config(cfg_file))
-    return classifier_complexity(classification.load_config(cfg_file))
-
-
-def is_detection(cfg_file: Path) -> bool:
-    """Whether a config file is for detection; a file that cannot be read is left to `load_config`."""
     try:
-        tree = yaml.safe_load(cfg_file.read_text())
-        return tree['MODEL']['TYPE'] in detection.config.TREE.keys['MODEL.TYPE'].choices
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return False
+        return classifier_complexity(classification.load_config(cfg_file))
+    except ConfigError as error:
+        try:
+            return detector_complexity(detection.config.load_config(cfg_file))
+        except ConfigError as detection_error:
+            is_detection = 'write one of msg' in str(error)  # its MODEL.TYPE is not a classifier's
+            raise (detection_error if is_detection else error) from None
 
 
 def main() -> None:

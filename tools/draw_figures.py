@@ -1,4 +1,4 @@
-"""Draw the figures of README and docs: windows with their MSG tokens, the shuffle, and the block.
+"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, and the block.
 
 python -m tools.draw_figures --output docs
 """
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one a window
+COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 PATCH, INK = '#e8e8e8', '#333333'
 
 

@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 from config import load_config
-from data.images import find_images, load_image
+from data.images import choose_images, find_images, load_image
 from data.transforms import build_transform, image_mode
-from engine.inference import Predictor, choose_images, load_predictor, prediction_parser
+from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from utils import exit_on_user_error
 

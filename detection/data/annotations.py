@@ -113,7 +113,7 @@ def _check_box(annotation: dict[str, Any], label: str) -> None:
 
 
 def _check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) -> None:
-    """Refuse a segmentation that is no mask of the image; polygons without area are dropped."""
+    """Refuse a segmentation that is not a mask of the image; polygons without area are dropped."""
     segmentation = annotation['segmentation']
     if isinstance(segmentation, dict):
         counts, size = segmentation.get('counts'), [image['height'], image['width']]
@@ -128,9 +128,9 @@ def _check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) -
     polygons = segmentation if isinstance(segmentation, list) else []
     if not all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in polygons):
         polygons = []
-    for axis, side in enumerate((image['width'], image['height'])):
+    for axis, length in enumerate((image['width'], image['height'])):
         extremes = [x for polygon in polygons if polygon for x in (min(polygon[axis::2]), max(polygon[axis::2]))]
-        if far := [x for x in extremes if not -side <= x <= 2 * side]:  # would exhaust pycocotools' memory
+        if far := [x for x in extremes if not -length <= x <= 2 * length]:  # would exhaust pycocotools' memory
             raise DataError(f'{label} has a corner at {far[0]}, far outside the image: move it, or remove the mask')
     # A polygon of two corners has no area, and pycocotools would take it for a box.
     annotation['segmentation'] = polygons = [polygon for polygon in polygons if len(polygon) >= 6]

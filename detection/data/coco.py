@@ -28,7 +28,7 @@ class CocoDataset(Dataset):
     Args:
         root: folder of the data.
         split: such as train2017.
-        transform: of image and target; None for none.
+        transform: takes and returns an image and its target; None for none.
         is_train: leave out images without objects, which training cannot use.
 
     Attributes:

@@ -17,9 +17,9 @@ class GroupedTrainSampler(TrainSampler):
     Args:
         groups: the group of each image.
         batch_size: images per process and step.
-        rank: of this process.
+        rank: this process's rank.
         world_size: number of processes; all of them see the same group in a step.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def __init__(self, groups: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):

@@ -67,7 +67,7 @@ def random_crop(image: Tensor, target: Target, low: int, high: int) -> tuple[Ten
 
     Boxes are clipped to it; objects with less than a pixel inside are dropped, perhaps all of them.
     """
-    height, width = (_integer(min(side, low), min(side, high)) for side in image.shape[1:])
+    height, width = (_integer(min(length, low), min(length, high)) for length in image.shape[1:])
     top, left = _integer(0, image.shape[1] - height), _integer(0, image.shape[2] - width)
     boxes = target['boxes'] - torch.tensor((left, top, left, top))
     boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)

@@ -22,7 +22,7 @@ class FeaturePyramid(nn.Module):
 
     Args:
         body: the backbone.
-        channels: of every level.
+        channels: channels of every level.
     """
 
     def __init__(self, body: MSGBackbone, channels: int):
@@ -54,7 +54,7 @@ class Detector(GeneralizedRCNN):
 
     @staticmethod
     def upgrade_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under their current names; before version 0.2, `box_deltas` was called `offsets`."""
+        """Weights under their current names; older checkpoints call `box_deltas` `offsets`."""
         return {re.sub(r'(box_heads\.\d+)\.offsets\.', r'\1.box_deltas.', name): x for name, x in weights.items()}
 
 

@@ -20,7 +20,7 @@ from detection.models.heads import BoxHead, MaskHead
 from detection.models.pooler import AlignedPooler
 from detection.models.torchvision_private import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 
-Target = Mapping[str, Tensor]
+GroundTruth = Mapping[str, Tensor]
 
 
 class Samples(NamedTuple):
@@ -75,7 +75,7 @@ class CascadeHeads(nn.Module):
         features: Mapping[str, Tensor],
         proposals: list[Tensor],
         image_sizes: list[tuple[int, int]],
-        targets: Sequence[Target] | None = None,
+        targets: Sequence[GroundTruth] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections in evaluation, losses in training; the other is empty.
 
@@ -95,7 +95,7 @@ class CascadeHeads(nn.Module):
         feature_maps: list[Tensor],
         proposals: list[Tensor],
         image_sizes: list[tuple[int, int]],
-        targets: Sequence[Target],
+        targets: Sequence[GroundTruth],
     ) -> dict[str, Tensor]:
         """Weighted losses of every stage, each on RoIs sampled from the boxes refined by the stage before."""
         losses = {}
@@ -124,7 +124,7 @@ class CascadeHeads(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, stage: int, proposals: list[Tensor], targets: Sequence[Target], image_sizes: list[tuple[int, int]]
+        self, stage: int, proposals: list[Tensor], targets: Sequence[GroundTruth], image_sizes: list[tuple[int, int]]
     ) -> list[Samples]:
         """Sample RoIs of each image for a stage's losses, from the proposals and the ground-truth boxes.
 
@@ -198,8 +198,8 @@ class CascadeHeads(nn.Module):
         """Select the best detections of an image.
 
         Args:
-            boxes: of each class, (n, K, 4).
-            scores: of each class, (n, K).
+            boxes: a box per class, (n, K, 4).
+            scores: a score per class, (n, K).
             image_size: height and width.
         """
         boxes = clip_boxes_to_image(boxes, image_size)
@@ -217,11 +217,11 @@ class CascadeHeads(nn.Module):
         return masks[:, None].split([len(x['labels']) for x in detections])
 
 
-def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[Target]) -> Tensor:
+def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[GroundTruth]) -> Tensor:
     """Mean binary cross entropy of the mask pixels of positive RoIs, each in its own class.
 
     Args:
-        logits: of the positive RoIs of all images, (n, K, size, size).
+        logits: mask logits of the positive RoIs of all images, (n, K, size, size).
         samples: RoIs of each image, negative ones too.
         targets: ground truth of each image.
     """
@@ -243,10 +243,10 @@ def crop_masks(masks: Tensor, boxes: Tensor, matched_gt: Tensor, size: int) -> T
     """Mask targets of RoIs, 0 or 1.
 
     Args:
-        masks: of the image's objects, (m, H, W).
+        masks: masks of the image's objects, (m, H, W).
         boxes: RoIs, (n, 4).
         matched_gt: index of each RoI's object, (n,).
-        size: of a mask target.
+        size: height and width of a mask target.
 
     Returns:
         (n, size, size).

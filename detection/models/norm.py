@@ -39,7 +39,7 @@ def synchronize_norms(model: nn.Module, device: torch.device, world_size: int) -
 
     Args:
         model: the network.
-        device: of this process.
+        device: this process's device.
         world_size: number of processes.
     """
     if device.type == 'cuda' and world_size > 1:

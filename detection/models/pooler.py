@@ -30,7 +30,7 @@ class AlignedPooler(nn.Module):
         """Pool RoIs.
 
         Args:
-            feature_maps: of each level, (B, C, H, W); further levels are ignored.
+            feature_maps: a feature map per level, (B, C, H, W); further levels are ignored.
             boxes: RoIs of each image, (n, 4), x1 y1 x2 y2 in pixels.
 
         Returns:

@@ -13,8 +13,8 @@ from yacs.config import CfgNode
 class StridedAnchors(AnchorGenerator):
     """Anchors at fixed strides, of exact sizes, in the precision of the images.
 
-    torchvision's divide the image size by the feature map's, which turns a stride of 64 into 61 where the coarsest one
-    was rounded up; they are rounded to whole pixels, and take the feature map's precision, in which coordinates may be
+    torchvision derives strides from the sizes of the feature maps: 64 becomes 61 where the coarsest one was rounded up.
+    It rounds anchors to whole pixels, and computes them in the feature map's dtype; in half precision, coordinates are
     off by pixels.
 
     Args:

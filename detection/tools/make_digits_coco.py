@@ -29,8 +29,8 @@ def make_digits_coco(output: Path, train: int = 800, val: int = 200) -> dict[str
 
     Args:
         output: folder.
-        train: images of this split.
-        val: likewise.
+        train: number of training images.
+        val: number of evaluation images.
 
     Returns:
         Digits written, by split.
@@ -103,7 +103,7 @@ def paste(
 
 
 def describe(mask: np.ndarray) -> dict[str, Any]:
-    """Box, area and run lengths of a mask (H, W), as of an annotation."""
+    """Box, area and run lengths of a mask (H, W), in COCO's annotation format."""
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {
         'bbox': coco_mask.toBbox(rle).tolist(),

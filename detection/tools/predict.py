@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.images import DataError, find_images, load_image
+from data.images import DataError, choose_images, find_images, load_image
 from detection.config import load_config
 from detection.draw import draw_detections
 from detection.models import build_detector
-from engine.inference import Predictor, choose_images, load_predictor, prediction_parser
+from engine.inference import Predictor, load_predictor, prediction_parser
 from utils import exit_on_user_error
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = prediction_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add('--output', type=Path, required=True, metavar='DIR', help='folder to draw the images into')
-    add('--score', type=float, metavar='S', help='lowest score that is printed and drawn (SHOW_SCORE)')
+    add('--score', type=float, metavar='S', help='minimum score of what is printed and drawn (SHOW_SCORE)')
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
         predictor = load_predictor(args, load_config, build_detector, first_label=1)

@@ -1,5 +1,6 @@
 """Images of any size, feature maps, and the head."""
 
+import re
 from math import ceil
 
 import pytest
@@ -22,6 +23,7 @@ def test_images_of_any_size(version, size):
     model = fill_(MSGTransformer(**SMALL, **version)).eval()
     batch = images_of(*size)
     features, maps = model.forward_intermediates(batch)
+    assert MSGTransformer(**SMALL, **version, img_size=size).pool_size == features.shape[1:3]
     for i, x in enumerate(maps):
         assert x.shape == (1, 16 * 2**i, *(ceil(side / (4 * 2**i)) for side in size))
         assert x.isfinite().all()
@@ -64,7 +66,7 @@ def test_a_network_built_for_another_size_or_for_none_computes_the_same():
 
 
 @torch.no_grad()
-def test_pixels_beyond_the_image_are_as_good_as_none():
+def test_padding_to_whole_patches_changes_nothing():
     """Whole patches of padding at the border change nothing but the windows they add."""
     model = fill_(MSGTransformer(**SMALL)).eval()
     batch = images_of(61, 90)
@@ -107,8 +109,15 @@ def test_feature_maps_follow_timms_conventions(arguments, stages):
 
 @pytest.mark.parametrize('indices', [0, 5, -1, (4,), (-5,), ()])
 def test_stages_that_do_not_exist_are_refused(indices):
-    with pytest.raises(ValueError, match='the network has 4 stages, 0 to 3'):
+    with pytest.raises(ValueError, match=re.escape(f'indices is {indices!r}: the network has 4 stages, 0 to 3')):
         MSGTransformer(**SMALL).forward_intermediates(images_of(32, 32), indices)
+
+
+def test_flops_need_a_size():
+    model = MSGTransformer(**SMALL, img_size=None)
+    with pytest.raises(ValueError, match='built for no size in particular: give img_size'):
+        model.flops()
+    assert model.flops((224, 224)) == MSGTransformer(**SMALL).flops()
 
 
 def test_an_unknown_format_is_refused():

@@ -37,15 +37,17 @@ def test_parameters_flops_and_state_dict_are_exact(version, size):
 def test_logits_and_the_tokens_of_every_stage(version, size):
     record = GOLDEN[version, size]
     model, batch = golden_network(version, size).eval(), images(2, record['size'])
-    features, _ = model.forward_intermediates(batch)
+    features, maps = model.forward_intermediates(batch)
     for logits in (model(batch), model.forward_head(features)):  # the last block's MSG tokens alone, and every token
         assert_close(logits[:, :10], record['logits'])
         assert_close([logits.mean(), logits.std()], [record['logits_mean'], record['logits_std']])
 
     patches, msg = model.embed(batch)
     stages = list(model.layers)
-    for stage, following, recorded in zip(stages, [*stages[1:], stages[-1]], record['stages'], strict=True):
+    followings = [*stages[1:], stages[-1]]
+    for stage, following, feature_map, recorded in zip(stages, followings, maps, record['stages'], strict=True):
         patches, msg = stage(patches, msg)
+        assert torch.equal(feature_map.permute(0, 2, 3, 1), patches)
         if stage is not following:
             patches, msg = stage.merge(patches, msg)
         block = following.blocks[0]

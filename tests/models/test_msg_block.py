@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.msg_block import MSGBlock, WindowAttention
-from models.windows import join_windows, shuffle_msg_tokens, split_windows, window_padding
+from models.windows import WindowPadding, join_windows, shuffle_msg_tokens, split_windows, window_padding
 from tests.helpers import numpy_block
 from tests.helpers.golden import fill_, normal
 
@@ -48,7 +48,7 @@ def test_attention_dropout_acts_in_training_only():
         torch.testing.assert_close(attention(x), attention(x))
 
 
-def test_dropout_and_drop_path_act_at_every_place():
+def test_dropout_and_drop_path_act_everywhere():
     block, x = small_block(drop=0.25, attn_drop=0.5, drop_path=0.75)
     block.train()
     calls = []
@@ -110,12 +110,25 @@ def test_padding_is_added_after_the_first_norm_and_removed_before_the_mlp():
     torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_padding_holds_changes_nothing():
+def test_content_of_padding_is_ignored():
     block = fill_(MSGBlock(16, 7, 2, 2)).eval()
     x = join_windows(normal('patches', (1, 10, 15, 16)), normal('msg', (1, 2, 3, 16)), 7)
     padding = window_padding((10, 15), 7, x.device)
     other = torch.where(padding.is_padding, torch.full_like(x, 9.0), x)
     torch.testing.assert_close(padding.remove(block(other, padding)), padding.remove(block(x, padding)))
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+def test_padding_of_no_token_changes_no_bit(rate):
+    block = fill_(MSGBlock(dim=8, window_size=3, region_size=2, num_heads=2, drop_path=rate)).train()
+    x = normal('windows', (2, 2, 2, 10, 8))
+    is_padding = torch.zeros(2, 2, 10, 1, dtype=torch.bool)
+    outputs = []
+    for padding in (None, WindowPadding(is_padding, torch.arange(40))):
+        torch.manual_seed(5)
+        outputs.append(block(x, padding))
+    assert torch.equal(*outputs)
+    assert window_padding((6, 6), 3, x.device) is None
 
 
 def test_position_bias_is_one_lookup_of_both_tables():
@@ -131,7 +144,7 @@ def test_position_bias_is_one_lookup_of_both_tables():
 
 @pytest.mark.parametrize('parameter', ['relative_position_bias_table', 'rel_pos_msg'])
 @pytest.mark.parametrize('change', ['step', 'load', 'assign', 'data', 'swap'])
-def test_attention_follows_its_parameters_however_they_change(change, parameter):
+def test_attention_uses_the_current_parameters(change, parameter):
     attention = fill_(WindowAttention(16, 3, 4)).eval()
     x = torch.randn(6, 10, 16)
     with torch.inference_mode():
@@ -157,7 +170,7 @@ def test_attention_follows_its_parameters_however_they_change(change, parameter)
     assert not torch.allclose(after, before)
 
 
-def test_a_block_goes_through_function_transforms_and_pickling():
+def test_block_supports_torch_func_and_pickling():
     block, x = small_block()
     block.eval()
     parameters = dict(block.named_parameters())

@@ -78,7 +78,7 @@ def test_checkpointing_runs_every_block_again_in_the_backward_pass(use_checkpoin
     assert len(calls) == (8 if use_checkpoint else 4)
 
 
-def test_build_model_hands_on_every_key(tiny_config, monkeypatch):
+def test_build_model_uses_every_key(tiny_config, monkeypatch):
     keys = 'PATCH_SIZE 1 IN_CHANS 2 EMBED_DIM 15 DEPTHS (4,) NUM_HEADS (5,) WINDOW_SIZE 6 MLP_RATIO 7.0 '
     keys += 'QKV_BIAS False QK_SCALE 8.0 APE True PATCH_NORM False SHUF_SIZE (9,) '
     keys += 'MANIP_TYPE none EMBED_TYPE overlap MERGE_TYPE overlap'

@@ -62,6 +62,11 @@ def test_channels_that_do_not_divide_are_refused_with_a_width_that_does():
     MSGTransformer(embed_dim=24, num_heads=(1, 1, 1, 1), manip_type='none')  # no shuffle, no chunks
 
 
+def test_a_stage_without_blocks_is_refused():
+    with pytest.raises(ValueError, match=r'depths \[2, 0, 6, 2\] has a stage without blocks'):
+        MSGTransformer(depths=(2, 0, 6, 2))
+
+
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match='write one entry per stage'):
         MSGTransformer(depths=(2, 2, 6))

@@ -1,5 +1,6 @@
 import pytest
 
+from engine.config_tree import ConfigError
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT
 from tools.complexity import complexity, detector_complexity
@@ -34,6 +35,17 @@ def test_published_counts_of_detectors(name, parameters, published):
         assert counted.parameters == pytest.approx(parameters, abs=0.005e6)
     assert counted.formula is None
     assert counted.measured == pytest.approx(published, rel=1e-3)
+
+
+def test_configs_that_inherit_their_type_from_a_base_are_counted(tmp_path):
+    for base, name in (('msg_tiny_p4_win7_224', 'classifier'), ('../detection/configs/digits', 'detector')):
+        path = tmp_path / f'{name}.yaml'
+        path.write_text(f'BASE: [{ROOT}/configs/{base}.yaml]\nMODEL: {{NAME: {name}}}\n')
+        counted = complexity(path)
+        assert (counted.name, counted.formula is None) == (name, name == 'detector')
+    path.write_text('MODEL: {TYPE: cascade_rcnn, NUM_CLASES: 3}\n')
+    with pytest.raises(ConfigError, match='did you mean MODEL.NUM_CLASSES'):
+        complexity(path)
 
 
 def test_multiply_adds_per_roi():

@@ -28,7 +28,7 @@ def test_weights_survive_conversion_to_safetensors_and_back(tmp_path, tiny_confi
             assert all(torch.equal(value, expected[name]) for name, value in loaded['model'].items())
     evaluation = tiny_config(DATA__DATA_PATH=str(image_tree), EVAL_MODE='True', MODEL__RESUME=str(out))
     program.main(evaluation)  # a .safetensors file is a checkpoint
-    assert f'loading {out}' in capsys.readouterr().out
+    assert f'weights of {out}' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@ import cv2
 import pytest
 import torch
 
-from data.images import find_images
-from engine.inference import Predictor, choose_images
+from data.images import choose_images, find_images
+from engine.inference import Predictor
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY

@@ -113,7 +113,7 @@ def check(name: str, setting: Setting, device: torch.device) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(f'{label}: {" ".join(str(error).split())}') from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ConfigError(f'{label}: its output is no logits (batch, classes)')
+        raise ConfigError(f'{label}: its output is not a (batch, classes) tensor of logits')
 
 
 def measure(args: argparse.Namespace, settings: Sequence[Setting], device: torch.device) -> None:

@@ -105,7 +105,7 @@ class BenchmarkCase:
         network: a classifier of images (B, channels, size, size) whose first layer is a convolution; moved to the
             device.
         setting: how it is run.
-        device: where.
+        device: device to run on.
     """
 
     def __init__(self, network: nn.Module, setting: Setting, device: torch.device):

@@ -31,9 +31,9 @@ class Result(NamedTuple):
         setting: how it was run.
         times: seconds per run, in each round.
         peer_times: the peer's under the same setting, in the same rounds; None without a peer.
-        matmul_times: of a plain matmul of as many multiply-adds, in the same rounds.
+        matmul_times: seconds of a plain matmul of as many multiply-adds, in the same rounds.
         memory: peak bytes.
-        multiply_adds: of a run, over the real operators.
+        multiply_adds: multiply-adds of a run, counted over the real operators.
     """
 
     network: str
@@ -76,17 +76,17 @@ class MatmulReference:
     """One plain matmul: how fast a device multiplies and adds.
 
     Args:
-        precision: of the matrices.
-        device: where.
+        precision: precision of the matrices.
+        device: device to run on.
         multiply_adds: approximate number; the attribute has the exact one.
     """
 
     def __init__(self, precision: str, device: torch.device, multiply_adds: int):
-        side = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
-        rows = max(1, round(multiply_adds / side**2))
-        self.precision, self.multiply_adds = precision, rows * side**2
-        self.left = torch.randn(rows, side, device=device, dtype=PRECISIONS[precision])
-        self.right = torch.randn(side, side, device=device, dtype=PRECISIONS[precision])
+        size = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
+        rows = max(1, round(multiply_adds / size**2))
+        self.precision, self.multiply_adds = precision, rows * size**2
+        self.left = torch.randn(rows, size, device=device, dtype=PRECISIONS[precision])
+        self.right = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
 
     def __call__(self) -> Tensor:
         """Multiply once."""
@@ -100,10 +100,10 @@ def compare(
     """Measure all networks, interleaved, under settings that differ in `compile_mode` only; then under the next ones.
 
     Args:
-        names: of the networks; the last one is the peer.
+        names: networks to compare; the last one is the peer.
         settings: how to run them.
         rounds: how often each is timed.
-        device: where.
+        device: device to run on.
 
     Yields:
         The results of settings that were measured together.
@@ -154,11 +154,11 @@ def find_fastest(
     """Find the fastest way to run inference of a network.
 
     Args:
-        name: of the network, as for `build_network`.
+        name: the network, as for `build_network`.
         setting: batch and size.
         max_error: largest norm of the difference from fp32 logits, relative to their norm.
         rounds: how often each variant is timed.
-        device: where.
+        device: device to run on.
 
     Returns:
         The fastest variant within the error, if any, and all variants, fastest first.

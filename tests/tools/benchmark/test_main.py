@@ -88,7 +88,7 @@ def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
     ('flags', 'message'),
     [
         (['swin_giant'], "error: no network 'swin_giant': give a config file"),
-        ([str(TINY), '--sizes', '28', '1'], 'error: MODEL.MSG: image size 1 x 1 is smaller'),
+        ([str(TINY), '--sizes', '28', '1'], 'error: DATA.IMG_SIZE is 1: write at least'),
         ([str(TINY), '--modes', 'train', '--compile', 'freezing', '--sizes', '28'], 'error: nothing can be run here'),
         ([str(TINY), str(TINY), '--sizes', '28'], 'error: two of the networks have the same name'),
         ([str(TINY), '--rounds', '0'], 'argument --rounds: 0 is not a positive integer'),
@@ -101,7 +101,7 @@ def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
         ),
         (
             ['torchvision:googlenet', '--modes', 'train', '--sizes', '64'],
-            'px): its output is no logits (batch, classes)',
+            'px): its output is not a (batch, classes) tensor of logits',
         ),
         (['torchvision:resnet18', '--modes', 'train', '--sizes', '32', '--batches', '1'], 'Expected more than 1 value'),
         ([str(TINY), '--sizes', '28', '--output', '/proc/new'], 'error: output folder /proc: '),
