@@ -148,8 +148,8 @@ def shared_keys() -> KeyGroup:
         False, 'Recompute blocks in the backward pass: less memory, more time', flag='--use-checkpoint'
     )
     c.TRAIN.RECOMPUTE_MLP = Key(
-        True,
-        'Recompute GELU alone in the backward pass: a fifth less memory for little time (docs/performance.md)',
+        False,
+        'Recompute GELU alone in the backward pass: less memory, more time (docs/performance.md)',
         harmless=True,
     )
 

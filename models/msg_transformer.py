@@ -57,7 +57,7 @@ class MSGTransformer(nn.Module):
         embed_type: 'patch' (v1) or 'overlap' (v2).
         merge_type: 'patch' (v1) or 'overlap' (v2).
         use_checkpoint: recompute blocks in the backward pass: less memory, more time.
-        recompute_mlp: recompute GELU alone in the backward pass: less memory for little time.
+        recompute_mlp: recompute GELU alone in the backward pass: less memory, more time.
         global_pool: 'avg' averages the MSG tokens before the head, '' leaves them.
 
     Raises:

@@ -86,7 +86,7 @@ def test_build_model_uses_every_key(tiny_config, monkeypatch):
     options = {f'MODEL__MSG__{key}': value for key, value in zip(words[::2], words[1::2], strict=True)}
     options |= {'MODEL__DROP_RATE': '.1', 'MODEL__ATTN_DROP_RATE': '.2', 'MODEL__DROP_PATH_RATE': '.3'}
     options |= {'MODEL__NUM_CLASSES': '10', 'DATA__IMG_SIZE': '11', 'TRAIN__USE_CHECKPOINT': 'True'}
-    options |= {'TRAIN__RECOMPUTE_MLP': 'False'}
+    options |= {'TRAIN__RECOMPUTE_MLP': 'True'}
     monkeypatch.setattr('models.build.MSGTransformer', lambda **arguments: arguments)
     assert build_model(tiny_config(**options)) == {
         'img_size': 11,
@@ -110,7 +110,7 @@ def test_build_model_uses_every_key(tiny_config, monkeypatch):
         'embed_type': 'overlap',
         'merge_type': 'overlap',
         'use_checkpoint': True,
-        'recompute_mlp': False,
+        'recompute_mlp': True,
     }
 
 
