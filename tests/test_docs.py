@@ -93,7 +93,7 @@ def check_command(command, monkeypatch):
     elif program in ('bash', 'source'):
         assert arguments[0] == '.venv/bin/activate' or (ROOT / arguments[0]).exists()
     else:
-        assert program in ('echo', 'mkdir', 'tensorboard'), f'unknown program {program}'
+        assert program in ('echo', 'export', 'mkdir', 'tensorboard'), f'unknown program {program}'
 
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=relative)
