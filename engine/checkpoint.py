@@ -1,6 +1,8 @@
 """Checkpoints that survive: written atomically, verified when read, and read without running any code in them."""
 
+import argparse
 import collections
+import contextlib
 import json
 import logging
 import pickle
@@ -66,8 +68,12 @@ def _system_message(error: BaseException) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
-    Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping. `.safetensors` files, as
-    written by `tools.convert_checkpoint`, hold the weights, `config` and `classes`.
+    Besides this project's files, plain state dicts and timm's checkpoints are read, `.pth` or `.safetensors`; names are
+    freed from the prefixes of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is
+    read as a plain mapping.
+
+    Returns:
+        The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, and whatever else there is.
 
     Raises:
         CheckpointError: there is no such file, it is not a checkpoint, it is damaged, or it holds more than data.
@@ -86,10 +92,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError):  # PyTorch's message says how to run the file's code
             reason = 'it is not a PyTorch file, or holds more than data'
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {reason}') from error
-    weights = checkpoint.get('model') if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f'{path} is not a checkpoint of this project: it has no entry "model" with weights')
-    return checkpoint
+    weights, ema_weights, entries = _split_weights(checkpoint)
+    if weights is None:
+        raise CheckpointError(
+            f'{path} is not a checkpoint of this project: it has no entry "model" with weights, and is no state dict'
+        )
+    entries['model'] = _clean_names(weights)
+    if ema_weights is not None:
+        entries['model_ema'] = _clean_names(ema_weights)
+    return entries
 
 
 def _load_pth(path: Path) -> Any:
@@ -98,14 +109,79 @@ def _load_pth(path: Path) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f'{path} is damaged: the checksum of {damaged} is wrong')
-    with torch.serialization.safe_globals([(collections.OrderedDict, 'yacs.config.CfgNode')]):
+    # timm saves its command line
+    allowed = [(collections.OrderedDict, 'yacs.config.CfgNode'), argparse.Namespace]
+    with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, 'pt') as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return {'model': weights} | {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        entries = {}
+        for key, text in (file.metadata() or {}).items():
+            with contextlib.suppress(ValueError):  # other programs write plain text, such as `format: pt`
+                entries[key] = json.loads(text)
+    return entries | ({'model': weights} if weights else {})
+
+
+# Entries with weights and with EMA weights: ours and Swin's, then timm's.
+_WEIGHTS, _EMA_WEIGHTS = ('model', 'state_dict'), ('model_ema', 'state_dict_ema')
+
+
+def _split_weights(checkpoint: Any) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, dict[str, Any]]:
+    """Weights, EMA weights and the other entries of a file; EMA weights stand in for weights that are missing."""
+    if not isinstance(checkpoint, dict):
+        return None, None, {}
+    if checkpoint and _is_state_dict(checkpoint):
+        return checkpoint, None, {}
+    weights, ema_weights = (
+        next((checkpoint[key] for key in keys if _is_state_dict(checkpoint.get(key))), None)
+        for keys in (_WEIGHTS, _EMA_WEIGHTS)
+    )
+    entries = {key: value for key, value in checkpoint.items() if key not in _WEIGHTS + _EMA_WEIGHTS}
+    return ema_weights if weights is None else weights, ema_weights, entries
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values())
+
+
+def _clean_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the prefixes that DDP and torch.compile give to all names."""
+    for prefix in ('module.', '_orig_mod.', 'module.'):  # either may wrap the other
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '') -> tuple[dict[str, Tensor], str]:
+    """Choose between a checkpoint's raw and EMA weights, for programs that only read them.
+
+    EMA weights are taken where there are some, unless the raw ones have a higher score: after few updates, the average
+    is mostly initial weights.
+
+    Args:
+        checkpoint: from `load_checkpoint`; its `scores`, if any, are the metrics in percent of `raw` and `ema` weights.
+        path: the checkpoint's path, for messages.
+        choice: `raw` or `ema`; empty chooses.
+
+    Returns:
+        The weights, and what they are, for the log.
+
+    Raises:
+        CheckpointError: EMA weights are asked for, but there are none.
+    """
+    if 'model_ema' not in checkpoint:
+        if choice == 'ema':
+            raise CheckpointError(f'{path} holds no EMA weights: leave out --ema, or train with TRAIN.EMA_DECAY')
+        return checkpoint['model'], 'the only weights'
+    scores = checkpoint.get('scores') or {}
+    raw, ema = scores.get('raw'), scores.get('ema')
+    is_scored = raw is not None and ema is not None
+    if choice == 'raw' or (not choice and is_scored and raw > ema):
+        return checkpoint['model'], 'raw weights' + (f' ({raw:.1f} against {ema:.1f} %)' if is_scored else '')
+    return checkpoint['model_ema'], 'EMA weights' + (f' ({ema:.1f} against {raw:.1f} %)' if is_scored else '')
 
 
 _NAME = re.compile(r'ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth')

@@ -1,5 +1,6 @@
 """Checkpoint files: durable, verified, safe to read."""
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -10,11 +11,19 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, load_weights, save_checkpoint
+from engine.checkpoint import (
+    CheckpointError,
+    CheckpointFolder,
+    choose_weights,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from tests.helpers.paths import ROOT
 
 
@@ -116,6 +125,92 @@ def test_checkpoints_in_the_format_before_pytorch_1_6(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match='old.pth is not a checkpoint that can be read safely'):
         load_checkpoint(path)
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_plain_state_dicts_are_weights(tmp_path, prefix, suffix):
+    weights = network().state_dict()
+    path = tmp_path / f'weights.{suffix}'
+    if suffix == 'pth':
+        torch.save(prefixed(weights, prefix), path)
+    else:
+        safetensors.torch.save_file(prefixed(weights, prefix), path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.keys() == {'model'}
+    other = network()
+    load_weights(other, checkpoint, path)
+    assert torch.equal(other['head'].weight, weights['head.weight'])
+
+
+def test_prefix_of_some_names_is_part_of_them(tmp_path):
+    torch.save({'module.a': torch.zeros(1), 'b': torch.zeros(1)}, tmp_path / 'a.pth')
+    assert load_checkpoint(tmp_path / 'a.pth')['model'].keys() == {'module.a', 'b'}
+
+
+@pytest.mark.parametrize(
+    ('weights_key', 'ema_key'),
+    [('state_dict', None), ('state_dict', 'state_dict_ema'), ('model', 'model_ema'), (None, 'model_ema')],
+)
+def test_timm_checkpoints(tmp_path, weights_key, ema_key):
+    raw, ema = network().state_dict(), network().state_dict()
+    state = {'epoch': 3, 'arch': 'msg_tiny', 'args': argparse.Namespace(lr=0.1), 'metric': 81.0}
+    state |= {weights_key: prefixed(raw, 'module.')} if weights_key else {}
+    state |= {ema_key: prefixed(ema, 'module.')} if ema_key else {'state_dict_ema': None}
+    torch.save(state, tmp_path / 'timm.pth')
+    checkpoint = load_checkpoint(tmp_path / 'timm.pth')
+    expected = {'model': raw if weights_key else ema} | ({'model_ema': ema} if ema_key else {})
+    assert checkpoint.keys() == {'epoch', 'arch', 'args', 'metric'} | expected.keys()
+    for entry, weights in expected.items():
+        assert checkpoint[entry].keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in checkpoint[entry].items())
+
+
+def test_text_in_the_metadata_of_safetensors_is_skipped(tmp_path):
+    metadata = {'format': 'pt', 'classes': '["a", "b"]', 'model': '"x"'}
+    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'a.safetensors', metadata)
+    assert load_checkpoint(tmp_path / 'a.safetensors') == {'model': {'x': torch.ones(1)}, 'classes': ['a', 'b']}
+
+
+def test_files_without_tensors_are_refused(tmp_path):
+    torch.save({}, tmp_path / 'a.pth')
+    torch.save({'state_dict': {'a': 1}}, tmp_path / 'b.pth')
+    safetensors.torch.save_file({}, tmp_path / 'c.safetensors', {'format': 'pt'})
+    for name in ('a.pth', 'b.pth', 'c.safetensors'):
+        with pytest.raises(CheckpointError, match=f'{name} is not a checkpoint of this project: .* is no state dict'):
+            load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ('scores', 'choice', 'expected'),
+    [
+        (None, '', 'EMA weights'),
+        ({'raw': 16.5}, '', 'EMA weights'),
+        ({'raw': 16.5, 'ema': 18.04}, '', 'EMA weights (18.0 against 16.5 %)'),
+        ({'raw': 16.5, 'ema': 16.5}, '', 'EMA weights (16.5 against 16.5 %)'),
+        ({'raw': 16.5, 'ema': 0.1}, '', 'raw weights (16.5 against 0.1 %)'),
+        ({'raw': 16.5, 'ema': 0.1}, 'ema', 'EMA weights (0.1 against 16.5 %)'),
+        ({'raw': 16.5, 'ema': 18.0}, 'raw', 'raw weights (16.5 against 18.0 %)'),
+        (None, 'raw', 'raw weights'),
+    ],
+)
+def test_better_of_raw_and_ema_weights_is_chosen(scores, choice, expected):
+    checkpoint = {'model': {'x': 'raw'}, 'model_ema': {'x': 'EMA'}} | ({'scores': scores} if scores else {})
+    weights, description = choose_weights(checkpoint, 'a.pth', choice)
+    assert description == expected
+    assert weights['x'] == expected.split()[0]
+
+
+def test_choice_without_ema_weights():
+    checkpoint = {'model': {'x': 'raw'}, 'scores': {'raw': 16.5}}
+    for choice in ('', 'raw'):
+        assert choose_weights(checkpoint, 'a.pth', choice) == (checkpoint['model'], 'the only weights')
+    with pytest.raises(CheckpointError, match='a.pth holds no EMA weights: leave out --ema, or train with TRAIN.EMA_'):
+        choose_weights(checkpoint, 'a.pth', 'ema')
 
 
 class Malicious:
