@@ -1,6 +1,7 @@
 """Inference with a trained network of any task: flags, loading."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import load_checkpoint, load_weights
+from engine.checkpoint import choose_weights, load_checkpoint, load_weights
 from engine.distributed import choose_device
 from utils import positive_int
 
@@ -31,8 +32,17 @@ def prediction_parser(description: str) -> argparse.ArgumentParser:
     add('--cfg', required=True, metavar='FILE', help='YAML config of the network')
     add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
     add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
+    add_weights_flags(parser)
     add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
     return parser
+
+
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--raw` and `--ema`, read as `weights`: the choice of `choose_weights`."""
+    group = parser.add_mutually_exclusive_group()
+    add = group.add_argument
+    add('--raw', dest='weights', action='store_const', const='raw', default='', help='take the raw weights')
+    add('--ema', dest='weights', action='store_const', const='ema', help='take the EMA weights (default: the better)')
 
 
 def load_predictor(
@@ -41,7 +51,7 @@ def load_predictor(
     build: Callable[[CfgNode], nn.Module],
     first_label: int,
 ) -> Predictor:
-    """Load the network that the command line names.
+    """Load the network that the command line names; say on stderr which of its weights.
 
     Args:
         args: from `prediction_parser`.
@@ -56,7 +66,9 @@ def load_predictor(
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
     model = build(config).to(device)
     checkpoint: dict[str, Any] = load_checkpoint(args.resume)
-    load_weights(model, checkpoint, args.resume)
+    weights, description = choose_weights(checkpoint, args.resume, args.weights)
+    load_weights(model, {'model': weights}, args.resume)
+    print(f'{args.resume}: {description}', file=sys.stderr)
     numbers = range(first_label, first_label + config.MODEL.NUM_CLASSES)
     class_names = checkpoint.get('classes') or [str(number) for number in numbers]
     return Predictor(config, model.eval(), class_names, device)

@@ -4,44 +4,44 @@
     python -m tools.convert_checkpoint msg_tiny.safetensors msg_tiny.pth
 
 The config and the class names are kept. What only training needs is dropped, so the result is for --eval, --pretrained
-and the tools, but no run can be resumed from it. Both formats are accepted wherever a checkpoint is.
+and the tools, but no run can be resumed from it. The EMA weights are taken where there are some, unless the raw ones
+score higher; --raw and --ema choose. Both formats are accepted wherever a checkpoint is.
 """
 
 import argparse
 from pathlib import Path
 
-from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_safetensors
+from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint, save_safetensors
+from engine.inference import add_weights_flags
 from utils import exit_on_user_error
 
 
-def convert(source: Path, target: Path, ema: bool = False) -> int:
+def convert(source: Path, target: Path, choice: str = '') -> tuple[int, str]:
     """Write a checkpoint's weights in another format.
 
     Args:
         source: a .pth or .safetensors checkpoint.
         target: the file to write; its suffix, .pth or .safetensors, chooses the format.
-        ema: take the EMA weights.
+        choice: `raw` or `ema`; empty chooses, as `choose_weights` does.
 
     Returns:
-        How many tensors were written.
+        How many tensors were written, and which weights they are.
 
     Raises:
         CheckpointError: the source cannot be read or has no EMA weights, or the target cannot be written.
     """
     if target.suffix not in ('.pth', '.safetensors'):
         raise CheckpointError(f'{target} has an unknown suffix: write .pth or .safetensors')
+    checkpoint = load_checkpoint(source)
     if target.exists() and target.samefile(source):
         raise CheckpointError(f'{target} is the source, whose training state would be lost: write another name')
-    checkpoint = load_checkpoint(source)
-    if ema and 'model_ema' not in checkpoint:
-        raise CheckpointError(f'{source} holds no EMA weights: it was trained with TRAIN.EMA_DECAY 0')
-    weights = checkpoint['model_ema' if ema else 'model']
+    weights, description = choose_weights(checkpoint, source, choice)
     metadata = {name: checkpoint[name] for name in ('config', 'classes') if name in checkpoint}
     if target.suffix == '.safetensors':
         save_safetensors(target, weights, **metadata)
     else:
         save_checkpoint(target, {'model': weights} | metadata)
-    return len(weights)
+    return len(weights), description
 
 
 def main() -> None:
@@ -50,11 +50,11 @@ def main() -> None:
     add = parser.add_argument
     add('source', type=Path, metavar='SOURCE', help='checkpoint to read, .pth or .safetensors')
     add('target', type=Path, metavar='TARGET', help='checkpoint to write, .pth or .safetensors')
-    add('--ema', action='store_true', help='take the EMA weights')
+    add_weights_flags(parser)
     args = parser.parse_args()
     with exit_on_user_error():
-        count = convert(args.source, args.target, args.ema)
-    print(f'{args.target}: {count} tensors')
+        count, description = convert(args.source, args.target, args.weights)
+    print(f'{args.target}: {count} tensors, {description}')
 
 
 if __name__ == '__main__':

@@ -2,8 +2,9 @@ import cv2
 import pytest
 import torch
 
+from config import load_config
 from data.images import choose_images, find_images
-from engine.inference import Predictor
+from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY
@@ -50,3 +51,18 @@ def test_predict_prints_and_draws(tiny_config, image_tree, tmp_path):
     assert all(line.split('\t')[1] in names for line in lines[:6])
     assert lines[6].endswith('of 6 right')
     assert (tmp_path / 'sheet.png').exists()
+
+
+def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, capsys):
+    raw, ema = build_model(tiny_config()), build_model(tiny_config())
+    path = str(tmp_path / 'w.pth')
+    scores = {'raw': 16.5, 'ema': 18.0}
+    torch.save({'model': raw.state_dict(), 'model_ema': ema.state_dict(), 'scores': scores}, path)
+    for flags, expected in (([], ema), (['--ema'], ema), (['--raw'], raw)):
+        args = prediction_parser('').parse_intermixed_args(['x', '--cfg', str(TINY), '--resume', path, *flags])
+        model = load_predictor(args, load_config, build_model, first_label=0).model
+        assert torch.equal(model.head.weight.cpu(), expected.head.weight)
+        name, first, second = ('EMA', 18.0, 16.5) if expected is ema else ('raw', 16.5, 18.0)
+        assert capsys.readouterr().err == f'{path}: {name} weights ({first} against {second} %)\n'
+    with pytest.raises(SystemExit):
+        prediction_parser('').parse_intermixed_args(['x', '--cfg', 'c', '--resume', path, '--raw', '--ema'])
