@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from data.image_folder import open_folder
+from data.image_folder import ClassFolders, list_classes
 from data.images import DataError
 from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
@@ -38,11 +37,6 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
         )
     dataset = _open_split(config, 'train', build_transform(config, is_train=True))
     eval_loader = build_eval_loader(config, rank, world_size)
-    if different := set(dataset.classes) ^ set(eval_loader.dataset.classes):
-        raise DataError(
-            f'train/ and val/ in {config.DATA.DATA_PATH} have different class folders: '
-            f'{", ".join(sorted(different)[:3])} is in one of them only'
-        )
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler), eval_loader
 
@@ -57,20 +51,39 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), config.DATA.BATCH_SIZE)
 
 
-def _open_split(config: CfgNode, split: str, transform: Callable) -> ImageFolder:
-    """Open `train` or `val`, which must have as many classes as the network."""
+def _open_split(config: CfgNode, split: str, transform: Callable) -> ClassFolders:
+    """Open `train` or `val`, which must have the classes of the other, if there is one, and as many as the network."""
     if not config.DATA.DATA_PATH:
         raise DataError('no data: give --data-path the folder that holds train/<class>/ and val/<class>/')
     if config.DATA.DATASET != 'imagenet':
         raise DataError(f'DATA.DATASET is {config.DATA.DATASET!r}: write imagenet')
-    root = Path(config.DATA.DATA_PATH) / split
-    dataset = open_folder(root, transform, image_mode(config))
+    folder = Path(config.DATA.DATA_PATH)
+    _compare_classes(folder)
+    root = folder / split
+    dataset = ClassFolders(root, transform, image_mode(config))
     if len(dataset.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
             f'{root} has {len(dataset.classes)} class folders, but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}: '
             f'write --opts MODEL.NUM_CLASSES {len(dataset.classes)}, or give another --data-path'
         )
     return dataset
+
+
+def _compare_classes(folder: Path) -> None:
+    """Check that `train` and `val`, if there are both, have the same classes."""
+    train, val = (set(list_classes(folder / split)) for split in ('train', 'val'))
+    if not train or not val:
+        return
+    texts = []
+    for split, missing in (('val', sorted(train - val)), ('train', sorted(val - train))):
+        if missing:
+            more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+            texts.append(f'{split}/ has no {", ".join(missing[:3])}{more}')
+    if texts:
+        raise DataError(
+            f'train/ and val/ in {folder} have different class folders: {", ".join(texts)}: '
+            f'add what is missing, or remove it from the other'
+        )
 
 
 def build_train_loader(

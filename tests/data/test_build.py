@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -42,10 +43,25 @@ def test_wrong_number_of_classes_is_reported(tiny_config, image_tree):
         build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), MODEL__NUM_CLASSES='10'))
 
 
-def test_splits_with_different_classes_are_reported(tiny_config, image_tree):
+@pytest.mark.parametrize('build', [build_loaders, build_eval_loader])
+@pytest.mark.parametrize('num_classes', ['2', '3'])
+def test_splits_with_different_classes_are_reported(tiny_config, image_tree, build, num_classes):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), MODEL__NUM_CLASSES=num_classes)
     (image_tree / 'val' / 'class_2').rename(image_tree / 'val' / 'class_3')
-    with pytest.raises(DataError, match='different class folders: class_2, class_3'):
-        build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree)))
+    with pytest.raises(DataError, match='different class folders: val/ has no class_2, train/ has no class_3: add'):
+        build(config)
+    shutil.rmtree(image_tree / 'val' / 'class_3')
+    with pytest.raises(DataError, match='different class folders: val/ has no class_2: add what is missing'):
+        build(config)
+
+
+def test_evaluation_needs_no_training_images(tiny_config, image_tree):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree))
+    for folder in (image_tree / 'train').iterdir():
+        shutil.rmtree(folder)
+    assert len(build_eval_loader(config).dataset) == 12
+    (image_tree / 'train').rmdir()
+    assert len(build_eval_loader(config).dataset) == 12
 
 
 def test_impossible_batch_sizes_are_reported(tiny_config, image_tree):
