@@ -2,11 +2,13 @@
 
 import os
 import random
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets.folder import is_image_file
 
 from utils import UserError
@@ -33,7 +35,7 @@ def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Im
     Args:
         path: the file.
         mode: PIL mode: RGB, or L for one grey channel.
-        upright: rotate as EXIF says. Datasets are read as stored, as is usual.
+        upright: turn as EXIF says. Classification data are read as stored, as published.
 
     Raises:
         DataError: the file is not an image, is truncated, or is too large to be safe.
@@ -47,9 +49,40 @@ def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Im
     except Image.DecompressionBombError as error:
         raise DataError(f'image {path} is too large ({error}): scale it down or remove it') from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f'image {path} cannot be read ({" ".join(str(error).split())}): replace or remove it'
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+class ImageHeader(NamedTuple):
+    """Stored width and height of an image, and its EXIF orientation: 1 is upright, 5 to 8 swap the sides."""
+
+    size: tuple[int, int]
+    orientation: int
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height of the image as EXIF turns it."""
+        return self.size[::-1] if self.orientation in range(5, 9) else self.size
+
+
+def read_header(path: str | Path) -> ImageHeader:
+    """Read an image's header, without its pixels.
+
+    Raises:
+        DataError: the file is not an image.
+    """
+    try:
+        with Image.open(path) as file:
+            exif = Image.Image.getexif(file)  # PNG's own would decode the image first
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
+            header = ImageHeader(file.size, orientation if orientation in range(1, 9) else 1)
+            # PIL opens a TIFF file with its upright size.
+            return header._replace(size=header.upright_size) if file.format == 'TIFF' else header
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> DataError:
+    return DataError(f'image {path} cannot be read ({" ".join(str(error).split())}): replace or remove it')
 
 
 def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
@@ -73,17 +106,57 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise DataError(f'{path} does not exist: give image files or folders')
-        images += _images_below(path) if path.is_dir() else [path]
+        images += [x for x in _files_below(path) if is_image_file(x.name)] if path.is_dir() else [path]
     if not images:
         raise DataError(f'no images in {", ".join(map(str, paths))}')
     return images
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
+    """The files below a folder, in linked folders too, but for hidden ones."""
     # Path.rglob follows no links before Python 3.13
     files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = sorted(path for path in files if is_image_file(path.name))
-    return [path for path in images if not any(part.startswith('.') for part in path.relative_to(folder).parts)]
+    return sorted(x for x in files if not any(part.startswith('.') for part in x.relative_to(folder).parts))
+
+
+def report_other_files(paths: Iterable[Path]) -> None:
+    """Say on stderr how many files below these folders are no images, by their names."""
+    files = (file for path in paths if path.is_dir() for file in _files_below(path))
+    if count := sum(not is_image_file(file.name) for file in files):
+        print(f'{count} file(s) of other kinds left out', file=sys.stderr)
+
+
+class ReadableImages:
+    """Iterates over the files and upright images that can be read; the others are reported on stderr.
+
+    Args:
+        paths: image files.
+        mode: PIL mode of the images.
+    """
+
+    def __init__(self, paths: Sequence[Path], mode: str = 'RGB'):
+        self.paths, self.mode = paths, mode
+        self.unreadable = 0
+
+    def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
+        self.unreadable = 0
+        for path in self.paths:
+            try:
+                image = load_image(path, self.mode, upright=True)
+            except DataError as error:
+                print(f'error: {error}', file=sys.stderr)
+                self.unreadable += 1
+            else:
+                yield path, image
+
+    def check(self) -> None:
+        """To be called at the end.
+
+        Raises:
+            DataError: images could not be read.
+        """
+        if self.unreadable:
+            raise DataError(f'{self.unreadable} of {len(self.paths)} images cannot be read: see above')
 
 
 def choose_images(paths: list[Path], limit: int | None) -> list[Path]:

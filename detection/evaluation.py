@@ -3,17 +3,18 @@
 import contextlib
 import io
 import json
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from detection.data.annotations import read_annotations
 from detection.data.coco import CocoDataset, Target
+from detection.models.masks import BoxMasks
 from engine.distributed import gather_on_main_process, on_main_process
 from utils import atomic_write, report_write_errors
 
@@ -21,9 +22,12 @@ from utils import atomic_write, report_write_errors
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}
 _METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 
+# Images whose masks wait to be encoded, or are being encoded, while the network goes on.
+_MAX_PENDING = 2
+
 
 class CocoEvaluation:
-    """Gathers detections from all processes and evaluates them.
+    """Gathers detections from all processes and evaluates them; a background thread encodes masks.
 
     Args:
         dataset: the images, with everything COCO's file says about them.
@@ -34,26 +38,33 @@ class CocoEvaluation:
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
         self.metrics: dict[str, float] = {}
+        self._encoder = ThreadPoolExecutor(1)
+        self._pending: deque[Future] = deque()
 
-    def update(self, targets: list[Target], detections: list[dict[str, Tensor]]) -> None:
+    def update(self, targets: list[Target], detections: list[dict[str, Tensor | BoxMasks]]) -> None:
         """Add a batch.
 
         Args:
             targets: with `image_id`.
             detections: a dict per image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1,
-                `scores` (n,), and `masks` (n, 1, H, W), with objects above 0.5.
+                `scores` (n,), and `masks` as `BoxMasks`.
         """
         for target, x in zip(targets, detections, strict=True):
-            self.detections[target['image_id']] = self._to_coco(target['image_id'], x)
+            self._wait(_MAX_PENDING - 1)
+            on_cpu = {key: value.cpu() for key, value in x.items()}
+            self._pending.append(self._encoder.submit(self._add, target['image_id'], on_cpu))
 
-    def _to_coco(self, image_id: Any, detections: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """An image's detections in COCO's result format."""
-        masks = (detections['masks'][:, 0] > 0.5).cpu().numpy().astype(np.uint8)  # (n, H, W)
-        rles = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0)))
-        boxes = detections['boxes'].double().cpu()
+    def _wait(self, pending: int) -> None:
+        """Wait until at most so many images are pending; an encoder's error is raised here."""
+        while len(self._pending) > pending:
+            self._pending.popleft().result()
+
+    def _add(self, image_id: Any, detections: dict[str, Tensor | BoxMasks]) -> None:
+        """Add an image's detections in COCO's result format."""
+        boxes = detections['boxes'].double()
         boxes[:, 2:] -= boxes[:, :2]
-        columns = boxes.tolist(), detections['labels'].tolist(), detections['scores'].tolist(), rles
-        return [
+        columns = boxes.tolist(), detections['labels'].tolist(), detections['scores'].tolist()
+        self.detections[image_id] = [
             {
                 'image_id': image_id,
                 'category_id': self.category_ids[label - 1],
@@ -61,7 +72,7 @@ class CocoEvaluation:
                 'score': score,
                 'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode()},
             }
-            for box, label, score, rle in zip(*columns, strict=True)
+            for box, label, score, rle in zip(*columns, detections['masks'].rle(), strict=True)
         ]
 
     def finish(self) -> dict[str, float]:
@@ -71,6 +82,8 @@ class CocoEvaluation:
             `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, and the same for `mask_`, in percent, in
             every process; NaN where the data have no such objects.
         """
+        self._wait(0)
+        self._encoder.shutdown()
         gathered = gather_on_main_process(self.detections)
         if gathered is not None:
             self.detections = {image_id: x for detections in gathered for image_id, x in detections.items()}

@@ -32,6 +32,16 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def seconds_per_call(function: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Mean seconds of calls on a device."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
 def time_interleaved(
     callables: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device, min_seconds: float = 0.05
 ) -> dict[Name, list[float]]:
@@ -46,25 +56,26 @@ def time_interleaved(
     Returns:
         By name, seconds per call in each round.
     """
-
-    def seconds(function: Callable[[], object], repeats: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        synchronize(device)
-        return (time.perf_counter() - start) / repeats
-
-    repeats = {name: max(1, round(min_seconds / seconds(function, 1))) for name, function in callables.items()}
+    repeats = {
+        name: max(1, round(min_seconds / seconds_per_call(function, device))) for name, function in callables.items()
+    }
     times: dict[Name, list[float]] = {name: [] for name in callables}
     names = list(callables)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(callables[name], repeats[name]))
+            times[name].append(seconds_per_call(callables[name], device, repeats[name]))
     return times
 
 
-def time_callable(function: Callable[[], object], device: torch.device) -> Quartiles:
-    """Seconds per call over ten rounds of half a second, or of one call that takes longer."""
-    return Quartiles.from_values(time_interleaved({'': function}, 10, device, min_seconds=0.5)[''])
+def time_callable(function: Callable[[], object], device: torch.device, max_seconds: float = 60) -> Quartiles:
+    """Seconds per call over ten rounds of half a second, or of one call that takes longer.
+
+    Args:
+        function: called before.
+        device: that it runs on.
+        max_seconds: fewer rounds, but at least three, where ten would take longer.
+    """
+    seconds = seconds_per_call(function, device)
+    rounds, repeats = min(10, max(3, int(max_seconds / seconds))), max(1, round(0.5 / seconds))
+    return Quartiles.from_values([seconds_per_call(function, device, repeats) for _ in range(rounds)])

@@ -6,16 +6,19 @@ IMAGES are files or folders; in a tree of class folders, an image's folder is ta
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from config import load_config
-from data.images import choose_images, find_images, load_image
+from data.images import ReadableImages, choose_images, find_images, load_image, report_other_files
 from data.transforms import build_transform, image_mode
 from engine.inference import Predictor, load_predictor, prediction_parser
+from engine.trainer import chunked
 from models import build_model
 from utils import exit_on_user_error
 
@@ -30,21 +33,20 @@ class Prediction(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(predictor: Predictor, images: list[Path], batch_size: int = 64) -> list[Prediction]:
+def predict(predictor: Predictor, images: Iterable[tuple[Path, Image.Image]], batch_size: int = 64) -> list[Prediction]:
     """Classify images, prepared as in evaluation.
 
     Args:
         predictor: the network.
-        images: files.
+        images: files with their images, in the network's mode.
         batch_size: images at a time.
     """
     config, model, class_names, device = predictor
-    transform, mode = build_transform(config, is_train=False), image_mode(config)
+    transform = build_transform(config, is_train=False)
     predictions = []
-    for start in range(0, len(images), batch_size):
-        paths = images[start : start + batch_size]
-        batch = torch.stack([transform(load_image(path, mode, upright=True)) for path in paths]).to(device)
-        probabilities, labels = model(batch).softmax(dim=1).max(dim=1)
+    for samples in chunked(((path, transform(image)) for path, image in images), batch_size):
+        paths, inputs = zip(*samples, strict=True)
+        probabilities, labels = model(torch.stack(inputs).to(device)).softmax(dim=1).max(dim=1)
         for path, probability, index in zip(paths, probabilities.tolist(), labels.tolist(), strict=True):
             label = path.parent.name if path.parent.name in class_names else None
             predictions.append(Prediction(path, class_names[index], probability, label))
@@ -77,18 +79,23 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
         predictor = load_predictor(args, load_config, build_model, first_label=0)
-        predictions = predict(predictor, choose_images(find_images(args.images), args.limit))
+        paths = choose_images(find_images(args.images), args.limit)
+        report_other_files(args.images)
+        images = ReadableImages(paths, image_mode(predictor.config))
+        predictions = predict(predictor, images)
     for prediction in predictions:
         print(f'{prediction.path}\t{prediction.name}\t{prediction.probability:.3f}')
     labelled = [prediction for prediction in predictions if prediction.label is not None]
     if labelled:
         print(f'{sum(x.name == x.label for x in labelled)} of {len(labelled)} right')
-    if args.output:
+    if args.output and predictions:
         try:
             draw_sheet(predictions, args.output)
         except (OSError, ValueError) as error:  # a file for a folder, an unknown format
             sys.exit(f'error: {args.output}: {error}')
         print(args.output)
+    with exit_on_user_error():
+        images.check()
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ Shapes: n objects, an image of H x W pixels.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from data import DataError
+from detection.data.annotation_checks import PlacementCheck, are_numbers, check_box, check_mask, is_a
 
 # Types of these keys, in whatever section of a file.
 _TYPES = {'id': int, 'image_id': int, 'category_id': int, 'width': int, 'height': int, 'file_name': str, 'name': str}
@@ -31,7 +31,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     """Read a file of images, categories and annotations.
 
     Keys that pycocotools needs and other programs may leave out are filled in: `info`, `iscrowd`, `area`. Annotations
-    are renumbered from 1, since pycocotools takes the id 0 for "not found".
+    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log are added.
 
     Raises:
         DataError: it cannot be read, or has an invalid entry; the message names it.
@@ -40,6 +40,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     _check_sections(tree, path)
     images = {image['id']: image for image in tree['images']}
     categories = {category['id'] for category in tree['categories']}
+    placement = PlacementCheck()
     for number, annotation in enumerate(tree['annotations'], start=1):
         label = f'{path}: annotation {annotation.get("id", number)}'
         if annotation['image_id'] not in images:
@@ -49,18 +50,21 @@ def read_annotations(path: Path) -> dict[str, Any]:
                 f'{label} is of category {annotation["category_id"]}, which is not among the categories: add it there'
             )
         image = images[annotation['image_id']]
-        _check_box(annotation, f'{label}, of {image["file_name"]},')
-        _check_mask(annotation, image, f'{label}, of {image["file_name"]},')
+        label_of_image = f'{label}, of {image["file_name"]},'
+        check_box(annotation, label_of_image)
+        extent = check_mask(annotation, image, label_of_image)
         annotation['id'] = number
         if annotation.setdefault('iscrowd', 0) not in (0, 1):
             raise DataError(f'{label} has iscrowd {annotation["iscrowd"]!r}: write 0 or 1')
         if 'area' not in annotation:
             annotation['area'] = float(coco_mask.area(to_rle(annotation['segmentation'], image)))
-        elif not (_are_numbers([annotation['area']]) and annotation['area'] >= 0):
+        elif not (are_numbers([annotation['area']]) and annotation['area'] >= 0):
             raise DataError(
                 f'{label} has the area {annotation["area"]!r}: write the pixels of its mask, or leave it out'
             )
+        placement.add(annotation, image, extent, label_of_image)
     tree.setdefault('info', {})
+    tree['notes'] = placement.finish()
     return tree
 
 
@@ -86,7 +90,7 @@ def _check_sections(tree: dict[str, Any], path: Path) -> None:
         for number, entry in enumerate(entries):
             if missing := [key for key in keys if key not in entry]:
                 raise DataError(f'{path}: entry {number} of "{section}" has no {", ".join(missing)}: add it')
-            if wrong := [key for key in _TYPES.keys() & entry.keys() if not _is_a(entry[key], _TYPES[key])]:
+            if wrong := [key for key in _TYPES.keys() & entry.keys() if not is_a(entry[key], _TYPES[key])]:
                 kind = 'text' if _TYPES[wrong[0]] is str else 'an integer'
                 raise DataError(
                     f'{path}: entry {number} of "{section}" has the {wrong[0]} {entry[wrong[0]]!r}: write {kind}'
@@ -96,6 +100,8 @@ def _check_sections(tree: dict[str, Any], path: Path) -> None:
             raise DataError(f'annotation file {path} has no {section}')
         if duplicates := _duplicates(entry['id'] for entry in tree[section]):
             raise DataError(f'{path}: two of the {section} have the id {duplicates[0]}: give each its own')
+    if duplicates := _duplicates(category['name'] for category in tree['categories']):
+        raise DataError(f'{path}: two of the categories have the name {duplicates[0]!r}: give each its own')
     for image in tree['images']:
         if not min(image['width'], image['height']) > 0:
             raise DataError(f'{path}: image {image["file_name"]} has no width and height in pixels: write them')
@@ -104,68 +110,6 @@ def _check_sections(tree: dict[str, Any], path: Path) -> None:
 def _duplicates(values: Iterable[Any]) -> list[Any]:
     seen = set()
     return [value for value in values if value in seen or seen.add(value)]
-
-
-def _check_box(annotation: dict[str, Any], label: str) -> None:
-    box = annotation['bbox']
-    if not (_are_numbers(box) and len(box) == 4 and box[2] >= 0 and box[3] >= 0):
-        raise DataError(f'{label} has the box {box}: write [x, y, width, height] in pixels, or remove it')
-
-
-def _check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) -> None:
-    """Refuse a segmentation that is not a mask of the image; polygons without area are dropped."""
-    segmentation = annotation['segmentation']
-    if isinstance(segmentation, dict):
-        counts, size = segmentation.get('counts'), [image['height'], image['width']]
-        runs = _run_lengths(counts) if isinstance(counts, str) else counts
-        are_runs = isinstance(runs, list) and all(_is_a(run, int) and run >= 0 for run in runs)
-        if not (are_runs and sum(runs) == size[0] * size[1]) or segmentation.get('size') != size:
-            raise DataError(
-                f'{label} has a mask of size {segmentation.get("size")}: write "size" as the image\'s [height, width], '
-                f'{size}, and as many pixels in "counts"'
-            )
-        return
-    polygons = segmentation if isinstance(segmentation, list) else []
-    if not all(_are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in polygons):
-        polygons = []
-    for axis, length in enumerate((image['width'], image['height'])):
-        extremes = [x for polygon in polygons if polygon for x in (min(polygon[axis::2]), max(polygon[axis::2]))]
-        if far := [x for x in extremes if not -length <= x <= 2 * length]:  # would exhaust pycocotools' memory
-            raise DataError(f'{label} has a corner at {far[0]}, far outside the image: move it, or remove the mask')
-    # A polygon of two corners has no area, and pycocotools would take it for a box.
-    annotation['segmentation'] = polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    if not polygons:
-        raise DataError(
-            f'{label} has no mask: write its "segmentation" as polygons of three or more corners, or run lengths'
-        )
-
-
-def _run_lengths(text: str) -> list[int]:
-    """Run lengths in COCO's compressed form, or [-1] if they are invalid.
-
-    Each is written in characters of five bits, lowest first; from the fourth on, it is the difference from the last but
-    one.
-    """
-    runs: list[int] = []
-    value = bits = 0
-    for code in (ord(character) - 48 for character in text):
-        if not 0 <= code < 64 or bits > 40:
-            return [-1]
-        value |= (code & 31) << bits
-        bits += 5
-        if not code & 32:  # the last character of a number
-            value -= (1 << bits) if code & 16 else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = bits = 0
-    return [-1] if bits else runs
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
 
 
 def to_rle(segmentation: Any, image: dict[str, Any]) -> dict[str, Any]:

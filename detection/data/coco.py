@@ -12,10 +12,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataError
-from data.images import load_image
+from data.images import ImageHeader, load_image, read_header
 from detection.data.annotations import clipped_boxes, decode_masks, has_area, read_annotations
 
 Target = dict[str, Any]
+
+# Images whose headers are read when a dataset is opened.
+SAMPLED_HEADERS = 100
 
 
 class CocoDataset(Dataset):
@@ -23,7 +26,8 @@ class CocoDataset(Dataset):
 
     A sample is an image (3, H, W) in [0, 1] and a target with `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,)
     from 1, in the order of the categories, `masks` (n, H, W) of 0 and 1, and `image_id`. Crowd regions, and boxes whose
-    width or height within the image is less than a pixel, are left out.
+    width or height within the image is less than a pixel, are left out. Images are turned upright as EXIF says, and
+    annotations are of the upright images.
 
     Args:
         root: folder of the data.
@@ -35,7 +39,7 @@ class CocoDataset(Dataset):
         annotation_file: the file of the objects.
         categories: its entries; label i + 1 is `categories[i]`.
         images: its entries of the images in the dataset.
-        notes: what was left out, for the log.
+        notes: for the log: what was left out of training, loose boxes, EXIF orientations.
 
     Raises:
         DataError: the data cannot be used.
@@ -65,8 +69,10 @@ class CocoDataset(Dataset):
             'crowd regions': crowds,
             'boxes without area': without_area,
         }
-        self.notes = [f'{count} {what} left out' for what, count in counts.items() if count]
+        self.notes = [f'{count} {what} left out' for what, count in counts.items() if count and is_train]
+        self.notes += tree['notes']
         self._check_files()
+        self._check_headers()
 
     @property
     def class_names(self) -> list[str]:
@@ -76,12 +82,9 @@ class CocoDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         entry, objects = self.images[index], pickle.loads(self._objects[index])
         path = self.folder / entry['file_name']
-        picture = load_image(path)
+        picture = load_image(path, upright=True)
         if picture.size != (entry['width'], entry['height']):
-            raise DataError(
-                f'image {path} has {picture.width} x {picture.height} pixels, but {self.annotation_file} says '
-                f'{entry["width"]} x {entry["height"]}: replace one of them'
-            )
+            raise self._size_error(entry, picture.size, read_header(path))
         image = pil_to_tensor(picture).float() / 255
         target = {
             'boxes': clipped_boxes(objects, entry),
@@ -108,6 +111,32 @@ class CocoDataset(Dataset):
                 f'image {missing[0]} does not exist, and {len(missing) - 1} more of {self.annotation_file} do not: '
                 f'add the files, or remove their entries'
             )
+
+    def _check_headers(self) -> None:
+        """Compare the sizes of some images, evenly chosen, with the annotations, and note EXIF orientations."""
+        sampled = self.images[:: -(-len(self.images) // SAMPLED_HEADERS)]
+        turned = 0
+        for entry in sampled:
+            header = read_header(self.folder / entry['file_name'])
+            if header.upright_size != (entry['width'], entry['height']):
+                raise self._size_error(entry, header.upright_size, header)
+            turned += header.orientation != 1
+        if turned:
+            self.notes.append(
+                f'{turned} of {len(sampled)} sampled images have an EXIF orientation and are turned upright; their '
+                f'annotations must be of the upright images'
+            )
+
+    def _size_error(self, entry: dict[str, Any], size: tuple[int, int], header: ImageHeader) -> DataError:
+        """The error of an image whose upright width and height are not those of its entry."""
+        tag = '' if header.orientation == 1 else f', turned upright by its EXIF orientation {header.orientation},'
+        text = (
+            f'image {self.folder / entry["file_name"]}{tag} has {size[0]} x {size[1]} pixels, '
+            f'but {self.annotation_file} says {entry["width"]} x {entry["height"]}'
+        )
+        if header.size == (entry['width'], entry['height']):
+            return DataError(f'{text}, its size as stored: remove the EXIF tag, or annotate the upright image')
+        return DataError(f'{text}: replace one of them')
 
 
 def _objects_by_image(tree: dict[str, Any]) -> tuple[dict[Any, list[dict]], int, int]:

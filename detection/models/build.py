@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from detection.models.backbone import MSGBackbone
 from detection.models.cascade import CascadeHeads
+from detection.models.masks import BoxMasks
 from detection.models.rpn import build_rpn
 from detection.models.transform import DetectorTransform
 from models.build import network_options
@@ -39,7 +40,8 @@ class Detector(GeneralizedRCNN):
     """torchvision's `GeneralizedRCNN`, with what the optimizer and checkpoints need to know.
 
     In training it takes images at their size and returns weighted losses by name; in evaluation it resizes them, and
-    returns `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels.
+    returns `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels. `masks` are boolean, (n, 1, H, W).
+    `detect` keeps them within their boxes, which takes a fraction of the memory.
 
     Args:
         backbone, rpn, roi_heads, transform: see `GeneralizedRCNN`.
@@ -47,6 +49,18 @@ class Detector(GeneralizedRCNN):
 
     # Names of the weights that depend on the classes.
     HEAD = r'roi_heads\..*(logits|box_deltas)\.'
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training, detections of each image in evaluation; images (3, H, W) are in [0, 1]."""
+        if self.training:
+            return super().forward(images, targets)
+        return [detections | {'masks': detections['masks'].dense()} for detections in self.detect(images)]
+
+    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor | BoxMasks]]:
+        """Detections of each image (3, H, W), in evaluation, with their `masks` as `BoxMasks`."""
+        return super().forward(images)
 
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of names of parameters without weight decay."""

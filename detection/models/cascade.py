@@ -22,6 +22,9 @@ from detection.models.torchvision_private import BalancedPositiveNegativeSampler
 
 GroundTruth = Mapping[str, Tensor]
 
+# Masks of objects that are converted to fp32 at a time: 100 of 1333 x 800 pixels would take 427 MB.
+MASKS_AT_A_TIME = 8
+
 
 class Samples(NamedTuple):
     """RoIs of an image, sampled for the losses of a stage.
@@ -50,12 +53,16 @@ class CascadeHeads(nn.Module):
     Args:
         config: the config tree; `MODEL.BOX`, `MODEL.MASK`, `FPN_CHANNELS` and `NUM_CLASSES` are read.
         strides: stride in pixels of each level that RoIs are pooled from.
+
+    Attributes:
+        min_score: minimum score of a detection, `MODEL.BOX.SCORE`; it may be changed.
     """
 
     def __init__(self, config: CfgNode, strides: Sequence[int]):
         super().__init__()
         self.box, mask = config.MODEL.BOX, config.MODEL.MASK
         box, channels, classes = self.box, config.MODEL.FPN_CHANNELS, config.MODEL.NUM_CLASSES
+        self.min_score = box.SCORE
         stages = range(len(box.IOUS))
         self.box_pool = AlignedPooler(box.POOL_SIZE, strides)
         self.box_heads = nn.ModuleList(
@@ -203,7 +210,7 @@ class CascadeHeads(nn.Module):
             image_size: height and width.
         """
         boxes = clip_boxes_to_image(boxes, image_size)
-        roi, label = torch.where(scores > self.box.SCORE)
+        roi, label = torch.where(scores > self.min_score)
         boxes, scores = boxes[roi, label], scores[roi, label]
         kept = batched_nms(boxes, scores, label, self.box.NMS_IOU)[: self.box.DETECTIONS]
         return {'boxes': boxes[kept], 'labels': label[kept] + 1, 'scores': scores[kept]}
@@ -251,8 +258,12 @@ def crop_masks(masks: Tensor, boxes: Tensor, matched_gt: Tensor, size: int) -> T
     Returns:
         (n, size, size).
     """
-    if len(boxes) == 0:
-        return boxes.new_zeros(0, size, size)
-    rois = torch.cat((matched_gt[:, None].to(boxes.dtype), boxes), dim=1)  # (n, 5)
-    cropped = roi_align(masks[:, None].to(boxes.dtype), rois, size, 1.0, sampling_ratio=0, aligned=True)
-    return (cropped[:, 0] >= 0.5).to(boxes.dtype)
+    cropped = boxes.new_zeros(len(boxes), size, size)
+    for first in range(0, len(masks), MASKS_AT_A_TIME):
+        index = matched_gt - first
+        selected = torch.where((index >= 0) & (index < MASKS_AT_A_TIME))[0]
+        if len(selected):
+            rois = torch.cat((index[selected, None].to(boxes.dtype), boxes[selected]), dim=1)  # (selected, 5)
+            chunk = masks[first : first + MASKS_AT_A_TIME, None].to(boxes.dtype)
+            cropped[selected] = roi_align(chunk, rois, size, 1.0, sampling_ratio=0, aligned=True)[:, 0]
+    return (cropped >= 0.5).to(boxes.dtype)

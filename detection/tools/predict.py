@@ -6,32 +6,36 @@ IMAGES are files or folders; drawn images have their names, and their paths with
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.images import DataError, choose_images, find_images, load_image
+from data.images import DataError, ReadableImages, choose_images, find_images, report_other_files
 from detection.config import load_config
 from detection.draw import draw_detections
 from detection.models import build_detector
+from detection.models.masks import BoxMasks
 from engine.inference import Predictor, load_predictor, prediction_parser
 from utils import exit_on_user_error
 
 
 @torch.inference_mode()
-def detect(predictor: Predictor, images: list[Path]) -> Iterator[tuple[Path, Tensor, dict[str, Tensor]]]:
+def detect(
+    predictor: Predictor, images: Iterable[tuple[Path, Image.Image]]
+) -> Iterator[tuple[Path, Tensor, dict[str, Tensor | BoxMasks]]]:
     """Each image's file, pixels (3, H, W) in [0, 1], and detections, highest scores first.
 
     Args:
         predictor: the detector.
-        images: files.
+        images: files with their images.
     """
-    for path in images:
-        image = pil_to_tensor(load_image(path, upright=True)).to(predictor.device).float() / 255
-        [detections] = predictor.model([image])
+    for path, picture in images:
+        image = pil_to_tensor(picture).to(predictor.device).float() / 255
+        [detections] = predictor.model.detect([image])
         yield path, image, detections
 
 
@@ -67,7 +71,9 @@ def main() -> None:
         predictor = load_predictor(args, load_config, build_detector, first_label=1)
         min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
         drawings = output_paths(args.images, args.output)
-        for path, image, detections in detect(predictor, choose_images(sorted(drawings), args.limit)):
+        report_other_files(args.images)
+        images = ReadableImages(choose_images(sorted(drawings), args.limit))
+        for path, image, detections in detect(predictor, images):
             columns = (detections[key].tolist() for key in ('boxes', 'labels', 'scores'))
             for box, label, score in zip(*columns, strict=True):
                 if score >= min_score:
@@ -78,7 +84,8 @@ def main() -> None:
                 draw_detections(image, detections, predictor.class_names, min_score).save(drawings[path])
             except (OSError, ValueError) as error:
                 sys.exit(f'error: {drawings[path]}: {error}')
-    print(args.output)
+        print(args.output)
+        images.check()
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from data import DataError, build_eval_loader
-from data.images import find_images, load_image
-from tests.helpers.images import damage, noise, write_images
+from data.images import ReadableImages, find_images, load_image, read_header, report_other_files
+from tests.helpers.images import damage, noise, set_orientation, write_images
 
 
 def test_exif_rotation_is_optional(tmp_path):
@@ -13,6 +13,22 @@ def test_exif_rotation_is_optional(tmp_path):
     turned.save(tmp_path / 'turned.jpg', exif=turned.getexif())
     assert load_image(tmp_path / 'turned.jpg').size == (4, 2)
     assert load_image(tmp_path / 'turned.jpg', upright=True).size == (2, 4)
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tif', 'webp'])
+@pytest.mark.parametrize(
+    ('orientation', 'upright'), [(None, (4, 2)), (1, (4, 2)), (3, (4, 2)), (6, (2, 4)), (9, (4, 2))]
+)
+def test_a_header_tells_the_size_of_the_upright_image(tmp_path, monkeypatch, suffix, orientation, upright):
+    path = tmp_path / f'image.{suffix}'
+    Image.new('RGB', (4, 2), 'red').save(path)
+    if orientation:
+        set_orientation(path, orientation)
+    assert load_image(path, upright=True).size == upright
+    monkeypatch.setattr(Image.Image, 'load', lambda _: pytest.fail('decoded'))
+    header = read_header(path)
+    assert (header.size, header.upright_size) == ((4, 2), upright)
+    assert header.orientation == (orientation if orientation in (3, 6) else 1)
 
 
 def test_16_bit_images_keep_their_upper_8_bits(tmp_path):
@@ -82,3 +98,26 @@ def test_find_images_ignores_hidden_ones_and_follows_links(image_tree, tmp_path)
     (folder / 'linked').symlink_to(elsewhere)
     images = find_images([folder])
     assert images == [*(folder / f'{i}.png' for i in range(4)), *(folder / 'linked' / f'{i}.png' for i in range(8))]
+
+
+def test_unreadable_images_are_reported_and_the_others_read(image_tree, capsys):
+    folder = image_tree / 'val' / 'class_0'
+    damage(folder / '1.png', 'truncated')
+    set_orientation(folder / '2.png', 6)
+    images = ReadableImages(find_images([folder]), 'L')
+    read = list(images)
+    assert [path.name for path, _ in read] == ['0.png', '2.png', '3.png']
+    assert {image.mode for _, image in read} == {'L'}
+    assert capsys.readouterr().err.startswith(f'error: image {folder / "1.png"} cannot be read')
+    with pytest.raises(DataError, match='1 of 4 images cannot be read'):
+        images.check()
+    ReadableImages(find_images([image_tree / 'train'])).check()
+
+
+def test_files_of_other_kinds_are_counted(image_tree, capsys):
+    report_other_files([image_tree, image_tree / 'val' / 'class_0' / '0.png'])
+    assert capsys.readouterr().err == ''
+    for name in ('notes.txt', 'class_0/movie.mp4', 'class_1/loop.gif', 'class_1/.hidden'):
+        (image_tree / 'val' / name).write_text('not an image')
+    report_other_files([image_tree])
+    assert capsys.readouterr().err == '3 file(s) of other kinds left out\n'

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from pycocotools.cocoeval import COCOeval
 from data.samplers import ShardSampler
 from detection.data import CocoDataset
 from detection.evaluation import CocoEvaluation
+from detection.models.masks import BoxMasks
 from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree, write_coco, write_tree
-from tests.helpers.detectors import no_detections, perfect_detections
+from tests.helpers.detectors import box_masks, no_detections, perfect_detections
 from utils import OutputError
 
 NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
@@ -47,7 +49,8 @@ def evaluate(dataset, indices, detect):
     evaluation = CocoEvaluation(dataset)
     for index in indices:
         _, target = dataset[index]
-        evaluation.update([target], [detect(target)])
+        detections = detect(target)
+        evaluation.update([target], [detections | {'masks': box_masks(detections['masks'])}])
     return evaluation, evaluation.finish()
 
 
@@ -140,6 +143,43 @@ def test_results_that_cannot_be_written_name_the_folder(coco, tmp_path):
     evaluation, _ = evaluate(CocoDataset(coco, 'val'), [0], perfect_detections)
     with pytest.raises(OutputError, match='nowhere: No such file'):
         evaluation.write(tmp_path / 'nowhere' / 'results.json')
+
+
+def test_masks_are_encoded_in_the_background_and_few_images_wait(coco):
+    dataset, threads, started, release = CocoDataset(coco, 'val'), set(), [], threading.Event()
+    perfect = [perfect_detections(dataset[index][1]) for index in range(3)]
+
+    class SlowMasks(BoxMasks):
+        def cpu(self):
+            return self
+
+        def rle(self):
+            threads.add(threading.current_thread())
+            started.append(self)
+            assert release.wait(60)
+            return super().rle()
+
+    slow = [x | {'masks': SlowMasks(*vars(box_masks(x['masks'])).values())} for x in perfect]
+    evaluation = CocoEvaluation(dataset)
+    for index in range(2):
+        evaluation.update([dataset[index][1]], [slow[index]])  # does not wait
+    threading.Timer(0.2, release.set).start()
+    evaluation.update([dataset[2][1]], [slow[2]])  # waits for the first
+    assert release.is_set()
+    evaluation.finish()
+    assert threads
+    assert threading.current_thread() not in threads
+    assert len(started) == len(evaluation.detections) == 3
+
+
+def test_an_error_while_masks_are_encoded_is_raised(coco):
+    dataset = CocoDataset(coco, 'val')
+    _, target = dataset[0]
+    evaluation = CocoEvaluation(dataset)
+    detections = perfect_detections(target)
+    evaluation.update([target], [detections | {'masks': box_masks(detections['masks'][:0])}])
+    with pytest.raises(ValueError, match='shorter'):
+        evaluation.finish()
 
 
 def evaluate_shard(rank, world_size, coco, output):

@@ -12,6 +12,7 @@ from data import DataError
 from detection.config import load_config
 from detection.models import build_detector
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from engine.config_tree import ConfigError
 from engine.timing import Quartiles
 from models import MSGTransformer
 from tests.helpers.coco_data import CATEGORIES, read_tree, update_tree, write_coco
@@ -216,14 +217,28 @@ def test_a_detector_of_other_classes_starts_a_new_run_with_new_last_layers(tiny,
 
 
 def test_benchmark_logs_images_per_second_and_does_not_train(tiny, capsys, monkeypatch):
+    """All detections are timed, with masks, also where the network would find nothing."""
+
     def time_callable(forward, device):
-        assert len(forward()) == 1  # image
+        (detections,) = forward()
+        assert len(detections['boxes']) == 10
+        assert detections['masks'].shape == (10, 1, 64, 102)
         return Quartiles(0.5, 0.4, 0.6)
 
     monkeypatch.setattr(program, 'train', lambda *_: pytest.fail('--benchmark trains'))
     monkeypatch.setattr(program, 'time_callable', time_callable)
-    program.main(tiny(BENCHMARK_MODE='True'))
-    assert re.search(r'image 102 x 64 throughput 2.00 images/s, \d+ detections', capsys.readouterr().out)
+    program.main(tiny(BENCHMARK_MODE='True', MODEL__BOX__SCORE='0.9'))
+    assert 'image 102 x 64 throughput 2.00 images/s, 10 detections' in capsys.readouterr().out
+
+
+def test_help_offers_the_precisions_that_detection_has(capsys):
+    with pytest.raises(SystemExit):
+        program.parse_option(['--help'])
+    text = capsys.readouterr().out
+    assert '--amp-opt-level {O0,O1}' in text
+    assert 'O2' not in text
+    with pytest.raises(ConfigError, match='AMP_OPT_LEVEL'):
+        tiny_detector('AMP_OPT_LEVEL', 'O2')
 
 
 def test_mistakes_are_reported_in_one_line(tmp_path):

@@ -1,3 +1,5 @@
+import pytest
+
 from engine import timing
 from engine.timing import Quartiles, time_callable, time_interleaved
 from tests.helpers.runs import CPU
@@ -32,3 +34,16 @@ def test_time_callable_gives_seconds_per_call(monkeypatch):
         clock[0] += 2.0
 
     assert time_callable(run, CPU) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(('seconds', 'calls'), [(2.0, 11), (10.0, 7), (40.0, 4)])
+def test_slow_callables_are_timed_in_fewer_rounds(monkeypatch, seconds, calls):
+    clock, ends = [0.0], []
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
+
+    def run():
+        clock[0] += seconds
+        ends.append(clock[0])
+
+    assert time_callable(run, CPU).median == seconds
+    assert len(ends) == calls  # one comes before the rounds

@@ -5,6 +5,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from detection.config import load_config
+from detection.models.masks import BoxMasks
 from tests.helpers.paths import TINY_DETECTOR
 
 STRIDES = (4, 8, 16, 32)  # of the levels that RoIs are pooled from
@@ -39,3 +40,10 @@ def perfect_detections(target: dict[str, Tensor]) -> dict[str, Tensor]:
 def no_detections(target: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detections of an image where nothing is found."""
     return {key: x[:0] for key, x in perfect_detections(target).items()}
+
+
+def box_masks(masks: Tensor) -> BoxMasks:
+    """Masks (n, 1, H, W) of 0 and 1 in boxes that cover the image."""
+    height, width = masks.shape[2:]
+    boxes = torch.tensor([[0.0, 0, width, height]]).expand(len(masks), 4)
+    return BoxMasks(masks, boxes, (height, width))

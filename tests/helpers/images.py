@@ -4,7 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 def write_images(root: Path, classes: int = 3, train: int = 8, val: int = 4, size: int = 32) -> Path:
@@ -33,3 +33,11 @@ def damage(path: Path, damage_type: str) -> None:
         path.write_bytes(path.read_bytes()[:5000])
     else:
         path.write_bytes({'garbage': b'not an image' * 50, 'empty': b''}[damage_type])
+
+
+def set_orientation(path: Path, orientation: int) -> None:
+    """Write an EXIF orientation into an image; its pixels stay."""
+    with Image.open(path) as file:
+        image, exif = file.copy(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(path, **({'tiffinfo': dict(exif)} if path.suffix == '.tif' else {'exif': exif}))

@@ -1,5 +1,7 @@
 import pytest
+from torch import nn
 
+from detection.models import build_detector
 from engine.config_tree import ConfigError
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT
@@ -35,6 +37,43 @@ def test_published_counts_of_detectors(name, parameters, published):
         assert counted.parameters == pytest.approx(parameters, abs=0.005e6)
     assert counted.formula is None
     assert counted.measured == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'published', 'tolerance'),
+    [
+        ('tiny', 747.64e9, 0.005e9),
+        pytest.param('small', 841.88e9, 0.005e9, marks=pytest.mark.slow),
+        pytest.param('base', 989.65e9, 0.005e9, marks=pytest.mark.slow),
+        ('v2_tiny', 730.63e9, 0.005e9),
+        pytest.param('v2_small', 830.82e9, 0.005e9, marks=pytest.mark.slow),
+        pytest.param('v2_base', 956.48e9, 0.007e9, marks=pytest.mark.slow),
+    ],
+)
+def test_published_counts_of_detectors_have_norms_and_biases(monkeypatch, name, published, tolerance):
+    """Two operations per value of a norm, one per bias of the pyramid and of the box and mask heads."""
+    added = {'norms': 0, 'biases': 0}
+
+    def add(kind, times):
+        def hook(module, inputs, output):
+            added[kind] += times * output.numel()
+
+        return hook
+
+    def build_with_hooks(config):
+        model = build_detector(config)
+        for path, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+                # A block has two norms of the same tokens; here, the first one also norms the padding.
+                times = {'norm1': 0, 'norm2': 2}.get(path.split('.')[-1], 1)
+                module.register_forward_hook(add('norms', times))
+            elif path.startswith(('backbone.fpn', 'roi_heads')) and getattr(module, 'bias', None) is not None:
+                module.register_forward_hook(add('biases', 1))
+        return model
+
+    monkeypatch.setattr('tools.complexity.build_detector', build_with_hooks)
+    counted = complexity(DETECTION_CONFIGS / f'cascade_mask_rcnn_msg_{name}_3x.yaml')
+    assert counted.measured + 2 * added['norms'] + added['biases'] == pytest.approx(published, abs=tolerance)
 
 
 def test_configs_that_inherit_their_type_from_a_base_are_counted(tmp_path):

@@ -3,14 +3,15 @@ import pytest
 import torch
 
 from config import load_config
-from data.images import choose_images, find_images
+from data.images import ReadableImages, choose_images, find_images
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from tests.helpers.golden import fill_
+from tests.helpers.images import damage
 from tests.helpers.paths import TINY
 from tests.helpers.processes import start
 from tests.helpers.runs import CPU
-from tools.predict import draw_sheet, predict
+from tools.predict import draw_sheet, main, predict
 
 
 def test_predictions(tiny_config, image_tree, tmp_path):
@@ -18,12 +19,12 @@ def test_predictions(tiny_config, image_tree, tmp_path):
     predictor = Predictor(config, fill_(build_model(config)).eval(), ['class_0', 'class_1', 'class_2'], CPU)
     images = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
     assert len(images) == 13
-    predictions = predict(predictor, images, batch_size=5)
+    predictions = predict(predictor, ReadableImages(images), batch_size=5)
     assert [prediction.label for prediction in predictions] == ['class_0'] * 4 + ['class_1'] * 4 + ['class_2'] * 4 + [
         'class_0'
     ]
     assert all(1 / 3 <= prediction.probability <= 1 for prediction in predictions)
-    (single,) = predict(predictor._replace(class_names=['a', 'b', 'c']), images[4:5])
+    (single,) = predict(predictor._replace(class_names=['a', 'b', 'c']), ReadableImages(images[4:5]))
     assert single.label is None
     assert single.probability == pytest.approx(predictions[4].probability, rel=1e-5)
     draw_sheet(predictions, tmp_path / 'sheet.png')
@@ -66,3 +67,22 @@ def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, cap
         assert capsys.readouterr().err == f'{path}: {name} weights ({first} against {second} %)\n'
     with pytest.raises(SystemExit):
         prediction_parser('').parse_intermixed_args(['x', '--cfg', 'c', '--resume', path, '--raw', '--ema'])
+
+
+def test_a_damaged_image_is_reported_and_the_others_are_classified(
+    tiny_config, image_tree, tmp_path, monkeypatch, capsys
+):
+    folder, sheet = image_tree / 'val' / 'class_0', tmp_path / 'sheet.png'
+    damage(folder / '1.png', 'truncated')
+    (folder / 'notes.txt').write_text('not an image')
+    torch.save({'model': build_model(tiny_config()).state_dict()}, tmp_path / 'w.pth')
+    flags = ['--cfg', TINY, '--resume', tmp_path / 'w.pth', '--output', sheet]
+    monkeypatch.setattr('sys.argv', ['predict', str(folder), *map(str, flags)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 'error: 1 of 4 images cannot be read: see above'
+    captured = capsys.readouterr()
+    assert [line.split('\t')[0] for line in captured.out.splitlines()[:3]] == [f'{folder}/{i}.png' for i in (0, 2, 3)]
+    assert captured.err.splitlines()[1] == '1 file(s) of other kinds left out'
+    assert captured.err.splitlines()[2].startswith(f'error: image {folder}/1.png cannot be read')
+    assert sheet.exists()

@@ -9,16 +9,16 @@ from pycocotools import mask as coco_mask
 
 from data import DataError
 from detection.data.annotations import decode_masks, read_annotations
-from tests.helpers.coco_data import CATEGORIES, rectangle, update_tree
+from tests.helpers.coco_data import CATEGORIES, crowd, read_tree, rectangle, update_tree
 
 
 def annotation_file(root):
     return root / 'annotations' / 'instances_val.json'
 
 
-def read_masks(root, *segmentations):
-    """Masks of objects with these segmentations in the first image, which has 64 x 48 pixels."""
-    annotations = [rectangle(4, 4, 9, 9) | {'image_id': 5, 'segmentation': x} for x in segmentations]
+def read_masks(root, box, *segmentations):
+    """Masks of objects with this box and these segmentations in the first image, which has 64 x 48 pixels."""
+    annotations = [rectangle(*box) | {'image_id': 5, 'segmentation': x} for x in segmentations]
     update_tree(root, annotations=annotations)
     tree = read_annotations(annotation_file(root))
     return decode_masks(tree['annotations'], tree['images'][0])
@@ -46,7 +46,7 @@ def test_polygons_and_both_forms_of_run_lengths_give_the_same_mask(coco):
     compressed = coco_mask.encode(np.asfortranarray(mask))
     compressed['counts'] = compressed['counts'].decode()
     polygon = rectangle(8, 4, 10, 6)['segmentation']
-    masks = read_masks(coco, polygon, {'size': [48, 64], 'counts': counts}, compressed)
+    masks = read_masks(coco, (8, 4, 10, 6), polygon, {'size': [48, 64], 'counts': counts}, compressed)
     assert torch.equal(masks, torch.from_numpy(mask).expand(3, -1, -1))
 
 
@@ -55,7 +55,7 @@ def test_compressed_run_lengths_of_pycocotools_are_read(coco):
     masks = [rng.random((48, 64)) < density for density in (0.02, 0.5, 1)]
     masks.append(np.arange(48)[:, None] + 20 < np.arange(64))  # long runs with small differences
     rles = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
-    decoded = read_masks(coco, *({'size': [48, 64], 'counts': rle['counts'].decode()} for rle in rles))
+    decoded = read_masks(coco, (0, 0, 64, 48), *({'size': [48, 64], 'counts': rle['counts'].decode()} for rle in rles))
     assert (decoded.numpy() == masks).all()
 
 
@@ -67,6 +67,7 @@ def test_compressed_run_lengths_of_pycocotools_are_read(coco):
         ({'categories': []}, 'has no categories'),
         ({'images': [{'id': 5, 'file_name': 'a.png', 'width': 4}]}, 'entry 0 of "images" has no height: add it'),
         ({'categories': [*CATEGORIES, CATEGORIES[0]]}, 'two of the categories have the id 3'),
+        ({'categories': [*CATEGORIES, {'id': 8, 'name': 'wedge'}]}, "two of the categories have the name 'wedge'"),
         ({'categories': [{'id': '3', 'name': 'box'}]}, 'entry 0 of "categories" has the id \'3\': write an integer'),
         ({'images': [{'id': 5, 'file_name': 7, 'width': 4, 'height': 4}]}, 'has the file_name 7: write text'),
         ({'images': [{'id': 5, 'file_name': 'a.png', 'width': 4, 'height': 0}]}, 'a.png has no width and height'),
@@ -109,6 +110,66 @@ def test_invalid_annotations_are_named(coco, change, message):
     update_tree(coco, annotations=[rectangle(4, 4, 10, 10) | {'image_id': 5, 'id': 41} | change])
     with pytest.raises(DataError, match=message):
         read_annotations(annotation_file(coco))
+
+
+@pytest.mark.parametrize(
+    ('box', 'message'),
+    [
+        (
+            [5000, 5000, 50, 50],
+            r'box \[5000, 5000, 50, 50\], which is not in the image of 64 x 48 pixels; 1 of 201 boxes',
+        ),
+        ([-50, -50, 5000, 5000], r'box \[-50, -50, 5000, 5000\], which is not in the image of 64 x 48 pixels'),
+        ([-20, 4, 10, 10], r'box \[-20, 4, 10, 10\], which is not in the image'),
+        (
+            [40, 30, 10, 10],
+            r'box \[40, 30, 10, 10\], but its mask is in \[4, 5, 20, 10\]; 1 of 201 boxes are misplaced',
+        ),
+    ],
+)
+def test_a_box_outside_its_image_or_apart_from_its_mask_is_refused(coco, box, message):
+    right = [rectangle(4, 5, 20, 10) | {'image_id': 5}] * 200
+    update_tree(coco, annotations=[rectangle(4, 5, 20, 10) | {'image_id': 5, 'id': 41, 'bbox': box}, *right])
+    with pytest.raises(DataError, match=f'annotation 41, of 0.png, has the {message}.*: write .x, y, width, height'):
+        read_annotations(annotation_file(coco))
+
+
+@pytest.mark.parametrize('as_run_lengths', [False, True])
+def test_a_file_of_corners_is_refused_with_a_hint(coco, as_run_lengths):
+    tree = read_tree(coco, 'val')
+    sizes = {image['id']: (image['height'], image['width']) for image in tree['images']}
+    for annotation in tree['annotations']:
+        x, y, width, height = annotation['bbox']
+        annotation['bbox'] = [x, y, x + width, y + height]
+        if as_run_lengths:
+            (rle,) = coco_mask.frPyObjects(annotation['segmentation'], *sizes[annotation['image_id']])
+            annotation['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
+    update_tree(coco, annotations=tree['annotations'])
+    with pytest.raises(DataError, match=r'boxes are misplaced: they fit as \[x1, y1, x2, y2\], so convert them'):
+        read_annotations(annotation_file(coco))
+
+
+def test_a_few_loose_boxes_are_noted_and_many_refused(coco):
+    right, loose = rectangle(4, 5, 20, 20), rectangle(4, 5, 20, 20) | {'bbox': [4, 5, 20, 45]}
+    update_tree(coco, annotations=[x | {'image_id': 5} for x in [loose] * 2 + [right] * 198])
+    (note,) = read_annotations(annotation_file(coco))['notes']
+    assert note.startswith('2 boxes do not fit their masks, such as')
+    assert note.endswith('has the box [4, 5, 20, 45], but its mask is in [4, 5, 20, 20]')
+    update_tree(coco, annotations=[x | {'image_id': 5} for x in [loose] * 3 + [right] * 198])
+    with pytest.raises(DataError, match='3 of 201 boxes are misplaced'):
+        read_annotations(annotation_file(coco))
+
+
+def test_rounded_padded_and_clipped_boxes_are_accepted(coco):
+    rounded = rectangle(3, 3, 3, 3) | {'bbox': [2, 5, 2, 2]}  # IoU of 1 in 12, but within two pixels
+    padded = rectangle(10, 10, 20, 20) | {'bbox': [7, 7, 26, 26]}
+    beyond = rectangle(50, 30, 14, 18) | {'bbox': [50, 30, 30, 30]}  # the image ends at 64 x 48
+    border = rectangle(64, 10, 0, 10)
+    empty = rectangle(4, 4, 10, 10) | {'segmentation': {'size': [48, 64], 'counts': [48 * 64]}}
+    region = crowd(64, 48, rows=9) | {'bbox': [40, 30, 10, 10]}
+    annotations = [rounded, padded, beyond, border, empty, region]
+    update_tree(coco, annotations=[annotation | {'image_id': 5} for annotation in annotations])
+    assert read_annotations(annotation_file(coco))['notes'] == []
 
 
 def test_a_file_that_is_missing_or_no_json_is_named(coco):

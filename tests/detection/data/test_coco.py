@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 
 from data import DataError
+from data.images import read_header
 from detection.data import CocoDataset
-from tests.helpers.coco_data import crowd, rectangle, update_tree, wedge
+from detection.data import coco as coco_module
+from tests.helpers.coco_data import crowd, rectangle, update_tree, wedge, write_coco
+from tests.helpers.images import set_orientation
 
 
 def test_a_sample_is_an_image_and_its_objects(coco):
@@ -42,7 +45,7 @@ def test_images_without_objects_are_evaluated_but_not_trained_on(coco):
 
 
 def test_crowds_and_boxes_without_area_are_left_out_and_boxes_are_clipped(coco):
-    without_area = [rectangle(4, 4, 0, 10), rectangle(4, 4, 10, 0.5), rectangle(70, 4, 10, 10)]
+    without_area = [rectangle(4, 4, 0, 10), rectangle(4, 4, 10, 0.5), rectangle(65, 4, 10, 10)]
     annotations = [*without_area, crowd(64, 48, rows=9), rectangle(-6, 40, 16, 20)]
     update_tree(coco, annotations=[annotation | {'image_id': 5} for annotation in annotations])
     dataset = CocoDataset(coco, 'val', is_train=True)
@@ -71,3 +74,47 @@ def test_missing_and_damaged_files_are_named(coco):
     (coco / 'val').rename(coco / 'elsewhere')
     with pytest.raises(DataError, match=r'folder .*coco/val, with images of .* does not exist'):
         CocoDataset(coco, 'val')
+
+
+def test_images_are_turned_upright(coco):
+    """As in prediction; a half turn keeps the size, so nothing else tells."""
+    plain, _ = CocoDataset(coco, 'val')[0]
+    assert CocoDataset(coco, 'val').notes == []
+    set_orientation(coco / 'val' / '0.png', 3)
+    dataset = CocoDataset(coco, 'val')
+    assert torch.equal(dataset[0][0], plain.flip(1, 2))
+    (note,) = dataset.notes
+    assert note.startswith('1 of 4 sampled images have an EXIF orientation and are turned upright')
+
+
+def test_annotations_of_the_upright_image_are_read(coco):
+    plain, _ = CocoDataset(coco, 'val')[0]
+    path = coco / 'val' / '0.png'
+    stored = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+    stored.save(path)
+    set_orientation(path, 6)  # a quarter to the right
+    assert torch.equal(CocoDataset(coco, 'val')[0][0], plain)
+
+
+def test_annotations_of_the_stored_image_are_refused(coco):
+    message = (
+        r'val/0.png, turned upright by its EXIF orientation 6, has 48 x 64 pixels, but .*instances_val.json '
+        r'says 64 x 48, its size as stored: remove the EXIF tag, or annotate the upright image'
+    )
+    opened_before = CocoDataset(coco, 'val')
+    set_orientation(coco / 'val' / '0.png', 6)
+    with pytest.raises(DataError, match=message):
+        CocoDataset(coco, 'val')
+    with pytest.raises(DataError, match=message):
+        opened_before[0]
+    update_tree(coco, annotations=[], images=[{'id': 5, 'file_name': '0.png', 'width': 60, 'height': 44}])
+    with pytest.raises(DataError, match='EXIF orientation 6, has 48 x 64 pixels, but .* says 60 x 44: replace one'):
+        CocoDataset(coco, 'val')
+
+
+def test_the_headers_of_at_most_100_images_are_read(tmp_path, monkeypatch):
+    root, read = write_coco(tmp_path / 'many', val=250), []
+    monkeypatch.setattr(coco_module, 'read_header', lambda path: read.append(path) or read_header(path))
+    CocoDataset(root, 'val')
+    numbers = [int(path.stem) for path in read]
+    assert numbers == list(range(0, 250, 3))

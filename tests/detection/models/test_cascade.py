@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import roi_align
 
-from detection.models import build_detector
+from detection.models import build_detector, cascade
 from detection.models.cascade import CascadeHeads, Samples, crop_masks, mask_loss
 from tests.helpers.detectors import NO_DROP_PATH, STRIDES, ground_truth, tiny_detector
 from tests.helpers.golden import fill_
@@ -79,6 +80,25 @@ def test_mask_targets_are_cropped_from_their_objects():
     assert (cropped[1] == (torch.arange(28) >= 14)).all()
     assert (cropped[2] == (torch.arange(28) < 14)[:, None]).all()
     assert crop_masks(target['masks'], boxes[:0], torch.zeros(0), 28).shape == (0, 28, 28)
+
+
+def test_mask_targets_of_many_objects_are_those_of_all_masks_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(20, 64, 64, generator=generator) > 0.5).to(torch.uint8)
+    corners = 40 * torch.rand(70, 2, generator=generator)
+    boxes = torch.cat((corners, corners + 1 + 30 * torch.rand(70, 2, generator=generator)), dim=1)
+    matched_gt = torch.randint(17, (70,), generator=generator)
+    rois = torch.cat((matched_gt[:, None].float(), boxes), dim=1)
+    expected = roi_align(masks[:, None].float(), rois, 28, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
+    converted = []
+
+    def record(chunk, *args, **kwargs):
+        converted.append(len(chunk))
+        return roi_align(chunk, *args, **kwargs)
+
+    monkeypatch.setattr(cascade, 'roi_align', record)
+    assert torch.equal(crop_masks(masks, boxes, matched_gt, 28), expected.float())
+    assert converted == [8, 8, 4]
 
 
 def test_mask_loss_is_of_positive_rois_in_their_classes():

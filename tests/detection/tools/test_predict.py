@@ -7,8 +7,10 @@ from data import DataError
 from detection.config import load_config
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco
-from detection.tools.predict import output_paths
-from tests.helpers.paths import DETECTION_CONFIGS
+from detection.tools.predict import main, output_paths
+from tests.helpers.detectors import tiny_detector
+from tests.helpers.images import damage
+from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
 from tests.helpers.processes import error_line, start
 
 PROGRAM = ['-m', 'detection.tools.predict']
@@ -79,3 +81,20 @@ def test_detections_are_printed_and_drawn(images, tmp_path):
 )
 def test_mistakes_are_reported_in_one_line(config, message):
     assert message in error_line(*PROGRAM, 'nowhere', '--cfg', config, '--resume', 'x', '--output', 'output')
+
+
+def test_a_damaged_image_is_reported_and_the_others_are_drawn(images, tmp_path, monkeypatch, capsys):
+    config = tiny_detector('MODEL.NUM_CLASSES', '10')
+    torch.save({'model': build_detector(config).state_dict()}, tmp_path / 'weights.pth')
+    damage(images / 'val' / '000002.jpg', 'truncated')
+    flags = ['--cfg', TINY_DETECTOR, '--resume', tmp_path / 'weights.pth', '--output', tmp_path / 'drawn']
+    opts = ['--opts', 'MODEL.NUM_CLASSES', '10']
+    monkeypatch.setattr('sys.argv', list(map(str, ['predict', images, *flags, *opts])))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 'error: 1 of 6 images cannot be read: see above'
+    captured = capsys.readouterr()
+    assert '2 file(s) of other kinds left out' in captured.err  # the annotations
+    assert f'error: image {images}/val/000002.jpg cannot be read' in captured.err
+    drawn = {str(path.relative_to(tmp_path / 'drawn')) for path in (tmp_path / 'drawn').rglob('*.jpg')}
+    assert drawn == {f'{split}/00000{i}.jpg' for split in ('train', 'val') for i in (1, 2, 3)} - {'val/000002.jpg'}
