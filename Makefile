@@ -99,7 +99,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2
 
 test-slow: $(VENV)/installed-dev
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist worksteal
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .

@@ -12,7 +12,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from engine.config_tree import ConfigError, ConfigTree, Key, KeyGroup, get
+from engine.config_keys import Key, KeyGroup
+from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, MANIP_TYPES, MERGE_TYPES
 
@@ -22,7 +23,7 @@ __all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'sha
 def shared_keys() -> KeyGroup:
     """Keys of every task."""
     c = KeyGroup()
-    c.BASE = Key([''], 'Config files that this one starts from, relative to it', harmless=True)
+    c.BASE = Key([''], 'Config files that this one starts from, relative to it', affects='nothing')
     c.AMP_OPT_LEVEL = Key(
         '',
         "Mixed precision: O0 none, O1 autocast, O2 Apex's float16 network; '' is O1 on a GPU and O0 elsewhere",
@@ -52,49 +53,74 @@ def shared_keys() -> KeyGroup:
         "Folder of all runs; '' is output. A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
         flag='--output',
         metavar='DIR',
-        harmless=True,
+        affects='nothing',
     )
-    c.TAG = Key('default', 'Name of this run among those of its model', flag='--tag', metavar='NAME', harmless=True)
-    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints', min=1, harmless=True)
+    c.TAG = Key('default', 'Name of this run among those of its model', flag='--tag', metavar='NAME', affects='nothing')
+    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints', min=1, affects='nothing')
     c.SAVE_STEPS = Key(
-        0, 'Updates between checkpoints within an epoch; 0 saves at ends of epochs only', min=0, harmless=True
+        0, 'Updates between checkpoints within an epoch; 0 saves at ends of epochs only', min=0, affects='nothing'
     )
     c.SAVE_KEEP = Key(
-        0, 'Newest checkpoints to keep, of both kinds, in addition to the best; 0 keeps all', min=0, harmless=True
+        10,
+        'Newest checkpoints to keep, of ends of epochs and of the current epoch, in addition to the best; 0 keeps all',
+        min=0,
+        affects='nothing',
     )
-    c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, harmless=True)
-    c.TENSORBOARD = Key(True, "Write TensorBoard event files to the run's folder", harmless=True)
+    c.LOCK_WAIT = Key(
+        60,
+        "Seconds to wait for another process that writes to the run's folder, such as a dying predecessor",
+        min=0,
+        max=1200,
+        affects='nothing',
+    )
+    c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
+    c.TENSORBOARD = Key(True, "Write TensorBoard event files to the run's folder", affects='nothing')
     c.SEED = Key(0, 'Random seed; rank r uses SEED + r', min=0)
-    c.EVAL_MODE = Key(False, 'Evaluate MODEL.RESUME or MODEL.PRETRAINED and stop', flag='--eval', harmless=True)
+    c.EVAL_MODE = Key(False, 'Evaluate MODEL.RESUME or MODEL.PRETRAINED and stop', flag='--eval', affects='nothing')
     c.LOCAL_RANK = Key(
-        0, 'GPU to use where no launcher sets LOCAL_RANK', min=0, flag='--local_rank --local-rank', harmless=True
+        0, 'GPU to use where no launcher sets LOCAL_RANK', min=0, flag='--local_rank --local-rank', affects='nothing'
     )
 
     c.DATA = KeyGroup()
     c.DATA.BATCH_SIZE = Key(128, 'Images per process and step', min=1, flag='--batch-size')
     c.DATA.DATA_PATH = Key(
-        '', 'Folder with train/<class>/ and val/<class>/', flag='--data-path', metavar='DIR', harmless=True
+        '', 'Folder with train/<class>/ and val/<class>/', flag='--data-path', metavar='DIR', affects='nothing'
     )
-    c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', harmless=True)
-    c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, harmless=True)
+    c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
+    c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, affects='nothing')
 
     c.MODEL = KeyGroup()
-    c.MODEL.NAME = Key('msg_tiny_p4_win7_224', "Name of the model, in the run's folder and log lines", harmless=True)
+    c.MODEL.NAME = Key(
+        'msg_tiny_p4_win7_224', "Name of the model, in the run's folder and log lines", affects='nothing'
+    )
     c.MODEL.RESUME = Key(
         '',
         'Checkpoint to resume from, or to evaluate with --eval; overrides TRAIN.AUTO_RESUME',
         flag='--resume',
         metavar='FILE',
-        harmless=True,
+        affects='nothing',
     )
     c.MODEL.PRETRAINED = Key(
         '',
-        'Checkpoint whose weights start a new run; its head is replaced if the classes differ',
+        'Checkpoint whose weights start a new run',
         flag='--pretrained',
         metavar='FILE',
-        harmless=True,
+        affects='nothing',
     )
-    c.MODEL.NUM_CLASSES = Key(1000, 'Number of classes; 0 for no head', min=0)
+    c.MODEL.PRETRAINED_WEIGHTS = Key(
+        'auto',
+        'Weights of PRETRAINED: raw, ema, or auto: the EMA weights unless the raw ones scored higher',
+        choices=('auto', 'raw', 'ema'),
+        flag='--raw=raw --ema=ema',
+        affects='nothing',
+    )
+    c.MODEL.PRETRAINED_HEAD = Key(
+        'auto',
+        'Head of PRETRAINED: keep it, start a new one, or auto: new where the number of classes or their names differ',
+        choices=('auto', 'keep', 'new'),
+        affects='nothing',
+    )
+    c.MODEL.NUM_CLASSES = Key(1000, 'Number of classes; 0 for no head', min=0, affects='network')
     c.MODEL.DROP_RATE = Key(
         0.0, "Dropout after the patch embedding, the attention's projection and in the MLPs", min=0, max=1
     )
@@ -104,19 +130,31 @@ def shared_keys() -> KeyGroup:
     )
 
     c.MODEL.MSG = KeyGroup()
-    c.MODEL.MSG.PATCH_SIZE = Key(4, 'Patch size, in pixels', min=1)
-    c.MODEL.MSG.EMBED_DIM = Key(96, 'Channels of the first stage; they double with each stage', min=1)
-    c.MODEL.MSG.DEPTHS = Key([2, 2, 6, 2], 'Blocks per stage', min=1)
-    c.MODEL.MSG.NUM_HEADS = Key([3, 6, 12, 24], 'Attention heads per stage', min=1)
-    c.MODEL.MSG.WINDOW_SIZE = Key(7, 'Window size, in patches', min=1)
-    c.MODEL.MSG.MLP_RATIO = Key(4.0, "Hidden channels of the MLPs, relative to the stage's channels", min=0.01)
-    c.MODEL.MSG.QKV_BIAS = Key(True, 'Learned bias on query, key and value')
-    c.MODEL.MSG.QK_SCALE = Key(None, 'Factor on query times key; None is (channels per head)^-0.5', optional=float)
-    c.MODEL.MSG.PATCH_NORM = Key(True, 'Norm after the patch embedding')
-    c.MODEL.MSG.SHUF_SIZE = Key([4, 4, 2, 1], 'Size of a shuffle region per stage, in windows', min=1)
-    c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=MANIP_TYPES)
-    c.MODEL.MSG.EMBED_TYPE = Key('patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES)
-    c.MODEL.MSG.MERGE_TYPE = Key('patch', 'Patch merging: patch (v1) or overlap (v2)', choices=tuple(MERGE_TYPES))
+    c.MODEL.MSG.PATCH_SIZE = Key(4, 'Patch size, in pixels', min=1, affects='network')
+    c.MODEL.MSG.EMBED_DIM = Key(
+        96, 'Channels of the first stage; they double with each stage', min=1, affects='network'
+    )
+    c.MODEL.MSG.DEPTHS = Key([2, 2, 6, 2], 'Blocks per stage', min=1, affects='network')
+    c.MODEL.MSG.NUM_HEADS = Key([3, 6, 12, 24], 'Attention heads per stage', min=1, affects='network')
+    c.MODEL.MSG.WINDOW_SIZE = Key(7, 'Window size, in patches', min=1, affects='network')
+    c.MODEL.MSG.MLP_RATIO = Key(
+        4.0, "Hidden channels of the MLPs, relative to the stage's channels", min=0.01, affects='network'
+    )
+    c.MODEL.MSG.QKV_BIAS = Key(True, 'Learned bias on query, key and value', affects='network')
+    c.MODEL.MSG.QK_SCALE = Key(
+        None, 'Factor on query times key; None is (channels per head)^-0.5', optional=float, affects='network'
+    )
+    c.MODEL.MSG.PATCH_NORM = Key(True, 'Norm after the patch embedding', affects='network')
+    c.MODEL.MSG.SHUF_SIZE = Key(
+        [4, 4, 2, 1], 'Size of a shuffle region per stage, in windows', min=1, affects='network'
+    )
+    c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=MANIP_TYPES, affects='network')
+    c.MODEL.MSG.EMBED_TYPE = Key(
+        'patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES, affects='network'
+    )
+    c.MODEL.MSG.MERGE_TYPE = Key(
+        'patch', 'Patch merging: patch (v1) or overlap (v2)', choices=tuple(MERGE_TYPES), affects='network'
+    )
 
     c.TRAIN = KeyGroup()
     c.TRAIN.EPOCHS = Key(300, 'Number of epochs', min=1)
@@ -125,7 +163,7 @@ def shared_keys() -> KeyGroup:
         5e-4, 'Peak learning rate for 512 images per update; scaled with their number, like WARMUP_LR and MIN_LR', min=0
     )
     c.TRAIN.CLIP_GRAD = Key(5.0, 'Maximum gradient norm; 0 disables clipping', min=0)
-    c.TRAIN.AUTO_RESUME = Key(True, "Resume from the newest checkpoint in the run's folder", harmless=True)
+    c.TRAIN.AUTO_RESUME = Key(True, "Resume from the newest checkpoint in the run's folder", affects='nothing')
     c.TRAIN.ACCUMULATION_STEPS = Key(
         0, 'Batches whose gradients make one update; 0 and 1 are the same', min=0, flag='--accumulation-steps'
     )
@@ -133,10 +171,10 @@ def shared_keys() -> KeyGroup:
         'stop',
         'Where a loss or gradient norm is not finite, on any rank: stop the run before the update, or skip the update',
         choices=('stop', 'skip'),
-        harmless=True,
+        affects='nothing',
     )
     c.TRAIN.NONFINITE_LIMIT = Key(
-        20, 'Updates in a row that may be skipped, including those where float16 overflows', min=0, harmless=True
+        20, 'Updates in a row that may be skipped, including those where float16 overflows', min=0, affects='nothing'
     )
     c.TRAIN.EMA_DECAY = Key(
         0.0,
@@ -150,7 +188,7 @@ def shared_keys() -> KeyGroup:
     c.TRAIN.RECOMPUTE_MLP = Key(
         False,
         'Recompute GELU alone in the backward pass: less memory, more time (docs/performance.md)',
-        harmless=True,
+        affects='nothing',
     )
 
     c.TRAIN.OPTIMIZER = KeyGroup()
@@ -163,25 +201,25 @@ def shared_keys() -> KeyGroup:
 
 # Keys of classification
 _C = shared_keys()
-_C.THROUGHPUT_MODE = Key(False, 'Measure images/s of the network and stop', flag='--throughput', harmless=True)
+_C.THROUGHPUT_MODE = Key(False, 'Measure images/s of the network and stop', flag='--throughput', affects='nothing')
 _C.COMPILE_MODE = Key(
     'default',
     'Mode of torch.compile: default, reduce-overhead (CUDA graphs: small batches) or max-autotune (slow to compile)',
     choices=('default', 'reduce-overhead', 'max-autotune'),
 )
 _C.DATA.DATASET = Key('imagenet', 'Layout of DATA_PATH: imagenet, a tree of class folders', choices=('imagenet',))
-_C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1)
+_C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, affects='network')
 _C.DATA.INTERPOLATION = Key(
     'bicubic',
     'Interpolation of resized images: nearest, bilinear or bicubic',
     choices=('nearest', 'bilinear', 'bicubic'),
 )
-_C.MODEL.TYPE = Key('msg', 'Architecture: msg', choices=('msg',))
+_C.MODEL.TYPE = Key('msg', 'Architecture: msg', choices=('msg',), affects='network')
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, 'Label smoothing', min=0, max=0.999)
-_C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1)
-_C.MODEL.MSG.APE = Key(False, 'Absolute position embedding')
+_C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1, affects='network')
+_C.MODEL.MSG.APE = Key(False, 'Absolute position embedding', affects='network')
 
-_C.TRAIN.START_EPOCH = Key(0, 'First epoch, unless a checkpoint says otherwise', min=0, harmless=True)
+_C.TRAIN.START_EPOCH = Key(0, 'First epoch, unless a checkpoint says otherwise', min=0, affects='nothing')
 _C.TRAIN.WARMUP_EPOCHS = Key(20, 'Epochs of linear warm-up', min=0)
 _C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0)
 _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0)
@@ -259,6 +297,8 @@ def check_run(config: CfgNode, img_size: int | None) -> None:
         raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         raise ConfigError('--eval needs weights: add --resume <checkpoint>')
+    if config.EVAL_MODE and config.MODEL.PRETRAINED_WEIGHTS != 'auto':
+        raise ConfigError('--eval evaluates raw and EMA weights: leave out --raw and --ema')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         raise ConfigError('--resume resumes a run and --pretrained starts one: give one of them')
     try:
@@ -278,6 +318,11 @@ def _check(config: CfgNode) -> None:
         raise ConfigError(
             f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
             f'write both for a short run'
+        )
+    if train.ACCUMULATION_STEPS > 1 and train.COMPILE and config.COMPILE_MODE != 'default':
+        raise ConfigError(
+            f'COMPILE_MODE {config.COMPILE_MODE} uses CUDA graphs, whose gradients may be wrong with '
+            f'TRAIN.ACCUMULATION_STEPS (https://github.com/pytorch/pytorch/issues/169545): write COMPILE_MODE default'
         )
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch > config.DATA.IMG_SIZE:

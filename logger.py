@@ -11,35 +11,34 @@ from termcolor import colored
 
 from utils import atomic_write, report_write_errors
 
+_PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
 
-def create_logger(output_dir: Path, rank: int) -> logging.Logger:
-    """Create the run's logger, which writes to `log_rank<rank>.txt` and, on rank 0, to the console.
 
-    Args:
-        output_dir: the run's folder; created if missing.
-        rank: this process's rank.
-
-    Raises:
-        OutputError: the folder cannot be created or written to.
-    """
+def create_logger(rank: int) -> logging.Logger:
+    """Create the run's logger, which writes to the console on rank 0; see also `add_log_file`."""
     logger = logging.getLogger(f'msg_transformer.rank{rank}')
     for handler in logger.handlers[:]:  # of an earlier run in this process
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-    prefix, date_format = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
-    with report_write_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(output_dir / f'log_rank{rank}.txt')
-    file.setFormatter(logging.Formatter(f'{prefix}: %(levelname)s %(message)s', date_format))
-    logger.addHandler(file)
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter(f'{colored(prefix, "green")}: %(levelname)s %(message)s', date_format))
+        console.setFormatter(logging.Formatter(f'{colored(_PREFIX, "green")}: %(levelname)s %(message)s', _DATE_FORMAT))
         logger.addHandler(console)
     return logger
+
+
+def add_log_file(logger: logging.Logger, path: Path) -> None:
+    """Write the log to a file too.
+
+    Raises:
+        OutputError: it cannot be written to.
+    """
+    with report_write_errors(path.parent):
+        file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter(f'{_PREFIX}: %(levelname)s %(message)s', _DATE_FORMAT))
+    logger.addHandler(file)
 
 
 class MetricsLog:

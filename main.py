@@ -20,7 +20,9 @@ from config import TREE, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
 from engine.distributed import all_reduce_sum
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
-from engine.run import Run, Start, build_state, compare_classes, find_start, resume, run_parser, start_run
+from engine.experiment import describe_run, warn_of_other_classes
+from engine.resume import Start, begin_training, find_start
+from engine.run import Run, build_state, run_parser, start_run
 from engine.timing import time_callable
 from engine.trainer import Trainer
 from lr_scheduler import build_scheduler
@@ -30,6 +32,9 @@ from utils import exit_on_user_error
 
 # Images per update that the config's learning rates are for.
 BASE_BATCH = 512
+
+# Names of the weights that depend on the classes.
+HEAD = r'head\.'
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,23 +49,22 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(config: CfgNode) -> None:
     """Train, evaluate or time as the config says."""
-    with start_run(config, compiles=config.TRAIN.COMPILE or config.TEST.COMPILE) as run:
-        is_training_run = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
-        start = find_start(run, is_training_run)
+    is_training_run = not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+    with start_run(config, is_training_run, compiles=config.TRAIN.COMPILE or config.TEST.COMPILE) as run:
+        start = find_start(run, TREE)
         model = build_model(config).to(run.process.device)
         parameters = sum(p.numel() for p in model.parameters())
         run.logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
-        if start is not None:
-            has_new_head = start.load_weights(model, head=r'head\.')
-            run.logger.info(f'weights of {start.path} loaded')
-            if has_new_head:
-                run.logger.info(f'{start.path} has other classes: the head starts from scratch')
         if is_training_run:
             train(run, model, start)
-        elif config.EVAL_MODE:
-            evaluate(run, run.precision.prepare(model)[0], start)
+            return
+        if start is not None:
+            start.load_weights(run, model, HEAD)
+        model, _ = run.precision.prepare(model)
+        if config.EVAL_MODE:
+            evaluate(run, model, start)
         else:
-            throughput(run, run.precision.prepare(model)[0])
+            throughput(run, model)
 
 
 def train(run: Run, model: nn.Module, start: Start | None) -> None:
@@ -70,15 +74,19 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
     classes = eval_loader.dataset.classes
+    datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
+    record = describe_run(run, classes, datasets)
+
+    # Weights
+    if start is not None:
+        start.load_weights(run, model, HEAD, classes)
 
     # Optimizer, schedule
     lr_scale = run.images_per_update / BASE_BATCH
     optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * lr_scale)
     build_schedule = partial(build_scheduler, config, lr_scale=lr_scale)
     network, state = build_state(run, model, optimizer, train_loader, build_schedule, config.TRAIN.START_EPOCH)
-    if start is not None and start.resumes:
-        compare_classes(run, start.checkpoint, classes)
-        resume(run, state, start, TREE)
+    record = begin_training(run, state, start, record, TREE)
 
     # Loss, metrics
     forward = run.maybe_compile(network, config.TRAIN.COMPILE)
@@ -91,13 +99,16 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
         return validate(run, model, eval_loader, poll)._asdict()
 
-    Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'acc1', {'classes': classes}).fit()
+    compiles = config.TRAIN.COMPILE or config.TEST.COMPILE
+    Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'acc1', record, compiles=compiles).fit()
 
 
 def evaluate(run: Run, model: nn.Module, start: Start) -> None:
     """Evaluate a checkpoint's weights, already loaded, and its EMA weights if it has any."""
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
-    compare_classes(run, start.checkpoint, loader.dataset.classes)
+    for note in loader.dataset.notes:
+        run.logger.info(f'val: {note}')
+    warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
     evaluate_with_ema(run, lambda model: validate(run, model, loader), model, load_ema(model, start.checkpoint))
 
 

@@ -1,12 +1,16 @@
 """Leaf helpers: user errors and exits, atomic writes, seeds, backend flags, the environment of a run."""
 
 import argparse
+import contextlib
 import errno
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,13 +62,13 @@ def report_write_errors(folder: Path) -> Iterator[None]:
 def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace a file durably: `path` holds the old file or the whole new one, whatever happens.
 
-    The new file is written under a temporary name, flushed to disk and renamed; then the folder is flushed.
+    The new file is written under a temporary name of its own, flushed to disk and renamed; then the folder is flushed.
 
     Args:
         path: the file.
         write: writes the new content; its errors propagate, and the temporary file is removed.
     """
-    temporary = path.with_name(path.name + '.tmp')
+    temporary = path.with_name(f'{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         with temporary.open('wb') as file:
             write(file)
@@ -75,6 +79,29 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_dead_temporaries(folder: Path) -> None:
+    """Remove temporary files of `atomic_write` whose process has died.
+
+    Those of other hosts, whose processes cannot be seen, and of older versions go after an hour without a change.
+    """
+    for path in [*folder.glob('*.*-*-*.tmp'), *folder.glob('ckpt_*.pth.tmp')]:
+        name = re.search(rf'\.{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}\.tmp$', path.name)
+        with contextlib.suppress(FileNotFoundError):
+            if not is_running(int(name[1])) if name else time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Whether this host has such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _flush_folder(folder: Path) -> None:
@@ -115,11 +142,12 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         'revision': git_revision(Path(__file__).parent),
         'python': platform.python_version(),
-        'torch': torch.__version__,
-        'torchvision': torchvision.__version__,
+        'torch': str(torch.__version__),  # a class of its own, which checkpoints could not hold
+        'torchvision': str(torchvision.__version__),
         'timm': timm.__version__,
         'cuda': str(torch.version.cuda),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+        'cpu': torch.backends.cpu.get_cpu_capability(),
         'threads': str(torch.get_num_threads()),
         'host': platform.node(),
         'system': platform.platform(),

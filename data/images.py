@@ -46,9 +46,7 @@ def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Im
             if image.mode[0] in 'IF':  # PIL would clip it
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
             return image.convert(mode)
-    except Image.DecompressionBombError as error:
-        raise DataError(f'image {path} is too large ({error}): scale it down or remove it') from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -77,11 +75,17 @@ def read_header(path: str | Path) -> ImageHeader:
             header = ImageHeader(file.size, orientation if orientation in range(1, 9) else 1)
             # PIL opens a TIFF file with its upright size.
             return header._replace(size=header.upright_size) if file.format == 'TIFF' else header
-    except (OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
+# What PIL raises for files that it cannot, or should not, decode.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 def _unreadable(path: str | Path, error: Exception) -> DataError:
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(f'image {path} is too large ({error}): scale it down or remove it')
     return DataError(f'image {path} cannot be read ({" ".join(str(error).split())}): replace or remove it')
 
 
@@ -113,10 +117,17 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files below a folder, in linked folders too, but for hidden ones."""
-    # Path.rglob follows no links before Python 3.13
-    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(x for x in files if not any(part.startswith('.') for part in x.relative_to(folder).parts))
+    """The files below a folder, in linked folders too, each folder once, but for hidden files and folders."""
+    files, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):  # Path.rglob follows no links before Python 3.13
+        real = os.path.realpath(parent)
+        if real in visited:  # links may form a circle
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        files += [Path(parent, name) for name in names if not name.startswith('.')]
+    return sorted(files)
 
 
 def report_other_files(paths: Iterable[Path]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import check_run, shared_keys
-from engine.config_tree import ConfigError, ConfigTree, Key, KeyGroup
+from engine.config_keys import Key, KeyGroup
+from engine.config_tree import ConfigError, ConfigTree
 
 _C = shared_keys()
 
@@ -40,12 +41,14 @@ _C.AMP_OPT_LEVEL = replace(  # torchvision's parts do not support O2's float16 n
 )
 _C.AMP_BACKEND = replace(_C.AMP_BACKEND, default='native')
 
-_C.BENCHMARK_MODE = Key(False, 'Measure images/s of the whole detector and stop', flag='--benchmark', harmless=True)
-_C.SHOW = Key(0, 'With --eval, draw the first N images with their detections', min=0, flag='--show', harmless=True)
-_C.SHOW_SCORE = Key(0.5, 'Minimum score of a detection that is drawn', min=0, max=1, harmless=True)
+_C.BENCHMARK_MODE = Key(False, 'Measure images/s of the whole detector and stop', flag='--benchmark', affects='nothing')
+_C.SHOW = Key(0, 'With --eval, draw the first N images with their detections', min=0, flag='--show', affects='nothing')
+_C.SHOW_SCORE = Key(0.5, 'Minimum score of a detection that is drawn', min=0, max=1, affects='nothing')
 
-_C.DATA.TRAIN_SPLIT = Key('train2017', 'Training split: its folder, and annotations/instances_<split>.json')
-_C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split')
+_C.DATA.TRAIN_SPLIT = Key(
+    'train2017', 'Training split: its folder, and annotations/instances_<split>.json', affects='data'
+)
+_C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split', affects='data')
 
 _C.INPUT = KeyGroup()
 _C.INPUT.FLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
@@ -63,12 +66,15 @@ _C.MODEL.TYPE = Key(
     'cascade_rcnn',
     'Architecture: cascade_rcnn, of which Mask R-CNN is the case of one stage',
     choices=('cascade_rcnn',),
+    affects='network',
 )
-_C.MODEL.FPN_CHANNELS = Key(256, 'Channels of the feature pyramid', min=1)
+_C.MODEL.FPN_CHANNELS = Key(256, 'Channels of the feature pyramid', min=1, affects='network')
 
 _C.MODEL.RPN = KeyGroup()
-_C.MODEL.RPN.ANCHOR_SCALE = Key(8, "Size of an anchor, relative to its level's stride", min=1)
-_C.MODEL.RPN.ANCHOR_RATIOS = Key([0.5, 1.0, 2.0], 'Height over width of the anchors', min=0.01, max=100)
+_C.MODEL.RPN.ANCHOR_SCALE = Key(8, "Size of an anchor, relative to its level's stride", min=1, affects='network')
+_C.MODEL.RPN.ANCHOR_RATIOS = Key(
+    [0.5, 1.0, 2.0], 'Height over width of the anchors', min=0.01, max=100, affects='network'
+)
 _C.MODEL.RPN.POSITIVE_IOU = Key(0.7, 'Minimum IoU of a positive anchor', min=0, max=1)
 _C.MODEL.RPN.NEGATIVE_IOU = Key(0.3, 'IoU below which an anchor is negative', min=0, max=1)
 _C.MODEL.RPN.SAMPLES = Key(256, 'Anchors per image sampled for the losses', min=1)
@@ -80,19 +86,30 @@ _C.MODEL.RPN.POST_NMS_TEST = Key(1000, 'Proposals per image after NMS, in evalua
 _C.MODEL.RPN.NMS_IOU = Key(0.7, 'IoU threshold of NMS for proposals', min=0, max=1)
 
 _C.MODEL.BOX = KeyGroup()
-_C.MODEL.BOX.IOUS = Key([0.5, 0.6, 0.7], 'Minimum IoU of a positive RoI, per stage of the cascade', min=0, max=1)
+_C.MODEL.BOX.IOUS = Key(
+    [0.5, 0.6, 0.7], 'Minimum IoU of a positive RoI, per stage of the cascade', min=0, max=1, affects='network'
+)
 _C.MODEL.BOX.CENTRE_STDS = Key(
-    [0.1, 0.05, 0.033], "Standard deviation of the centre's deltas, relative to the RoI's size, per stage", min=0.0001
+    [0.1, 0.05, 0.033],
+    "Standard deviation of the centre's deltas, relative to the RoI's size, per stage",
+    min=0.0001,
+    affects='network',
 )
 _C.MODEL.BOX.SIZE_STDS = Key(
-    [0.2, 0.1, 0.067], "Standard deviation of the size's deltas, in logarithms, per stage", min=0.0001
+    [0.2, 0.1, 0.067],
+    "Standard deviation of the size's deltas, in logarithms, per stage",
+    min=0.0001,
+    affects='network',
 )
 _C.MODEL.BOX.STAGE_WEIGHTS = Key([1.0, 0.5, 0.25], 'Weight of the losses, per stage', min=0)
-_C.MODEL.BOX.POOL_SIZE = Key(7, "Size of a RoI's features", min=1)
+_C.MODEL.BOX.POOL_SIZE = Key(7, "Size of a RoI's features", min=1, affects='network')
 _C.MODEL.BOX.CONVS = Key(
-    [256, 256, 256, 256], 'Channels of the 3 x 3 convolutions of a box head, each with a norm', min=1
+    [256, 256, 256, 256],
+    'Channels of the 3 x 3 convolutions of a box head, each with a norm',
+    min=1,
+    affects='network',
 )
-_C.MODEL.BOX.LINEARS = Key([1024], 'Channels of the linear layers that follow', min=1)
+_C.MODEL.BOX.LINEARS = Key([1024], 'Channels of the linear layers that follow', min=1, affects='network')
 _C.MODEL.BOX.LOSS = Key('giou', 'Box loss: giou, of decoded boxes, or l1, of box deltas', choices=('giou', 'l1'))
 _C.MODEL.BOX.LOSS_WEIGHT = Key(10.0, 'Weight of the box loss', min=0)
 _C.MODEL.BOX.SAMPLES = Key(512, 'RoIs per image sampled for the losses of a stage', min=1)
@@ -102,9 +119,11 @@ _C.MODEL.BOX.NMS_IOU = Key(0.5, 'IoU threshold of NMS for detections of a class'
 _C.MODEL.BOX.DETECTIONS = Key(100, 'Maximum number of detections per image', min=1)
 
 _C.MODEL.MASK = KeyGroup()
-_C.MODEL.MASK.POOL_SIZE = Key(14, "Size of a RoI's features; its mask is twice as large", min=1)
-_C.MODEL.MASK.CONVS = Key([256, 256, 256, 256], 'Channels of the 3 x 3 convolutions of a mask head', min=1)
-_C.MODEL.MASK.UPSAMPLED = Key(256, 'Channels after the deconvolution', min=1)
+_C.MODEL.MASK.POOL_SIZE = Key(14, "Size of a RoI's features; its mask is twice as large", min=1, affects='network')
+_C.MODEL.MASK.CONVS = Key(
+    [256, 256, 256, 256], 'Channels of the 3 x 3 convolutions of a mask head', min=1, affects='network'
+)
+_C.MODEL.MASK.UPSAMPLED = Key(256, 'Channels after the deconvolution', min=1, affects='network')
 
 _C.TRAIN.WARMUP_STEPS = Key(500, 'Updates of linear warm-up', min=0)
 _C.TRAIN.WARMUP_FACTOR = Key(0.001, 'Learning rate of the first update, relative to the peak', min=0, max=1)

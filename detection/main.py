@@ -28,8 +28,10 @@ from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from engine.checkpoint import load_weights
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
+from engine.experiment import describe_run, warn_of_other_classes
 from engine.meter import peak_memory_mb
-from engine.run import Run, Start, build_state, compare_classes, find_start, resume, run_parser, start_run
+from engine.resume import Start, begin_training, find_start
+from engine.run import Run, build_state, run_parser, start_run
 from engine.timing import time_callable
 from engine.trainer import Trainer
 from optimizer import build_optimizer
@@ -51,31 +53,30 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(config: CfgNode) -> None:
     """Train, evaluate or time as the config says."""
-    with start_run(config) as run:
-        is_training_run = not (config.EVAL_MODE or config.BENCHMARK_MODE)
-        start = find_start(run, is_training_run)
+    is_training_run = not (config.EVAL_MODE or config.BENCHMARK_MODE)
+    with start_run(config, is_training_run) as run:
+        start = find_start(run, TREE)
         model = build_detector(config).to(run.process.device)
         run.logger.info(f'{config.MODEL.NAME}: {sum(p.numel() for p in model.parameters()):,} parameters')
-        if start is not None:
-            load_initial_weights(run, model, start)
         if is_training_run:
             train(run, model, start)
-        elif config.EVAL_MODE:
-            evaluate(run, run.precision.prepare(model)[0], start)
+            return
+        if start is not None:
+            load_initial_weights(run, model, start)
+        model, _ = run.precision.prepare(model)
+        if config.EVAL_MODE:
+            evaluate(run, model, start)
         else:
-            benchmark(run, run.precision.prepare(model)[0])
+            benchmark(run, model)
 
 
-def load_initial_weights(run: Run, model: Detector, start: Start) -> None:
-    """Load a detector's weights, or those of a classifier into the backbone of a new run."""
+def load_initial_weights(run: Run, model: Detector, start: Start, classes: Sequence[str] | None = None) -> None:
+    """Load a detector's weights, or those of a classifier into the backbone of a new run; see `Start.load_weights`."""
     if start.is_new_run and not any(name.startswith('backbone.') for name in start.checkpoint['model']):
         load_classifier(model, start.checkpoint, start.path)
         run.logger.info(f'{start.path} is a classifier: its weights start the backbone')
     else:
-        has_new_head = start.load_weights(model, Detector.HEAD)
-        run.logger.info(f'weights of {start.path} loaded')
-        if has_new_head:
-            run.logger.info(f'{start.path} has other classes: the last layers of the heads start from scratch')
+        start.load_weights(run, model, Detector.HEAD, classes)
 
 
 def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> None:
@@ -97,23 +98,24 @@ def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> N
 
 def train(run: Run, model: Detector, start: Start | None) -> None:
     """Train to the last epoch, evaluating after each."""
-    config, process, logger = run.config, run.process, run.logger
+    config, process = run.config, run.process
 
     # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
     classes = eval_loader.dataset.class_names
-    for name, dataset in (('training', train_loader.dataset.dataset), ('evaluation', eval_loader.dataset)):
-        for note in dataset.notes:
-            logger.info(f'{name} images: {note}')
+    datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
+    record = describe_run(run, classes, datasets)
+
+    # Weights
+    if start is not None:
+        load_initial_weights(run, model, start, classes)
 
     # Optimizer, schedule
     model = synchronize_norms(model, process.device, process.world_size)
     lr = config.TRAIN.BASE_LR * run.images_per_update / BASE_BATCH
     optimizer = build_optimizer(config, model, lr, decay_biases=True)  # as published
     network, state = build_state(run, model, optimizer, train_loader, partial(build_scheduler, config))
-    if start is not None and start.resumes:
-        compare_classes(run, start.checkpoint, classes)
-        resume(run, state, start, TREE)
+    record = begin_training(run, state, start, record, TREE)
 
     # Losses, metrics
     def loss_fn(batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
@@ -122,8 +124,7 @@ def train(run: Run, model: Detector, start: Start | None) -> None:
     def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
         return validate(run, model, eval_loader, poll).metrics
 
-    extra_state = {'classes': classes}
-    Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'box_AP', extra_state, 'box AP').fit()
+    Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'box_AP', record, 'box AP').fit()
 
 
 def evaluate(run: Run, model: Detector, start: Start) -> None:
@@ -132,9 +133,9 @@ def evaluate(run: Run, model: Detector, start: Start) -> None:
     Detections are written to the run's folder: `results.json`, and `results_ema.json`.
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
-    compare_classes(run, start.checkpoint, loader.dataset.class_names)
+    warn_of_other_classes(run, start.checkpoint, loader.dataset.class_names)
     for note in loader.dataset.notes:
-        run.logger.info(f'evaluation images: {note}')
+        run.logger.info(f'val: {note}')
     evaluation, ema_evaluation = evaluate_with_ema(
         run,
         lambda network: validate(run, network, loader, show=run.config.SHOW if network is model else 0),

@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import json
-import logging
 import pickle
 import re
 import zipfile
@@ -68,7 +67,7 @@ def _system_message(error: BaseException) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
-    Besides this project's files, plain state dicts and timm's checkpoints are read, `.pth` or `.safetensors`; names are
+    Plain state dicts and timm's checkpoints are read too, `.pth` or `.safetensors`; names are
     freed from the prefixes of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is
     read as a plain mapping.
 
@@ -103,8 +102,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return entries
 
 
-def _load_pth(path: Path) -> Any:
-    if zipfile.is_zipfile(path):  # PyTorch's format before 1.6 is not a zip file, and has no checksums
+def _load_pth(path: Path, mmap: bool = False) -> Any:
+    is_zip = zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is not a zip file, and has no checksums
+    if is_zip and not mmap:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -112,7 +112,7 @@ def _load_pth(path: Path) -> Any:
     # timm saves its command line
     allowed = [(collections.OrderedDict, 'yacs.config.CfgNode'), argparse.Namespace]
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and is_zip)
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -184,90 +184,24 @@ def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '
     return checkpoint['model_ema'], 'EMA weights' + (f' ({ema:.1f} against {raw:.1f} %)' if is_scored else '')
 
 
-_NAME = re.compile(r'ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth')
+def peek_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's entries, for those that are not tensors: tensors stay on disk, and are not verified.
 
-
-def _progress(path: Path) -> tuple[int, float]:
-    """Epoch and update of a checkpoint, by its name; the end of an epoch comes after its updates."""
-    epoch, step = _NAME.fullmatch(path.name).groups()
-    return int(epoch), float('inf') if step is None else int(step)
-
-
-class CheckpointFolder:
-    """A run's checkpoints: `ckpt_epoch_<n>.pth`, within an epoch `ckpt_epoch_<n>_step_<m>.pth`, and the best one.
-
-    Args:
-        path: the run's folder.
-        keep: newest checkpoints to keep, in addition to the best one; 0 keeps all.
-        logger: for what is saved and what is damaged.
+    Raises:
+        CheckpointError: it cannot be read.
     """
-
-    def __init__(self, path: Path, keep: int, logger: logging.Logger):
-        self.path, self.keep, self.logger = path, keep, logger
-
-    @property
-    def best(self) -> Path:
-        """The checkpoint with the best metric."""
-        return self.path / 'ckpt_best.pth'
-
-    def all(self) -> list[Path]:
-        """The run's checkpoints, newest first, by epoch and by update within it."""
-        paths = (path for path in self.path.glob('ckpt_epoch_*.pth') if _NAME.fullmatch(path.name))
-        return sorted(paths, key=_progress, reverse=True)
-
-    def newest_complete(self) -> Path | None:
-        """The newest intact checkpoint, skipping damaged ones with a warning; None if there are no checkpoints.
-
-        Raises:
-            CheckpointError: all are damaged; starting over would overwrite them.
-        """
-        paths = self.all()
-        for path in paths:
-            try:
-                load_checkpoint(path)
-            except CheckpointError as error:
-                self.logger.warning(f'skipping a damaged checkpoint: {error}')
-            else:
-                return path
-        if paths:
-            raise CheckpointError(
-                f'none of the {len(paths)} checkpoints in {self.path} can be read (the newest is {paths[0].name}): '
-                f'to start over, write another --tag or --opts TRAIN.AUTO_RESUME False'
-            )
-        return None
-
-    def save(self, state: dict[str, Any], epoch: int, step: int | None = None) -> Path:
-        """Save a checkpoint of the end of an epoch, or of an update within it, then remove old ones.
-
-        Checkpoints that look newer, left by a run that was resumed from an earlier one or with another batch size, are
-        renamed to `.old`.
-
-        Raises:
-            CheckpointError: it cannot be written; then none is removed.
-        """
-        path = self.path / (f'ckpt_epoch_{epoch}.pth' if step is None else f'ckpt_epoch_{epoch}_step_{step}.pth')
-        save_checkpoint(path, state)
-        self.logger.info(f'{path} saved')
-        paths = self.all()
-        index = paths.index(path)
-        try:
-            for other in paths[:index]:
-                other.rename(f'{other}.old')
-                self.logger.warning(f'{other} is not part of this run any more: renamed to .old')
-            for old in paths[index:][self.keep :] if self.keep else []:
-                old.unlink()
-        except OSError as error:
-            raise CheckpointError(f'{path} is saved, but an older one cannot be removed: {error.strerror}') from error
-        return path
-
-    def remove_temporary(self) -> None:
-        """Remove unfinished files of a run that was killed while saving."""
-        for path in self.path.glob('ckpt_*.pth.tmp'):
-            path.unlink()
+    try:
+        return _load_pth(path, mmap=True)
+    except Exception as error:  # the loaders document no exceptions of their own
+        raise CheckpointError(f'{path} is not a checkpoint that can be read safely') from error
 
 
 def load_weights(
-    model: nn.Module, checkpoint: dict[str, Any], path: str | Path, replaceable: str | None = None
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    replaceable: str | None = None,
+    is_replaced: bool = False,
 ) -> bool:
     """Load all of a checkpoint's weights into a network.
 
@@ -277,6 +211,7 @@ def load_weights(
         path: the checkpoint's path, for messages.
         replaceable: regular expression that matches the start of the names of class-dependent weights: the network
             keeps its own where the checkpoint's have another shape.
+        is_replaced: the network keeps its own even where the shapes agree.
 
     Returns:
         Whether the network kept weights of its own.
@@ -287,7 +222,8 @@ def load_weights(
     upgrade = getattr(model, 'upgrade_state_dict', dict)
     theirs, ours = upgrade(checkpoint['model']), model.state_dict()
     heads = {name for name in theirs.keys() | ours.keys() if replaceable and re.match(replaceable, name)}
-    is_replaced = any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
+    has_other_shapes = any(_shape(theirs.get(name)) != _shape(ours.get(name)) for name in heads)
+    is_replaced = bool(heads) and (is_replaced or has_other_shapes)
     if is_replaced:
         theirs = {name: value for name, value in theirs.items() if name not in heads}
         theirs |= {name: value for name, value in ours.items() if name in heads}

@@ -13,67 +13,12 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from engine.config_keys import ChangedKey, Key, KeyGroup
 from utils import UserError
 
 
 class ConfigError(UserError):
     """A config key, value or flag that cannot work; the message says what to write."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a config tree.
-
-    Attributes:
-        default: its default, whose type is the key's.
-        help: what it means, for readers of the tree, of `--help` and of docs/configuration.md.
-        choices: its values, where they are few.
-        min, max: bounds of a number, or of every number in a list; None for none.
-        optional: type of its values where None is one of them.
-        flag: its command-line flag, if any; several spellings are separated by spaces.
-        metavar: what `--help` shows as the flag's value.
-        harmless: changing it changes nothing that a run computes.
-    """
-
-    default: Any
-    help: str
-    choices: tuple[str, ...] = ()
-    min: float | None = None
-    max: float | None = None
-    optional: type | None = None
-    flag: str = ''
-    metavar: str | None = None
-    harmless: bool = False
-
-    @property
-    def type(self) -> type:
-        """Type of the key's values other than None."""
-        return self.optional or type(self.default)
-
-    @property
-    def allowed(self) -> str:
-        """Its values in words; '' where any of its type will do."""
-        if self.choices:
-            return 'one of ' + ', '.join(choice or "''" for choice in self.choices)
-        if self.min is None and self.max is None:
-            return ''
-        numbers = 'numbers' if self.type in (list, tuple) else 'a number'
-        if self.max is None:
-            return f'{numbers} at least {self.min}'
-        return f'{numbers} between {self.min} and {self.max}'
-
-
-class KeyGroup(dict):
-    """Keys, and further groups, by name: `group.NAME = Key(...)`."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(name) from error
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
 
 
 @dataclass(frozen=True)
@@ -138,6 +83,17 @@ class ConfigTree:
         for name, key in self.keys.items():
             if not key.flag:
                 continue
+            if '=' in key.flag:
+                group = parser.add_mutually_exclusive_group()
+                for flag, value in (spelling.split('=') for spelling in key.flag.split()):
+                    group.add_argument(
+                        flag,
+                        dest=_destination(key),
+                        action='store_const',
+                        const=value,
+                        help=f'{key.help} ({name} {value})',
+                    )
+                continue
             options: dict[str, Any] = {'help': f'{key.help} ({name})', 'default': None}
             if key.type is bool:
                 options['action'] = 'store_true'
@@ -147,16 +103,26 @@ class ConfigTree:
                 options |= {'type': key.type, 'metavar': key.metavar or 'N'}
             parser.add_argument(*key.flag.split(), **options)
 
-    def changed_keys(self, config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
-        """Keys that affect what a run computes and differ from a checkpoint's config.
+    def changed_keys(
+        self, config: CfgNode, saved: Mapping[str, Any], names: Sequence[str] | None = None
+    ) -> list[ChangedKey]:
+        """Keys that differ from a checkpoint's config.
 
         Args:
             config: the config tree.
-            saved: the checkpoint's `config`; a key missing there has not changed.
+            saved: the checkpoint's `config`. A key that it does not have, since it is older, had its value of then.
+            names: the keys; None for all that affect what a run computes.
         """
-        ours = {name: list(value) if isinstance(value, tuple) else value for name, value in leaves(config)}
-        known = {name: value for name, value in leaves(saved) if name in ours and not self.keys[name].harmless}
-        return [name for name, value in known.items() if value != ours[name]]
+        theirs = dict(leaves(saved))
+        if names is None:
+            names = [name for name, key in self.keys.items() if key.affects != 'nothing']
+        changed = []
+        for name in names:
+            key = self.keys[name]
+            ours, before = get(config, name, 'config'), theirs.get(name, key.value_before)
+            if _plain(before) != _plain(ours):
+                changed.append(ChangedKey(name, key.affects, before, ours))
+        return changed
 
     def _merge_file(self, config: CfgNode, path: Path, included_from: tuple[Path, ...] = ()) -> None:
         """Merge a YAML file's BASE files, in order, then the file; `included_from` are the files that led to it."""
@@ -257,7 +223,12 @@ def get(config: CfgNode, name: str, source: str) -> Any:
 
 def _destination(key: Key) -> str:
     """The attribute in which argparse stores a key's flag."""
-    return key.flag.split()[0].removeprefix('--').replace('-', '_')
+    return key.flag.split()[0].removeprefix('--').split('=')[0].replace('-', '_')
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML keeps it, which has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _copy(value: Any) -> Any:

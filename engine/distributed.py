@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER
 
 # Set by srun for each process; MASTER_ADDR and MASTER_PORT may be set too.
 SLURM_VARIABLES = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_JOB_NODELIST', 'SLURM_JOB_ID')
+
+# How long processes wait for one that does not answer; docs/training.md says so.
+TIMEOUT = timedelta(minutes=30)
 
 Result = TypeVar('Result')
 
@@ -71,7 +75,9 @@ def read_launcher(variables: Mapping[str, str]) -> Launch | None:
         rank, world_size, local_rank, nodes, job = _read({**fallbacks, **variables}, SLURM_VARIABLES, launcher)
         world_size = variables.get('SLURM_STEP_NUM_TASKS', world_size)  # a step may use part of its job
         address = variables.get('MASTER_ADDR') or first_host(variables.get('SLURM_STEP_NODELIST', nodes))
-        port = variables.get('MASTER_PORT') or 20_000 + int(re.sub(r'\D', '', job)) % 20_000  # one per job
+        step = int(re.sub(r'\D', '', variables.get('SLURM_STEP_ID', '')) or 0)
+        # One per job, and one per step of a job
+        port = variables.get('MASTER_PORT') or 20_000 + (int(re.sub(r'\D', '', job)) + 7919 * step) % 20_000
     else:
         return None
     try:
@@ -129,6 +135,8 @@ def choose_device(name: str, launch: Launch | None = None, local_rank: int = 0) 
         return torch.device(name)
     index = launch.local_rank if launch else local_rank
     count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError('DEVICE is cuda, but PyTorch finds no GPU: write --device cpu, or check the driver')
     if launch and launch.launcher == 'srun' and count == 1:
         index = 0  # SLURM may show each task only the GPU bound to it
     if index >= count:
@@ -136,6 +144,39 @@ def choose_device(name: str, launch: Launch | None = None, local_rank: int = 0) 
             f'local rank {index} has no GPU: {count} are visible: start fewer processes per node, or write --device cpu'
         )
     return torch.device('cuda', index)
+
+
+def local_world_size(launch: Launch | None, variables: Mapping[str, str]) -> int:
+    """Number of this run's processes on this node, according to its launcher."""
+    if launch is None:
+        return 1
+    if launch.launcher == 'torchrun':
+        return int(variables.get('LOCAL_WORLD_SIZE') or launch.world_size)
+    tasks = variables.get('SLURM_STEP_TASKS_PER_NODE') or variables.get('SLURM_TASKS_PER_NODE', '1')  # 8(x2),4
+    return max(map(int, re.findall(r'(?:^|,)(\d+)', tasks)))
+
+
+def share_cores(variables: Mapping[str, str]) -> str:
+    """Share the cores among the processes of a node, unless OMP_NUM_THREADS says how many threads each uses.
+
+    The number follows from cores and processes, never from load, which would change the last bits of sums.
+
+    Args:
+        variables: the environment.
+
+    Returns:
+        How many threads this process uses, and why.
+    """
+    if variables.get('OMP_NUM_THREADS'):
+        return f'{torch.get_num_threads()} thread(s): OMP_NUM_THREADS'
+    if (per_task := variables.get('SLURM_CPUS_PER_TASK', '')).isdecimal():
+        torch.set_num_threads(int(per_task))
+        return f'{per_task} thread(s): SLURM_CPUS_PER_TASK'
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    processes = local_world_size(read_launcher(variables), variables)
+    if processes > 1:
+        torch.set_num_threads(max(cores // processes, 1))
+    return f'{torch.get_num_threads()} thread(s): {cores} core(s) for {processes} process(es)'
 
 
 @contextmanager
@@ -161,7 +202,11 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
         dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, **_rendezvous(launch, os.environ)
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=TIMEOUT,
+            **_rendezvous(launch, os.environ),
         )
     except (dist.DistError, ValueError) as error:
         reason = 'the port is in use' if 'EADDRINUSE' in str(error) else str(error).splitlines()[0]

@@ -9,12 +9,13 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from engine.distributed import all_reduce_sum
 from engine.state import TrainingState
 from logger import MetricsLog
 
 
 class TrainMeter:
-    """Logs an epoch's losses and gradient norms, which are read from the device only then.
+    """Logs an epoch's losses and gradient norms, which are averaged over the ranks and read from the device only then.
 
     Args:
         logger: gets the line.
@@ -25,37 +26,44 @@ class TrainMeter:
 
     def __init__(self, logger: logging.Logger, metrics: MetricsLog, state: TrainingState, epochs: int):
         self.logger, self.metrics, self.state, self.epochs = logger, metrics, state, epochs
-        self.start_time = self.logged_time = time.time()
-        self.first_step = self.logged_step = state.step
+        self.start_time = self.timed_from = self.logged_time = time.time()
+        self.first_timed_step = self.logged_step = state.step
 
     @property
     def seconds(self) -> float:
         """Seconds since the epoch began or was resumed."""
         return time.time() - self.start_time
 
+    def leave_out(self) -> None:
+        """Leave the updates so far out of the mean time and the eta: they took longer than those to come."""
+        self.timed_from, self.first_timed_step = time.time(), self.state.step
+
     def log(self, lr: float, loss: Tensor, grad_norm: Tensor, losses: dict[str, Tensor]) -> None:
-        """Log the last update and the means of the epoch so far.
+        """Log the last update and the means of the epoch so far; every rank calls it at the same points.
 
         Args:
             lr: learning rate of the update.
-            loss: its total loss, a device scalar like the others.
-            grad_norm: its gradient norm.
-            losses: its losses by name.
+            loss: its total loss on this rank, a device scalar like the others.
+            grad_norm: its gradient norm, over all ranks.
+            losses: its losses on this rank, by name.
         """
         state, now = self.state, time.time()
-        last_loss, last_norm = torch.stack((loss, grad_norm)).tolist()
-        mean_loss, mean_norm = (state.sums[:2] / state.sums[2]).tolist()
-        mean_time = (now - self.start_time) / (state.step - self.first_step)
+        on_all_ranks = torch.stack((torch.ones_like(loss), loss, *losses.values(), *state.sums))
+        ranks, last_loss, *last_losses, loss_sum, norm_sum, updates = all_reduce_sum(on_all_ranks).tolist()
+        last_loss, last_norm = last_loss / ranks, grad_norm.item()
+        mean_loss, mean_norm = (x / updates if updates else float('nan') for x in (loss_sum, norm_sum))
         last_time = (now - self.logged_time) / (state.step - self.logged_step)
+        timed_steps = state.step - self.first_timed_step
+        mean_time = (now - self.timed_from) / timed_steps if timed_steps else last_time
         images_per_s = state.images_per_update / last_time
         memory = peak_memory_mb(state.device)
-        eta = timedelta(seconds=int(mean_time * (state.steps_per_epoch - state.step)))
+        eta = timedelta(seconds=int(mean_time * (state.steps_per_epoch - state.step))) if timed_steps else '?'
         self.logger.info(
             f'Train: [{state.epoch}/{self.epochs}][{state.step - 1}/{state.steps_per_epoch}]\t'
             f'eta {eta} lr {lr:.6f}\ttime {last_time:.4f} ({mean_time:.4f})\tloss {last_loss:.4f} ({mean_loss:.4f})\t'
             f'grad_norm {last_norm:.4f} ({mean_norm:.4f})\tmem {memory:.0f}MB\t{images_per_s:.0f} images/s'
         )
-        record = {name: value.item() for name, value in losses.items()}
+        record = {name: value / ranks for name, value in zip(losses, last_losses, strict=True)}
         record |= {'epoch': state.epoch, 'step': state.step - 1, 'lr': lr, 'loss': last_loss, 'grad_norm': last_norm}
         self.metrics.write('train', state.updates, **record, images_per_s=images_per_s, memory_mb=memory)
         self.logged_step, self.logged_time = state.step, now

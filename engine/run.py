@@ -1,14 +1,16 @@
-"""A run: its flags, its start, the checkpoint it starts from, and how it resumes."""
+"""A run: its flags, its folder, its start, and the state it trains."""
 
 import argparse
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -17,23 +19,49 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, load_weights
 from engine.config_tree import ConfigTree
-from engine.distributed import Process, distribute, on_main_process, start_process
+from engine.distributed import Process, distribute, on_main_process, share_cores, start_process
 from engine.precision import ApexPrecision, Precision, build_precision
+from engine.run_folder import RunFolder
+from engine.run_lock import RunLock
+from engine.signals import Stopped, StopRequest
 from engine.state import TrainingState
-from logger import create_logger
-from utils import environment, set_backend_flags, set_seed
+from logger import add_log_file, create_logger
+from utils import environment, report_write_errors, set_backend_flags, set_seed
 
 
 class Run(NamedTuple):
-    """Config, process, precision, folder (`<OUTPUT>/<MODEL.NAME>/<TAG>`) and logger of a run."""
+    """A run of this process, from `start_run`.
+
+    Attributes:
+        config: the config tree.
+        process: this process among those of the run.
+        precision: the run's precision.
+        folder: `<OUTPUT>/<MODEL.NAME>/<TAG>` with its checkpoints.
+        logger: the run's log.
+        is_training_run: whether it trains, and so writes checkpoints.
+        lock: the right to write to the folder, which rank 0 of a training run holds.
+        stop: whether a signal has asked a training run to stop.
+    """
 
     config: CfgNode
     process: Process
     precision: Precision | ApexPrecision
-    output_dir: Path
+    folder: RunFolder
     logger: logging.Logger
+    is_training_run: bool
+    lock: RunLock
+    stop: StopRequest
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The config as checkpoints hold it, in plain containers."""
+        return yaml.safe_load(self.config.dump())
 
     @property
     def accumulation_steps(self) -> int:
@@ -72,92 +100,60 @@ def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.Arg
 
 
 @contextmanager
-def start_run(config: CfgNode, compiles: bool = False) -> Iterator[Run]:
+def start_run(config: CfgNode, is_training_run: bool, compiles: bool = False) -> Iterator[Run]:
     """Start this process of the config's run; its environment is logged.
+
+    From here on, a signal makes a training run stop in an orderly way. Its rank 0 holds the lock of the run's folder.
 
     Args:
         config: the config tree.
+        is_training_run: whether the run trains.
         compiles: whether the run compiles its network.
+
+    Raises:
+        RunLockError: another process writes to the folder.
+        Stopped: a signal came while the run waited for the folder.
     """
-    with start_process(config.DEVICE, config.LOCAL_RANK) as process:
+    stop = StopRequest()
+    with stop if is_training_run else nullcontext(), start_process(config.DEVICE, config.LOCAL_RANK) as process:
+        threads = share_cores(os.environ)
         precision = build_precision(config, process.device, compiles)
         set_backend_flags(config.TF32, config.DETERMINISTIC)
         set_seed(config.SEED + process.rank)
-        output_dir = Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG
-        logger = create_logger(output_dir, process.rank)
-        run = Run(config, process, precision, output_dir, logger)
-        with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
-            logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
-            logger.info(f'{process.world_size} process(es), device {process.device}, {run.precision}')
-            yield run
-
-
-class Start(NamedTuple):
-    """The checkpoint that a run starts from.
-
-    Attributes:
-        checkpoint: its content.
-        path: its path.
-        resumes: whether the run resumes from it.
-        is_new_run: whether a new run starts from its weights, with its own head if the classes differ.
-        is_automatic: whether it was found in the run's folder.
-    """
-
-    checkpoint: dict[str, Any]
-    path: str
-    resumes: bool
-    is_new_run: bool
-    is_automatic: bool
-
-    def load_weights(self, model: nn.Module, head: str) -> bool:
-        """Load its weights into a network.
-
-        Args:
-            model: the network.
-            head: regular expression that matches the start of the names of weights that depend on the classes.
-
-        Returns:
-            Whether the network kept a head of its own.
-
-        Raises:
-            CheckpointError: it does not fit.
-        """
+        logger = create_logger(process.rank)
+        folder = RunFolder(Path(config.OUTPUT or 'output') / config.MODEL.NAME / config.TAG, config.SAVE_KEEP, logger)
+        lock = RunLock(folder.path, logger)
+        with report_write_errors(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        run = Run(config, process, precision, folder, logger, is_training_run, lock, stop)
         try:
-            return load_weights(model, self.checkpoint, self.path, head if self.is_new_run else None)
-        except CheckpointError as error:
-            remedy = ': to start over, write another --tag or --opts TRAIN.AUTO_RESUME False'
-            raise CheckpointError(f'{error}{remedy if self.is_automatic else ""}') from error
+            add_log_file(logger, folder.path / _enter_folder(run))
+            with logging_redirect_tqdm([logger] if process.rank == 0 else []):  # log lines go above a progress bar
+                logger.info(' | '.join(f'{name} {value}' for name, value in environment(process.device).items()))
+                logger.info(f'{process.world_size} process(es), device {process.device}, {precision}, {threads}')
+                if compiles:
+                    logger.info('torch.compile: the first batch of training or evaluation takes minutes longer')
+                yield run
+        finally:
+            lock.release()
 
 
-def find_start(run: Run, is_training_run: bool) -> Start | None:
-    """Load what the run starts from: --resume, else the newest intact checkpoint in its folder, else --pretrained.
+def _enter_folder(run: Run) -> str:
+    """Lock the folder of a training run on rank 0, and name the log file.
 
-    Args:
-        run: the run.
-        is_training_run: a run that does not train never takes its own checkpoint automatically.
-
-    Returns:
-        The checkpoint, or None for a run from scratch.
-
-    Raises:
-        CheckpointError: it cannot be read.
+    A run that only reads takes no lock. While another run writes to the folder, it has a log file of its own.
     """
-    config = run.config
-    automatic = None
-    if config.TRAIN.AUTO_RESUME and is_training_run and not config.MODEL.RESUME:
-        folder = CheckpointFolder(run.output_dir, config.SAVE_KEEP, run.logger)
-        automatic = on_main_process(folder.newest_complete)
-    resume = config.MODEL.RESUME or automatic
-    path = resume or config.MODEL.PRETRAINED
-    if not path:
-        return None
-    return Start(
-        load_checkpoint(path),
-        str(path),
-        resumes=is_training_run and bool(resume),
-        is_new_run=not resume and not config.EVAL_MODE,
-        is_automatic=automatic is not None,
-    )
+    if run.is_training_run:
+
+        def lock() -> bool:
+            with report_write_errors(run.output_dir):
+                return run.lock.acquire(run.config.LOCK_WAIT, lambda: run.stop.signal > 0)
+
+        if not on_main_process(lock):
+            raise Stopped
+        return f'log_rank{run.process.rank}.txt'
+    is_live = on_main_process(run.lock.is_held_by_another)
+    return f'log_eval_rank{run.process.rank}.txt' if is_live else f'log_rank{run.process.rank}.txt'
 
 
 def build_state(
@@ -199,33 +195,3 @@ def build_state(
         epoch=first_epoch,
     )
     return network, state
-
-
-def resume(run: Run, state: TrainingState, start: Start, tree: ConfigTree) -> None:
-    """Resume training where a checkpoint left it, and log whether the run resumes bit for bit.
-
-    Args:
-        run: the run.
-        state: the training state, with the checkpoint's weights.
-        start: the checkpoint.
-        tree: the task's keys.
-    """
-    config, process, checkpoint = run.config, run.process, start.checkpoint
-    notes = state.load_state_dict(checkpoint, process.rank, process.world_size)
-    notes += [f'{name} has changed' for name in tree.changed_keys(config, checkpoint.get('config', {}))]
-    if process.device.type != 'cpu' and not config.DETERMINISTIC:
-        notes.append('DETERMINISTIC is off')
-    exactness = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit, as if it had never stopped'
-    run.logger.info(f'resuming at epoch {state.epoch}, update {state.step}, max accuracy {state.max_accuracy:.2f}%')
-    run.logger.info(f'the run resumes {exactness}')
-
-
-def compare_classes(run: Run, checkpoint: dict[str, Any], classes: list[str]) -> None:
-    """Warn where the names of the data's classes differ from those of the checkpoint, position by position."""
-    pairs = zip(classes, checkpoint.get('classes') or classes, strict=False)
-    different = [f'{ours} for {theirs}' for ours, theirs in pairs if ours != theirs]
-    if different:
-        run.logger.warning(
-            f'{len(different)} of the {len(classes)} classes have other names in the checkpoint ({different[0]}): '
-            f'accuracy means nothing unless they are the same classes'
-        )

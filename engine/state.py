@@ -35,6 +35,7 @@ class TrainingState:
         step: updates made in it.
         skipped: updates of the whole run that left the weights as they were.
         max_accuracy: best metric so far, in percent.
+        scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent.
         sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,).
     """
 
@@ -52,6 +53,7 @@ class TrainingState:
     step: int = 0
     skipped: int = 0
     max_accuracy: float = -1.0
+    scores: dict[str, float] = field(default_factory=dict)
     sums: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class TrainingState:
             # As published: the last epoch begun. `progress` says where to resume.
             'epoch': self.epoch if self.step else self.epoch - 1,
             'max_accuracy': self.max_accuracy,
+            'scores': self.scores,
             'progress': {'epoch': self.epoch, 'step': self.step, 'images': self.images, 'skipped': self.skipped},
             'ranks': ranks,
         }
@@ -146,7 +149,7 @@ class TrainingState:
         notes = []
         self._load_optimizer(checkpoint['optimizer'])
         self.precision.load_state_dict(checkpoint.get('precision', checkpoint))  # published: Apex's, as `amp`
-        self.max_accuracy = checkpoint['max_accuracy']
+        self.max_accuracy, self.scores = checkpoint['max_accuracy'], checkpoint.get('scores', {})
         if self.ema is not None:
             if 'model_ema' in checkpoint:
                 load_weights(self.ema.module, {'model': checkpoint['model_ema']}, "the checkpoint's model_ema")
@@ -172,8 +175,8 @@ class TrainingState:
             set_random_states(ranks[rank]['random'], self.device)
             self.sums = ranks[rank]['sums'].to(self.device)
         else:
-            origin = f'{len(ranks)} processes' if ranks else 'another program'
-            notes.append(f'it comes from {origin}: random numbers are not restored')
+            origin = '' if ranks else 'it comes from another program: '
+            notes.append(f'{origin}random numbers are not restored')
         self._set_schedule()
         return notes
 

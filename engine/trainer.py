@@ -1,5 +1,6 @@
 """The training loop of any task: updates, evaluation after each epoch, checkpoints, and an orderly stop."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -8,17 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.checkpoint import CheckpointFolder, save_checkpoint
 from engine.distributed import all_reduce_sum, on_main_process, synchronize_gradients
 from engine.evaluation import Poll, evaluate_with_ema, progress_bar
 from engine.meter import TrainMeter
 from engine.nonfinite import NonFiniteCheck, NonFiniteError
 from engine.run import Run
-from engine.signals import Stopped, StopRequest
+from engine.signals import Stopped
 from engine.state import TrainingState
 from logger import MetricsLog
 from utils import report_write_errors
@@ -56,6 +55,7 @@ class Trainer:
         metric: the metric whose highest value is the best, of the EMA weights where there are any.
         extra_state: further entries of the checkpoints.
         metric_name: what the log calls the metric.
+        compiles: whether the first update or evaluation compiles the network, which estimates of time leave out.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Trainer:
         metric: str,
         extra_state: dict[str, Any],
         metric_name: str = 'accuracy',
+        compiles: bool = False,
     ):
         self.run, self.state, self.network, self.loader = run, state, network, loader
         self.loss_fn, self.evaluate_fn = loss_fn, evaluate_fn
         self.metric, self.metric_name, self.extra_state = metric, metric_name, extra_state
         self.nonfinite = NonFiniteCheck(run.config, run.precision.may_overflow, run.process.device, run.logger)
-        self.folder = CheckpointFolder(run.output_dir, run.config.SAVE_KEEP, run.logger)
         self.metrics = MetricsLog(None)
-        self.stop = StopRequest()
+        self.compiles, self.best_score = compiles, -math.inf
 
     def fit(self) -> None:
         """Train, evaluating and saving after each epoch.
@@ -91,23 +91,30 @@ class Trainer:
         if state.epoch >= epochs:
             run.logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {epochs}')
             return
+        if run.stop.agreed():
+            run.logger.info('stopped by a signal before training: start again')
+            raise Stopped
         if run.process.rank == 0:
             run.logger.info(f'config:\n{run.config.dump()}')
             with report_write_errors(run.output_dir):
                 (run.output_dir / 'config.yaml').write_text(run.config.dump())
-                self.folder.remove_temporary()
+                run.folder.remove_temporaries()
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
                 )
-        start_time, first_epoch = time.time(), state.epoch
+        on_disk = on_main_process(run.folder.best_score)
+        self.best_score = -math.inf if on_disk is None else on_disk
+        start_time = timed_from = time.time()
+        first_timed_epoch = state.epoch + self.compiles
         try:
-            with self.stop:
-                while state.epoch < epochs:
-                    self._epoch_or_save()
-                    left = (time.time() - start_time) / (state.epoch - first_epoch) * (epochs - state.epoch)
-                    run.logger.info(f'{epochs - state.epoch} epochs to go, about {timedelta(seconds=int(left))}')
+            while state.epoch < epochs:
+                self._epoch_or_save()
+                epochs_left, timed = epochs - state.epoch, state.epoch - first_timed_epoch
+                timed_from = timed_from if timed else time.time()
+                left = timedelta(seconds=int((time.time() - timed_from) / timed * epochs_left)) if timed else '?'
+                run.logger.info(f'{epochs_left} epochs to go, about {left}')
         except NonFiniteError as error:
-            newest = next((path for path in (*self.folder.all(), self.folder.best) if path.exists()), None)
+            newest = next((path for path in (*run.folder.checkpoints(), run.folder.best) if path.exists()), None)
             raise NonFiniteError(
                 f'{error}. The last good checkpoint is {newest}' if newest else f'{error}. There is no checkpoint'
             ) from error
@@ -132,10 +139,12 @@ class Trainer:
             run, lambda model: self.evaluate_fn(model, self.poll), state.model, state.ema and state.ema.module
         )
         score = (ema_metrics or metrics)[self.metric]
-        metrics |= {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}
-        is_best = score > state.max_accuracy
-        state.max_accuracy = max(state.max_accuracy, score)
+        metrics = metrics | {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}
+        state.scores = {'raw': metrics[self.metric]} | ({'ema': score} if ema_metrics else {})
+        is_best = score > self.best_score
+        self.best_score, state.max_accuracy = max(self.best_score, score), max(state.max_accuracy, score)
         run.logger.info(f'Max {self.metric_name}: {state.max_accuracy:.2f}%')
+        run.lock.check()
         self.metrics.write(
             'epoch', state.updates, epoch=epoch, **train_metrics, **metrics, max_accuracy=state.max_accuracy
         )
@@ -164,8 +173,12 @@ class Trainer:
             )
             state.record(update.loss, update.grad_norm, update.skipped)
             state.advance(updated)
+            if self.compiles:  # in this update
+                self.compiles = False
+                meter.leave_out()
             if (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done:
                 self.nonfinite.check()
+                run.lock.check()
                 meter.log(lr, update.loss, update.grad_norm, update.losses)
             self.poll()
             if run.config.SAVE_STEPS and state.step % run.config.SAVE_STEPS == 0 and not state.epoch_done:
@@ -209,13 +222,13 @@ class Trainer:
         Raises:
             Stopped: in every process.
         """
-        if self.stop.agreed():
+        if self.run.stop.agreed():
             raise Stopped
 
     def save(self, epoch: int, step: int | None = None, is_best: bool = False, is_due: bool = True) -> Path:
         """Save the state on rank 0; every process calls it at the same point and waits for it.
 
-        The best checkpoint is written first, so a run killed in between finds out again that it is the best.
+        The best checkpoint is written first, so a run killed in between resumes from it.
 
         Args:
             epoch: names the checkpoint.
@@ -229,15 +242,17 @@ class Trainer:
         Raises:
             NonFiniteError: an update since the last check was not finite.
             CheckpointError: it cannot be written.
+            RunLockError: another process has taken the run's folder over.
         """
         self.nonfinite.check()
         state = self.state.state_dict()
 
         def write() -> Path:
-            checkpoint = state | self.extra_state | {'config': yaml.safe_load(self.run.config.dump())}
+            checkpoint = state | self.extra_state | {'config': self.run.plain_config}
+            self.run.lock.check()
             if is_best:
-                save_checkpoint(self.folder.best, checkpoint)
-            return self.folder.save(checkpoint, epoch, step) if is_due else self.folder.best
+                self.run.folder.save_best(checkpoint)
+            return self.run.folder.save(checkpoint, epoch, step) if is_due else self.run.folder.best
 
         return on_main_process(write)
 

@@ -101,6 +101,10 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
 @pytest.mark.parametrize(
     ('opts', 'message'),
     [
+        (
+            ['TRAIN.COMPILE', 'True', 'COMPILE_MODE', 'max-autotune', 'TRAIN.ACCUMULATION_STEPS', '2'],
+            'max-autotune uses CUDA graphs.*pytorch/issues/169545.*: write COMPILE_MODE default',
+        ),
         (['TRAIN.EPOCH', '3'], 'TRAIN.EPOCH does not exist: did you mean TRAIN.EPOCHS'),
         (['NOTHING.LIKE.IT', '3'], 'NOTHING.LIKE.IT does not exist'),
         (['TRAIN.EPOCHS.X', '3'], 'TRAIN.EPOCHS.X does not exist'),
@@ -152,6 +156,17 @@ def test_only_given_flags_override():
     assert get_config(Namespace(cfg=TINY, opts=None)) == load_config(TINY)
     with pytest.raises(ConfigError, match="'SEED' has no value for SEED"):
         get_config(Namespace(cfg=TINY, opts=['SEED'], tag='x'))
+
+
+def test_flags_that_choose_weights(capsys):
+    for flags, expected in (([], 'auto'), (['--raw'], 'raw'), (['--ema'], 'ema')):
+        config = get_config(program.parse_option(['--cfg', str(TINY), *flags]))
+        assert expected == config.MODEL.PRETRAINED_WEIGHTS
+    with pytest.raises(SystemExit):
+        program.parse_option(['--cfg', str(TINY), '--raw', '--ema'])
+    assert 'not allowed with argument --raw' in capsys.readouterr().err
+    with pytest.raises(ConfigError, match='--eval evaluates raw and EMA weights: leave out --raw and --ema'):
+        get_config(program.parse_option(['--cfg', str(TINY), '--eval', '--resume', 'x', '--raw']))
 
 
 def test_every_key_has_a_help_text():

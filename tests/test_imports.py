@@ -28,7 +28,7 @@ ALLOWED = {
     'logger': ('utils',),
     'data': ('utils',),
     'engine': ('data.samplers', 'data.seeding', 'logger', 'utils'),
-    'config': ('engine.config_tree', 'models'),
+    'config': ('engine.config_keys', 'engine.config_tree', 'models'),
     'main': ('config', 'data', 'engine', 'lr_scheduler', 'models', 'optimizer', 'utils'),
     'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'utils'),
     'tools': ('config', 'data', 'detection', 'engine', 'models', 'utils'),

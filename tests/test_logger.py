@@ -4,7 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from logger import MetricsLog, create_logger
+from logger import MetricsLog, add_log_file, create_logger
 from tests.helpers.runs import folder_of, records
 
 
@@ -24,8 +24,10 @@ def test_records_that_will_be_repeated_are_removed(tmp_path):
 
 def test_only_rank_0_writes_to_the_console(tmp_path, capsys):
     for rank in (0, 1):
-        create_logger(tmp_path, rank).info(f'rank {rank}')
-        assert f'INFO rank {rank}' in (tmp_path / f'log_rank{rank}.txt').read_text()
+        logger, path = create_logger(rank), tmp_path / f'log_rank{rank}.txt'
+        add_log_file(logger, path)
+        logger.info(f'rank {rank}')
+        assert f'INFO rank {rank}' in path.read_text()
     out = capsys.readouterr().out
     assert 'rank 0' in out
     assert 'rank 1' not in out

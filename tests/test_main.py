@@ -101,7 +101,7 @@ def test_data_errors(tmp_path, tiny_config):
         with pytest.raises(UserError, match=message):
             program.main(tiny_config(**options))
     damage(root / 'train' / 'class_0' / '0.png', 'truncated')
-    message = main_error(tmp_path, '--data-path', root, '--opts', 'DATA.NUM_WORKERS', '1')
+    message = main_error(tmp_path, '--data-path', root, '--opts', 'DATA.NUM_WORKERS', '1', run=start)
     assert 'train/class_0/0.png cannot be read' in message
     for image in (root / 'val' / 'class_2').iterdir():
         image.unlink()

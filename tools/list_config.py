@@ -9,7 +9,8 @@ from typing import Any
 
 import config as classification
 import detection.config
-from engine.config_tree import ConfigTree, Key
+from engine.config_keys import Key
+from engine.config_tree import ConfigTree
 
 INTRODUCTION = """# Configuration
 

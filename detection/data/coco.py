@@ -1,8 +1,9 @@
 """A dataset of images and objects in COCO's format, with errors that name the file or entry at fault."""
 
+import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ class CocoDataset(Dataset):
     def class_names(self) -> list[str]:
         """Names of the labels, from label 1."""
         return [category['name'] for category in self.categories]
+
+    def sample_names(self) -> Iterator[str]:
+        """A name per image for the record of a run: its file without the suffix, and its objects."""
+        for image, pickled in zip(self.images, self._objects, strict=True):
+            objects = [[x[key] for key in ('category_id', 'bbox', 'segmentation')] for x in pickle.loads(pickled)]
+            yield f'{Path(image["file_name"]).with_suffix("")} {json.dumps(objects)}'
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         entry, objects = self.images[index], pickle.loads(self._objects[index])

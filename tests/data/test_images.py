@@ -58,8 +58,9 @@ def test_32_bit_images_are_not_clipped(tmp_path, dtype, values, expected, mode):
 def test_image_that_is_too_large_is_named_in_one_line(tmp_path, monkeypatch):
     noise(40, 40).save(tmp_path / 'large.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 700)
-    with pytest.raises(DataError, match=r'large.png is too large \(.*1600 pixels.*\): scale it down or remove it'):
-        load_image(tmp_path / 'large.png')
+    for read in (load_image, read_header):
+        with pytest.raises(DataError, match=r'large.png is too large \(.*1600 pixels.*\): scale it down or remove it'):
+            read(tmp_path / 'large.png')
 
 
 @pytest.mark.parametrize(('damage_type', 'workers'), [('truncated', 0), ('truncated', 1), ('garbage', 0), ('empty', 0)])
@@ -96,6 +97,7 @@ def test_find_images_ignores_hidden_ones_and_follows_links(image_tree, tmp_path)
     for name in ('._0.png', '.ipynb_checkpoints/0.png'):
         (folder / name).touch()
     (folder / 'linked').symlink_to(elsewhere)
+    (folder / 'circle').symlink_to(folder)
     images = find_images([folder])
     assert images == [*(folder / f'{i}.png' for i in range(4)), *(folder / 'linked' / f'{i}.png' for i in range(8))]
 

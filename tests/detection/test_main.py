@@ -11,7 +11,8 @@ import detection.main as program
 from data import DataError
 from detection.config import load_config
 from detection.models import build_detector
-from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from detection.models.build import Detector
+from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint
 from engine.config_tree import ConfigError
 from engine.timing import Quartiles
 from models import MSGTransformer
@@ -49,7 +50,7 @@ def tiny(tmp_path, coco):
 def finished(tmp_path_factory):
     """The config of a finished run of two epochs of three updates, on the same data as `coco`."""
     folder = tmp_path_factory.mktemp('finished')
-    config = config_of(folder / 'output', write_coco(folder / 'coco'), SAVE_STEPS='1', **OPTIONS)
+    config = config_of(folder / 'output', write_coco(folder / 'coco'), SAVE_STEPS='1', SAVE_KEEP='0', **OPTIONS)
     with one_thread():
         program.main(config)
     return config
@@ -95,7 +96,7 @@ def test_a_resumed_run_ends_with_the_same_bits(finished, tiny, name):
 
 def test_a_resumed_run_with_bfloat16_and_accumulation_ends_with_the_same_bits(tiny):
     options = {'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'bfloat16', 'TRAIN__ACCUMULATION_STEPS': '2'}
-    whole = tiny(TAG='whole', SAVE_STEPS='1', **OPTIONS, **options)
+    whole = tiny(TAG='whole', SAVE_STEPS='1', SAVE_KEEP='0', **OPTIONS, **options)
     program.main(whole)
     for name in ('ckpt_epoch_0_step_1.pth', 'ckpt_epoch_0.pth', 'ckpt_epoch_1_step_1.pth'):
         assert_resumes_exactly(whole, tiny, folder_of(whole) / name, name, **options)
@@ -152,7 +153,7 @@ def test_evaluation_logs_metrics_writes_results_and_draws(finished, tiny, coco, 
 def test_two_processes(tiny, tmp_path, coco):
     """Training keeps the same statistics on both, resumes bit for bit, and evaluates as one process does."""
     flags = ['-m', 'detection.main', '--cfg', TINY_DETECTOR, '--data-path', coco, '--output', tmp_path / 'output']
-    opts = ['--batch-size', '1', '--opts', 'SAVE_STEPS', '2', 'MODEL.BOX.SCORE', '0.0']
+    opts = ['--batch-size', '1', '--opts', 'SAVE_STEPS', '2', 'SAVE_KEEP', '0', 'MODEL.BOX.SCORE', '0.0']
 
     def launch(*more):
         done = start(*TORCHRUN, '2', *flags, *more, *opts)
@@ -198,8 +199,8 @@ def test_a_detectors_weights_start_a_new_run(finished, tiny):
     path = folder_of(finished) / 'ckpt_epoch_1.pth'
     config = tiny(MODEL__PRETRAINED=str(path), SEED='5', **NO_UPDATES)
     program.main(config)
-    weights = last_checkpoint(config)['model']
-    for name, value in load_checkpoint(path)['model'].items():
+    weights, (pretrained, _) = last_checkpoint(config)['model'], choose_weights(load_checkpoint(path), path)
+    for name, value in pretrained.items():
         assert name.endswith(RUNNING_STATISTICS) or torch.equal(weights[name], value), name
 
 
@@ -214,6 +215,18 @@ def test_a_detector_of_other_classes_starts_a_new_run_with_new_last_layers(tiny,
     for name in pretrained.keys() - changed:
         assert name.endswith(RUNNING_STATISTICS) or torch.equal(weights[name], pretrained[name]), name
     assert 'seven.pth has other classes' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('choice', ['auto', 'keep'])
+def test_a_detector_of_as_many_classes_of_other_names(tiny, tmp_path, capsys, choice):
+    pretrained = build_detector(tiny()).state_dict()
+    save_checkpoint(tmp_path / 'pets.pth', {'model': pretrained, 'classes': ['cat', 'dog', 'fox']})
+    config = tiny(MODEL__PRETRAINED=str(tmp_path / 'pets.pth'), MODEL__PRETRAINED_HEAD=choice, SEED='5', **NO_UPDATES)
+    program.main(config)
+    weights = last_checkpoint(config)['model']
+    kept = {name: torch.equal(weights[name], x) for name, x in pretrained.items() if re.match(Detector.HEAD, name)}
+    assert all(kept.values()) == (choice == 'keep')
+    assert ('pets.pth has other classes' in capsys.readouterr().out) == (choice == 'auto')
 
 
 def test_benchmark_logs_images_per_second_and_does_not_train(tiny, capsys, monkeypatch):

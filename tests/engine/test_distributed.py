@@ -10,18 +10,22 @@ from torch import nn
 from engine.config_tree import ConfigError
 from engine.distributed import (
     SLURM_VARIABLES,
+    TIMEOUT,
     TORCHRUN_VARIABLES,
     all_reduce_sum,
     choose_device,
     first_host,
     gather_on_main_process,
+    local_world_size,
     on_main_process,
     read_launcher,
+    share_cores,
     start_process,
     synchronize_gradients,
 )
 from engine.signals import Stopped
-from tests.helpers.processes import main_error
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import main_error, start
 from utils import UserError
 
 TORCHRUN = {'RANK': '3', 'WORLD_SIZE': '8', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'n1', 'MASTER_PORT': '29500'}
@@ -58,6 +62,46 @@ def test_slurm():
     assert read_launcher(step | {'ENVIRONMENT': 'BATCH'}) is None  # python in a batch script, without srun
     assert read_launcher(SRUN | {'ENVIRONMENT': 'BATCH'}) is not None
     assert read_launcher({'SLURM_NTASKS': '8', 'SLURM_JOB_ID': '123'}) is None  # a shell of salloc
+
+
+def test_steps_of_a_job_have_ports_of_their_own():
+    ports = {read_launcher(SRUN | {'SLURM_STEP_ID': str(step)}).master_port for step in range(50)}
+    assert len(ports) == 50
+    assert all(1024 < port < 65536 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ('variables', 'processes', 'threads'),
+    [
+        ({}, 1, None),  # PyTorch's own number
+        (TORCHRUN, 8, 2),
+        (TORCHRUN | {'LOCAL_WORLD_SIZE': '4'}, 4, 4),
+        (TORCHRUN | {'OMP_NUM_THREADS': '3'}, 8, None),
+        (SRUN | {'SLURM_STEP_TASKS_PER_NODE': '8(x2),4'}, 8, 2),
+        (SRUN | {'SLURM_TASKS_PER_NODE': '32'}, 32, 1),
+        (SRUN | {'SLURM_STEP_TASKS_PER_NODE': '8', 'SLURM_CPUS_PER_TASK': '5'}, 8, 5),
+    ],
+)
+def test_threads_follow_from_cores_and_local_ranks(monkeypatch, variables, processes, threads):
+    chosen = []
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(16)))
+    assert local_world_size(read_launcher(variables), variables) == processes
+    text = share_cores(variables)
+    assert chosen == ([] if threads is None else [threads])
+    assert ('OMP_NUM_THREADS' in text) == ('OMP_NUM_THREADS' in variables)
+
+
+def test_timeout_is_the_documented_one(monkeypatch):
+    options = {}
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *_, **x: options.update(x))
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: None)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with start_process('cpu', 0):
+        pass
+    minutes = options['timeout'].total_seconds() / 60
+    assert f'noticed after {minutes:.0f} minutes' in (ROOT / 'docs' / 'training.md').read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +158,10 @@ def test_devices(monkeypatch):
     assert choose_device('cpu', torchrun, 0) == torch.device('cpu')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     assert choose_device('cuda', srun, 0) == torch.device('cuda', 0)  # the one that SLURM has bound to the task
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, 'device_count', lambda: 0)
+        with pytest.raises(ConfigError, match='DEVICE is cuda, but PyTorch finds no GPU: write --device cpu'):
+            choose_device('cuda', None, 0)
     for launch in (torchrun, None):
         with pytest.raises(ConfigError, match='local rank 1 has no GPU: 1 are visible.*--device cpu'):
             choose_device('cuda', launch, 1)
@@ -137,7 +185,7 @@ def test_gpu_is_chosen_before_joining_the_process_group(monkeypatch):
         monkeypatch.setenv(name, value)
     with start_process('cuda', 0) as process:
         assert process == (3, 8, torch.device('cuda', 1))
-    joined = ('cpu:gloo,cuda:nccl', {'init_method': 'env://', 'rank': 3, 'world_size': 8})
+    joined = ('cpu:gloo,cuda:nccl', {'init_method': 'env://', 'rank': 3, 'world_size': 8, 'timeout': TIMEOUT})
     assert chosen == [torch.device('cuda', 1), joined, 'left']
     with pytest.raises(Stopped), start_process('cuda', 0):  # all ranks stop together
         raise Stopped
@@ -188,7 +236,8 @@ def test_port_in_use_is_reported(monkeypatch, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         variables = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-        message = main_error(tmp_path, variables={name: str(value) for name, value in variables.items()})
+        variables = {name: str(value) for name, value in variables.items()}
+        message = main_error(tmp_path, variables=variables, run=start)
     assert f'the processes cannot connect at 127.0.0.1:{port} (the port is in use): set MASTER_ADDR' in message
 
 

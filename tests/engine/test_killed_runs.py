@@ -56,6 +56,7 @@ def test_run_killed_twenty_times_ends_with_the_same_bits(folder, undisturbed):
     assert hit >= {'training', 'saving'}
 
 
+@pytest.mark.slow
 def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, undisturbed_pair):
     run = start_two_ranks(folder, 'dead_rank')
     assert run.wait_for(lambda: 'Train: [2/12]' in run.log())

@@ -54,6 +54,25 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
     }  # fmt: skip
 
 
+def test_eta_leaves_out_the_update_that_compiles(tiny_config, monkeypatch, caplog):
+    clock = [100.0]
+    monkeypatch.setattr(meter.time, 'time', lambda: clock[0])
+    config = tiny_config()
+    state = build_trainer(config, build_model(config), steps_per_epoch=8).state
+    state.images_per_update = 4
+    train_meter = TrainMeter(logging.getLogger('test'), MetricsLog(None), state, epochs=2)
+    with caplog.at_level(logging.INFO, 'test'):
+        for seconds in (60.0, 1.0, 1.0):
+            clock[0] += seconds
+            state.advance(updated=True)
+            if seconds == 60:
+                train_meter.leave_out()
+            train_meter.log(0.25, torch.tensor(1.0), torch.tensor(7.0), {})
+    etas = [record.getMessage().partition('eta ')[2].partition(' lr')[0] for record in caplog.records]
+    assert etas == ['?', '0:00:06', '0:00:05']
+    assert train_meter.seconds == 62
+
+
 @pytest.mark.parametrize(('platform', 'ru_maxrss'), [('linux', 3 * 2**10), ('darwin', 3 * 2**20)])
 def test_peak_memory_of_the_host_in_the_units_of_its_system(monkeypatch, platform, ru_maxrss):
     monkeypatch.setattr(meter.sys, 'platform', platform)

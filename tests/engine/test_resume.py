@@ -19,7 +19,7 @@ from utils import set_seed
 @pytest.fixture
 def steady(image_tree):
     with one_thread():
-        yield {'DATA__DATA_PATH': str(image_tree), **RANDOM}
+        yield {'DATA__DATA_PATH': str(image_tree), 'SAVE_KEEP': '0', **RANDOM}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_other_random_states_or_images_give_other_bits(tiny_config, steady):
 def test_metrics_of_a_resumed_run_are_those_of_the_whole(tiny_config, steady):
     whole = tiny_config(TAG='whole', SAVE_STEPS='4', **steady)
     program.main(whole)
-    for path in folder_of(whole).glob('ckpt_epoch_2*'):
+    for path in (*folder_of(whole).glob('ckpt_epoch_2*'), folder_of(whole) / 'ckpt_best.pth'):
         path.unlink()
     timed = {'seconds', 'images_per_s', 'memory_mb'}
 
@@ -141,7 +141,10 @@ def test_changed_keys_are_named(tiny_config, steady):
     for options, message in (
         ({}, 'the run resumes bit for bit, as if it had never stopped'),
         ({'SEED': '7', 'TRAIN__BASE_LR': '0.2'}, 'not bit for bit: SEED has changed; TRAIN.BASE_LR has changed'),
-        ({'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'bfloat16'}, 'AMP_DTYPE has changed; AMP_OPT_LEVEL has changed'),
+        (
+            {'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'bfloat16'},
+            'AMP_OPT_LEVEL has changed; AMP_DTYPE has changed; precision was float32 and is bfloat16 autocast',
+        ),
     ):
         config = tiny_config(TAG='again', **harmless, **steady, **options)
         program.main(config)
@@ -154,7 +157,7 @@ def test_checkpoints_of_an_abandoned_branch_are_set_aside(tiny_config, steady):
     small = tiny_config(SAVE_STEPS='10', DATA__BATCH_SIZE='2', **{**steady, 'TRAIN__EPOCHS': '2'})
     program.main(small)
     folder = folder_of(small)
-    for name in ('ckpt_epoch_1.pth', 'ckpt_epoch_0.pth', 'ckpt_epoch_1_step_10.pth'):
+    for name in ('ckpt_epoch_1.pth', 'ckpt_epoch_0.pth', 'ckpt_epoch_1_step_10.pth', 'ckpt_best.pth'):
         (folder / name).unlink()
     large = tiny_config(SAVE_STEPS='4', DATA__BATCH_SIZE='6', **{**steady, 'TRAIN__ACCUMULATION_STEPS': '1'})
     program.main(large)  # from update 10 of 12, which is after update 3 of 4
@@ -162,7 +165,7 @@ def test_checkpoints_of_an_abandoned_branch_are_set_aside(tiny_config, steady):
     (folder / 'ckpt_epoch_2.pth').rename(folder / 'ckpt_epoch_9.pth')
     again = tiny_config(SAVE_STEPS='4', MODEL__RESUME=str(folder / 'ckpt_epoch_0_step_10.pth'), **steady)
     program.main(again)
-    assert (folder / 'ckpt_epoch_9.pth.old').exists()
+    assert list(folder.glob('old_*/ckpt_epoch_9.pth'))
     assert [record['epoch'] for record in records(again, 'epoch')] == [0, 1, 2]
 
 

@@ -1,6 +1,8 @@
 """How a run starts, resumes and ends."""
 
 import contextlib
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from config import load_config
 from engine import run
 from engine.checkpoint import CheckpointError
 from engine.distributed import Process
+from engine.signals import EXIT_STOPPED, STOP_SIGNALS, Stopped
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.runs import CPU, PLAIN, assert_same_weights, folder_of, log_of, one_thread, records, weights
@@ -36,7 +39,8 @@ def test_explicit_checkpoint_overrides_automatic_resuming(tiny_config, image_tre
         assert [record['epoch'] for record in records(explicit, 'epoch')] == [1, 2]
         assert_same_weights(weights(whole, 'ckpt_epoch_2.pth'), weights(explicit, 'ckpt_epoch_2.pth'), rtol=0, atol=0)
 
-        (folder_of(whole) / 'ckpt_epoch_2.pth').unlink()
+        for name in ('ckpt_epoch_2.pth', 'ckpt_best.pth'):
+            (folder_of(whole) / name).unlink()
         program.main(whole)  # automatic: from epoch 1
         assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2]
         assert_same_weights(weights(whole, 'ckpt_epoch_2.pth'), weights(explicit, 'ckpt_epoch_2.pth'), rtol=0, atol=0)
@@ -61,8 +65,11 @@ def test_auto_resume_off_and_start_epoch(tiny_config, image_tree):
     program.main(tiny_config(**data))
     first = records(config, 'train')[6]
     program.main(config)
-    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1]
-    assert records(config, 'train')[6:][0]['lr'] == first['lr']  # the schedule starts in the middle too
+    assert [record['epoch'] for record in records(config, 'epoch')] == [1]
+    assert records(config, 'train')[0]['lr'] == first['lr']  # the schedule starts in the middle too
+    old = folder_of(config) / 'old_1'  # nothing of the earlier run is lost
+    assert {path.name for path in old.iterdir()} >= {'ckpt_epoch_0.pth', 'ckpt_epoch_1.pth', 'ckpt_best.pth'}
+    assert len((old / 'metrics.jsonl').read_text().splitlines()) == 14
 
 
 def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tmp_path):
@@ -80,32 +87,13 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
     assert torch.equal(trained['msg_tokens'], fill_(build_model(source)).state_dict()['msg_tokens'])
     assert trained['head.weight'].shape == (3, 16)
     assert len(records(config, 'epoch')) == 2
-    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    for name in ('ckpt_epoch_1.pth', 'ckpt_best.pth'):
+        (folder_of(config) / name).unlink(missing_ok=True)
     program.main(config)  # its own checkpoint overrides the weights it started from
     assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1]
     torch.save({'model': trained}, tmp_path / 'trained.pth')
     with pytest.raises(CheckpointError, match='has no optimizer, epoch, max_accuracy.*--pretrained'):
         program.main(tiny_config(TAG='other', MODEL__RESUME=str(tmp_path / 'trained.pth'), **no_updates))
-
-
-def test_automatic_resuming_of_a_different_model_names_a_remedy(tiny_config, image_tree):
-    program.main(tiny_config(DATA__DATA_PATH=str(image_tree)))
-    with pytest.raises(CheckpointError, match='holds a different model from the config.*write another --tag or'):
-        program.main(tiny_config(DATA__DATA_PATH=str(image_tree), MODEL__MSG__EMBED_DIM='16'))
-
-
-def test_other_class_names_than_the_checkpoints_are_reported(tiny_config, image_tree, capsys):
-    options = {'DATA__DATA_PATH': str(image_tree), **PLAIN}
-    program.main(tiny_config(**options))
-    for split in ('train', 'val'):
-        (image_tree / split / 'class_2').rename(image_tree / split / 'other')
-    assert 'other names in the checkpoint' not in capsys.readouterr().out
-    message = '1 of the 3 classes have other names in the checkpoint (other for class_2)'
-    path = str(folder_of(tiny_config()) / 'ckpt_epoch_1.pth')
-    program.main(tiny_config(EVAL_MODE='True', MODEL__RESUME=path, **options))
-    assert message in capsys.readouterr().out
-    program.main(tiny_config(TRAIN__EPOCHS='3', **options))
-    assert message in capsys.readouterr().out
 
 
 def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch):
@@ -115,3 +103,57 @@ def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch):
     monkeypatch.setattr(program, 'throughput', lambda *_: None)
     program.main(tiny_config(SEED='40', THROUGHPUT_MODE='True'))
     assert seeds == [43]
+
+
+@pytest.fixture
+def handlers():
+    """Signal handlers as before the test: a stopped run ignores further signals."""
+    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_ends_the_run_in_an_orderly_way(
+    tiny_config, image_tree, monkeypatch, handlers, number
+):
+    build_loaders = program.build_loaders
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), number)
+        return build_loaders(*arguments)
+
+    monkeypatch.setattr(program, 'build_loaders', signalled)
+    config = tiny_config(DATA__DATA_PATH=str(image_tree))
+    with pytest.raises(Stopped) as exit_:
+        program.main(config)
+    assert exit_.value.code == EXIT_STOPPED
+    assert 'stopped by a signal before training: start again' in log_of(config)
+    assert not list(folder_of(config).glob('ckpt_*'))
+
+
+def test_a_signal_while_a_run_waits_for_its_folder(tiny_config, monkeypatch, handlers):
+    monkeypatch.setattr(run.RunLock, 'acquire', lambda self, wait, is_stopped: is_stopped() or not wait)
+    config = tiny_config()
+    with pytest.raises(Stopped):
+        program.main(config)
+    assert not (folder_of(config) / 'log_rank0.txt').exists()  # of the run that has the folder
+
+
+def test_compilation_is_announced(tiny_config, image_tree, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda network, **_: network)
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__COMPILE='True', **PLAIN)
+    program.main(config)
+    log = log_of(config)
+    assert log.index('the first batch of training or evaluation takes minutes') < log.index('Train: [0/2]')
+    assert log.index('Train: [0/2][0/6]\teta ? lr') < log.index('1 epochs to go, about ?') < log.index('about 0:00')
+    assert log.count('eta ?') == 1
+
+
+def test_log_says_how_many_threads_and_why(tiny_config, monkeypatch):
+    monkeypatch.setattr(program, 'throughput', lambda *_: None)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    config = tiny_config(THROUGHPUT_MODE='True')
+    program.main(config)
+    assert 'thread(s): OMP_NUM_THREADS' in log_of(config)

@@ -28,10 +28,19 @@ def test_another_number_of_ranks_resumes_and_logs_what_changes(folder, undisturb
     checkpoint = folder / 'output' / 'tiny' / 'pair' / 'ckpt_epoch_11.pth'
     run = SpawnedRun(folder, 'single', options=f'TRAIN.EPOCHS 13 MODEL.RESUME {checkpoint}')
     assert run.wait() == 0, run.output.read_text()
-    message = 'not bit for bit: it comes from 2 processes: random numbers are not restored; TRAIN.EPOCHS has changed'
+    message = 'not bit for bit: random numbers are not restored; TRAIN.EPOCHS has changed; world_size was 2 and is 1'
     assert message in run.log()
 
 
+def test_logged_losses_are_means_over_the_ranks(folder, undisturbed_pair):
+    """Each rank logs the same means; the ranks' own losses differ, since their images do."""
+    logs = [(folder / 'output' / 'tiny' / 'pair' / f'log_rank{rank}.txt').read_text() for rank in (0, 1)]
+    first, second = (re.findall(r'Train: \[.*(loss .*\)\tgrad_norm .*?)\t', log) for log in logs)
+    assert len(first) == 12 * 3
+    assert first == second
+
+
+@pytest.mark.slow
 def test_ema_weights_are_the_same_on_every_rank(folder):
     """The ranks start from their own seeds; what they evaluate must be what rank 0 saves."""
     options = 'TRAIN.EMA_DECAY 0.9999 TRAIN.EPOCHS 2'

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from engine.signals import EXIT_STOPPED
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import SpawnedRun, children, environment, start_two_ranks
@@ -84,6 +86,7 @@ def test_second_signal_exits_at_once(folder):
         assert process.wait(10) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_at_the_same_update_and_resume_bit_for_bit(folder, undisturbed_pair):
     run = start_two_ranks(folder, 'stopped_pair')
     assert run.wait_for(lambda: all('Train: [2/12]' in run.log(rank) for rank in (0, 1)))

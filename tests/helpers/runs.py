@@ -14,6 +14,9 @@ from engine.checkpoint import load_checkpoint
 from engine.distributed import Process, distribute
 from engine.precision import build_precision
 from engine.run import Run
+from engine.run_folder import RunFolder
+from engine.run_lock import RunLock
+from engine.signals import StopRequest
 from engine.state import TrainingState
 from engine.trainer import Trainer
 from lr_scheduler import build_scheduler
@@ -43,7 +46,10 @@ def one_thread():
 def build_run(config, process=None, logger=None):
     """A run of one process that writes nothing."""
     logger = logger or logging.getLogger('test')
-    return Run(config, process or Process(0, 1, CPU), build_precision(config, CPU), Path(), logger)
+    folder, process = RunFolder(Path(), config.SAVE_KEEP, logger), process or Process(0, 1, CPU)
+    return Run(
+        config, process, build_precision(config, CPU), folder, logger, True, RunLock(Path(), logger), StopRequest()
+    )
 
 
 def build_trainer(config, model, optimizer=None, steps_per_epoch=4, run=None):

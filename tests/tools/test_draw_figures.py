@@ -1,9 +1,9 @@
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import start
+from tests.helpers.processes import run_here
 
 
 def test_figures_are_those_in_docs(tmp_path):
-    done = start('-m', 'tools.draw_figures', '--output', tmp_path)
+    done = run_here('-m', 'tools.draw_figures', '--output', tmp_path)
     assert done.returncode == 0, done.stderr
     for name, document in (('windows.svg', 'README.md'), ('block.svg', 'docs/network.md')):
         assert (tmp_path / name).read_text() == (ROOT / 'docs' / name).read_text(), f'{name} is stale: run `make docs`'

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.helpers.processes import start
+from tests.helpers.processes import run_here
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from tests.helpers.processes import start
     ],
 )
 def test_tools_report_mistakes_in_one_line(tool, flags, message):
-    done = start('-m', f'tools.{tool}', *flags)
+    done = run_here('-m', f'tools.{tool}', *flags)
     assert done.returncode not in (0, None)
     assert message in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr

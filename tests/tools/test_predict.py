@@ -9,7 +9,7 @@ from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage
 from tests.helpers.paths import TINY
-from tests.helpers.processes import start
+from tests.helpers.processes import run_here
 from tests.helpers.runs import CPU
 from tools.predict import draw_sheet, main, predict
 
@@ -42,7 +42,7 @@ def test_chosen_images_are_random_but_fixed():
 def test_predict_prints_and_draws(tiny_config, image_tree, tmp_path):
     names = ['class_0', 'class_1', 'class_2']
     torch.save({'model': build_model(tiny_config()).state_dict(), 'classes': names}, tmp_path / 'w.pth')
-    done = start(
+    done = run_here(
         '-m', 'tools.predict', image_tree / 'val', '--limit', '6', '--cfg', TINY,
         '--resume', tmp_path / 'w.pth', '--output', tmp_path / 'sheet.png',
     )  # fmt: skip

@@ -30,6 +30,23 @@ def test_a_sample_is_an_image_and_its_objects(coco):
     assert 0.4 < target['masks'][0, 6:16, 4:24].float().mean() < 0.6  # a triangle
 
 
+def test_names_of_samples_tell_boxes_masks_and_categories_apart(coco):
+    def names():
+        return list(CocoDataset(coco, 'val').sample_names())
+
+    objects = [rectangle(4, 4, 10, 10), wedge(4, 4, 10, 10)]
+    update_tree(coco, annotations=[objects[0] | {'image_id': 15}])
+    before = names()
+    assert len(before) == 4
+    assert before[1].startswith('1 [')
+    update_tree(coco, annotations=[objects[0] | {'image_id': 15, 'id': 7}])
+    assert names() == before
+    other_mask = objects[0] | {'segmentation': objects[1]['segmentation']}
+    for changed in (objects[1], rectangle(4, 4, 10, 11), other_mask, objects[0] | {'category_id': 7}):
+        update_tree(coco, annotations=[changed | {'image_id': 15}])
+        assert [a != b for a, b in zip(names(), before, strict=True)] == [False, True, False, False]
+
+
 def test_images_without_objects_are_evaluated_but_not_trained_on(coco):
     update_tree(coco, annotations=[rectangle(4, 4, 10, 10) | {'image_id': 15}])
     evaluation, training = CocoDataset(coco, 'val'), CocoDataset(coco, 'val', is_train=True)

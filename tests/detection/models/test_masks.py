@@ -1,5 +1,6 @@
 """Masks within their boxes: pasting at pixel centres, run lengths."""
 
+import sys
 from math import ceil, floor
 
 import numpy as np
@@ -10,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from detection.models.cascade import crop_masks
 from detection.models.masks import BoxMasks
+from tests.helpers.processes import start
 
 
 def paste_into_canvases(masks, boxes, size):
@@ -93,3 +95,31 @@ def test_masks_are_interpolated():
     _, columns, mask = BoxMasks(left_half, torch.tensor([[10.0, 10.0, 18.0, 18.0]]), (48, 64)).paste(0)
     assert mask[4].nonzero().flatten().tolist() == [0, 1, 2, 3]
     assert columns == slice(10, 18)
+
+
+PHOTO = """
+import torch
+from detection.draw import draw_detections
+from detection.models.masks import BoxMasks
+
+def peak_mb():  # getrusage would count the process that started this one
+    [line] = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]
+    return int(line.split()[1]) / 1024
+
+corners = torch.rand(40, 2) * torch.tensor([2000, 1500])
+boxes = torch.cat((corners, corners + torch.rand(40, 2) * torch.tensor([2000, 1500]) + 10), dim=1)
+detections = {'boxes': boxes, 'labels': torch.ones(40, dtype=torch.int64), 'scores': torch.full((40,), 0.9)}
+before = peak_mb()
+image = torch.rand(3, 3000, 4000)
+detections['masks'] = BoxMasks(torch.rand(40, 1, 28, 28), boxes, (3000, 4000))
+draw_detections(image, detections, ['thing'])
+assert len(detections['masks'].rle()) == 40
+print(peak_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_forty_objects_in_a_large_photo_take_less_than_a_gigabyte():
+    done = start('-c', PHOTO)
+    assert done.returncode == 0, done.stderr
+    assert 144 < float(done.stdout) < 1000  # the image alone takes 144 MB

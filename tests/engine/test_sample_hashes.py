@@ -2,8 +2,8 @@ import hashlib
 
 from PIL import Image
 
-from data.description import describe_samples
 from data.image_folder import ClassFolders
+from engine.experiment import describe_samples
 
 
 def describe(root):

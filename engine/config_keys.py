@@ -1,0 +1,82 @@
+"""Keys of a config tree: each with its default, meaning, allowed values and what it affects."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a config tree.
+
+    Attributes:
+        default: its default, whose type is the key's.
+        help: what it means, for readers of the tree, of `--help` and of docs/configuration.md.
+        choices: its values, where they are few.
+        min, max: bounds of a number, or of every number in a list; None for none.
+        optional: type of its values where None is one of them.
+        flag: its command-line flag, if any; several spellings are separated by spaces. `--raw=raw` is a flag that
+            takes no value and sets this one.
+        metavar: what `--help` shows as the flag's value.
+        affects: what another value changes: the `network`, the content of the `data`, the course of the `training`, or
+            `nothing` that a run computes.
+        before: what runs did before there was the key, where that is not its default. To be set where a default
+            changes.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    min: float | None = None
+    max: float | None = None
+    optional: type | None = None
+    flag: str = ''
+    metavar: str | None = None
+    affects: str = 'training'
+    before: Any = None
+
+    @property
+    def type(self) -> type:
+        """Type of the key's values other than None."""
+        return self.optional or type(self.default)
+
+    @property
+    def value_before(self) -> Any:
+        """Its value in runs from before there was the key."""
+        return self.default if self.before is None else self.before
+
+    @property
+    def allowed(self) -> str:
+        """Its values in words; '' where any of its type will do."""
+        if self.choices:
+            return 'one of ' + ', '.join(choice or "''" for choice in self.choices)
+        if self.min is None and self.max is None:
+            return ''
+        numbers = 'numbers' if self.type in (list, tuple) else 'a number'
+        if self.max is None:
+            return f'{numbers} at least {self.min}'
+        return f'{numbers} between {self.min} and {self.max}'
+
+
+class ChangedKey(NamedTuple):
+    """A key whose value differs from that of a checkpoint; see `Key.affects`."""
+
+    name: str
+    affects: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f'{self.name} has changed from {self.before!r} to {self.now!r}'
+
+
+class KeyGroup(dict):
+    """Keys, and further groups, by name: `group.NAME = Key(...)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
