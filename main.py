@@ -20,7 +20,7 @@ from config import TREE, get_config
 from data import build_criterion, build_eval_loader, build_loaders, build_mixup
 from engine.distributed import all_reduce_sum
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
-from engine.experiment import describe_run, warn_of_other_classes
+from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.resume import Start, begin_training, find_start
 from engine.run import Run, build_state, run_parser, start_run
 from engine.timing import time_callable
@@ -106,8 +106,7 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
 def evaluate(run: Run, model: nn.Module, start: Start) -> None:
     """Evaluate a checkpoint's weights, already loaded, and its EMA weights if it has any."""
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
-    for note in loader.dataset.notes:
-        run.logger.info(f'val: {note}')
+    log_notes(run, {'val': loader.dataset})
     warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
     evaluate_with_ema(run, lambda model: validate(run, model, loader), model, load_ema(model, start.checkpoint))
 

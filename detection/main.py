@@ -28,7 +28,7 @@ from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from engine.checkpoint import load_weights
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
-from engine.experiment import describe_run, warn_of_other_classes
+from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.meter import peak_memory_mb
 from engine.resume import Start, begin_training, find_start
 from engine.run import Run, build_state, run_parser, start_run
@@ -134,8 +134,7 @@ def evaluate(run: Run, model: Detector, start: Start) -> None:
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
     warn_of_other_classes(run, start.checkpoint, loader.dataset.class_names)
-    for note in loader.dataset.notes:
-        run.logger.info(f'val: {note}')
+    log_notes(run, {'val': loader.dataset})
     evaluation, ema_evaluation = evaluate_with_ema(
         run,
         lambda network: validate(run, network, loader, show=run.config.SHOW if network is model else 0),

@@ -67,9 +67,8 @@ def _system_message(error: BaseException) -> str:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
-    Plain state dicts and timm's checkpoints are read too, `.pth` or `.safetensors`; names are
-    freed from the prefixes of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is
-    read as a plain mapping.
+    Plain state dicts and timm's checkpoints are read too, `.pth` or `.safetensors`; names are freed from the prefixes
+    of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping.
 
     Returns:
         The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, and whatever else there is.
@@ -182,6 +181,15 @@ def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '
     if choice == 'raw' or (not choice and is_scored and raw > ema):
         return checkpoint['model'], 'raw weights' + (f' ({raw:.1f} against {ema:.1f} %)' if is_scored else '')
     return checkpoint['model_ema'], 'EMA weights' + (f' ({ema:.1f} against {raw:.1f} %)' if is_scored else '')
+
+
+def saved_progress(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """Where a checkpoint resumes: `epoch`, `step` in it, `images` of it, and `skipped` updates of the whole run.
+
+    Published checkpoints end an epoch; older ones of this project call it `place`.
+    """
+    published = {'epoch': checkpoint.get('epoch', -1) + 1, 'step': 0, 'images': 0, 'skipped': 0}
+    return checkpoint.get('progress', checkpoint.get('place', published))
 
 
 def peek_checkpoint(path: Path) -> dict[str, Any]:

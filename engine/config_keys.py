@@ -65,6 +65,11 @@ class ChangedKey(NamedTuple):
     before: Any
     now: Any
 
+    @property
+    def defines_experiment(self) -> bool:
+        """Whether a run with another value is another experiment."""
+        return self.affects in ('network', 'data')
+
     def __str__(self) -> str:
         return f'{self.name} has changed from {self.before!r} to {self.now!r}'
 

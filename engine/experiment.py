@@ -42,9 +42,7 @@ def describe_run(run: Run, classes: list[str], datasets: Mapping[str, DescribedD
     Raises:
         ExperimentError: a rank has other data than rank 0.
     """
-    for split, dataset in datasets.items():
-        for note in dataset.notes:
-            run.logger.info(f'{split}: {note}')
+    log_notes(run, datasets)
     data = {split: describe_samples(dataset.sample_names()) for split, dataset in datasets.items()}
     gathered = gather_on_main_process((classes, data))
 
@@ -61,6 +59,13 @@ def describe_run(run: Run, classes: list[str], datasets: Mapping[str, DescribedD
     known = environment(run.process.device)
     ours = {'world_size': str(run.process.world_size), 'precision': str(run.precision)}
     return {'classes': classes, 'data': data, 'environment': {name: known[name] for name in _ENVIRONMENT} | ours}
+
+
+def log_notes(run: Run, datasets: Mapping[str, DescribedDataset]) -> None:
+    """Log the notes of datasets, by split."""
+    for split, dataset in datasets.items():
+        for note in dataset.notes:
+            run.logger.info(f'{split}: {note}')
 
 
 def describe_samples(names: Iterable[str]) -> dict[str, int | str]:

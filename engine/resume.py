@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from engine import checkpoint as checkpoints
-from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint
+from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, load_weights
 from engine.class_names import same_classes
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
@@ -57,7 +56,7 @@ class Start(NamedTuple):
         is_new = choice == 'new' or (choice == 'auto' and has_other_names)
         replaceable = head if self.is_new_run and choice != 'keep' else None
         try:
-            is_replaced = checkpoints.load_weights(model, self.checkpoint, self.path, replaceable, is_replaced=is_new)
+            is_replaced = load_weights(model, self.checkpoint, self.path, replaceable, is_replaced=is_new)
         except CheckpointError as error:
             remedy = ': to start over, write another --tag or --opts TRAIN.AUTO_RESUME False'
             raise CheckpointError(f'{error}{remedy if self.is_automatic else ""}') from error
@@ -114,7 +113,7 @@ def _check_experiment(run: Run, checkpoint: dict[str, Any], path: Path, tree: Co
     pretrained = run.config.MODEL.PRETRAINED
     if saved and pretrained:
         changed += tree.changed_keys(run.config, saved, _PRETRAINED_KEYS)
-    refused = [str(key) for key in changed if key.affects in ('network', 'data') or key.name in _PRETRAINED_KEYS]
+    refused = [str(key) for key in changed if key.defines_experiment or key.name in _PRETRAINED_KEYS]
     if refused:
         raise _other_experiment(run, path, refused)
     if not pretrained:
@@ -166,17 +165,15 @@ def begin_training(
         ExperimentError: the folder holds a run on other data or other classes.
         CheckpointError: no run can be resumed from the checkpoint.
     """
-    will_train = state.epoch < run.config.TRAIN.EPOCHS
     if start is None or not start.resumes:
-        if will_train:
+        if state.epoch < run.config.TRAIN.EPOCHS:
             on_main_process(lambda: run.folder.set_run_aside('a new run starts here'))
         return record | {'pretrained': start and start.pretrained}
     checkpoint = start.checkpoint
     data_changes = changed_splits(checkpoint.get('data') or {}, record['data'])
-    if start.is_automatic:
-        changes = data_changes + compare_classes(record['classes'], checkpoint)
-        if changes:
-            raise _other_experiment(run, start.path, changes)
+    changes = data_changes + compare_classes(record['classes'], checkpoint)
+    if start.is_automatic and changes:
+        raise _other_experiment(run, start.path, changes)
     notes = state.load_state_dict(checkpoint, run.process.rank, run.process.world_size) + data_changes
     if data_changes:
         state.max_accuracy = -1.0
@@ -187,9 +184,7 @@ def begin_training(
         adopted = checkpoint | record | {'config': run.plain_config}
         if data_changes:
             adopted |= {'max_accuracy': -1.0, 'scores': {}}
-        is_changed = bool(data_changes or compare_classes(record['classes'], checkpoint)) or any(
-            key.affects in ('network', 'data') for key in changed
-        )
+        is_changed = bool(changes) or any(key.defines_experiment for key in changed)
         on_main_process(lambda: _make_room(run, start, adopted, is_changed))
     if changed:
         run.logger.warning(f'other settings than before: {"; ".join(map(str, changed))}')

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import CheckpointError, load_checkpoint, peek_checkpoint, save_checkpoint
-from utils import remove_dead_temporaries, report_write_errors
+from engine.checkpoint import CheckpointError, load_checkpoint, peek_checkpoint, save_checkpoint, saved_progress
+from utils import report_write_errors
 
 _NAME = re.compile(r'ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth')
 
@@ -181,10 +181,6 @@ class RunFolder:
         if left:
             self.set_aside([*left, *(self.path / name for name in names)], reason)
 
-    def remove_temporaries(self) -> None:
-        """Remove unfinished files of processes that were killed while they saved."""
-        remove_dead_temporaries(self.path)
-
     def _new_old_folder(self) -> Path:
         numbers = (self.path / f'old_{number}' for number in itertools.count(1))
         folder = next(path for path in numbers if not path.exists())
@@ -194,8 +190,7 @@ class RunFolder:
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
     """Where training stood in a checkpoint: the end of an epoch, or an update within it."""
-    published = {'epoch': checkpoint.get('epoch', -1) + 1, 'step': 0}
-    progress = checkpoint.get('progress', checkpoint.get('place', published))  # older ones: `place`
+    progress = saved_progress(checkpoint)
     return (progress['epoch'], progress['step']) if progress['step'] else (progress['epoch'] - 1, float('inf'))
 
 

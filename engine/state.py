@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from data.samplers import TrainSampler
 from data.seeding import random_states, set_random_states
-from engine.checkpoint import CheckpointError, load_weights
+from engine.checkpoint import CheckpointError, load_weights, saved_progress
 from engine.distributed import gather_on_main_process
 from engine.precision import ApexPrecision, Precision
 
@@ -155,8 +155,7 @@ class TrainingState:
                 load_weights(self.ema.module, {'model': checkpoint['model_ema']}, "the checkpoint's model_ema")
             else:
                 notes.append('it has no EMA weights: EMA starts from its weights')
-        published = {'epoch': checkpoint['epoch'] + 1, 'step': 0, 'images': 0, 'skipped': 0}
-        progress = checkpoint.get('progress', checkpoint.get('place', published))  # older ones: `place`
+        progress = saved_progress(checkpoint)
         self.epoch, self.skipped = progress['epoch'], progress['skipped']
         self.step = min(progress['images'] // self.images_per_update, self.steps_per_epoch)
         if progress['images'] == self.images_per_epoch:

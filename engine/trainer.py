@@ -20,7 +20,7 @@ from engine.run import Run
 from engine.signals import Stopped
 from engine.state import TrainingState
 from logger import MetricsLog
-from utils import report_write_errors
+from utils import remove_dead_temporaries, report_write_errors
 
 
 class Update(NamedTuple):
@@ -98,7 +98,7 @@ class Trainer:
             run.logger.info(f'config:\n{run.config.dump()}')
             with report_write_errors(run.output_dir):
                 (run.output_dir / 'config.yaml').write_text(run.config.dump())
-                run.folder.remove_temporaries()
+                remove_dead_temporaries(run.output_dir)
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
                 )
@@ -139,7 +139,7 @@ class Trainer:
             run, lambda model: self.evaluate_fn(model, self.poll), state.model, state.ema and state.ema.module
         )
         score = (ema_metrics or metrics)[self.metric]
-        metrics = metrics | {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}
+        metrics |= {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}
         state.scores = {'raw': metrics[self.metric]} | ({'ema': score} if ema_metrics else {})
         is_best = score > self.best_score
         self.best_score, state.max_accuracy = max(self.best_score, score), max(state.max_accuracy, score)
