@@ -207,7 +207,27 @@ _C.COMPILE_MODE = Key(
     'Mode of torch.compile: default, reduce-overhead (CUDA graphs: small batches) or max-autotune (slow to compile)',
     choices=('default', 'reduce-overhead', 'max-autotune'),
 )
-_C.DATA.DATASET = Key('imagenet', 'Layout of DATA_PATH: imagenet, a tree of class folders', choices=('imagenet',))
+_C.DATA.DATASET = Key(
+    'imagenet',
+    'Format of DATA_PATH: imagenet, a tree of class folders; shards, of tools.pack_dataset; zip, <split>.zip with '
+    '<split>_map.txt; or huggingface, a saved DatasetDict',
+    choices=('imagenet', 'shards', 'zip', 'huggingface'),
+    affects='nothing',
+)
+_C.DATA.PIPELINE = Key(
+    'fast',
+    'Decoding and augmentation: published, or fast, which computes the same on arrays (docs/data.md)',
+    choices=('fast', 'published'),
+    before='published',
+)
+_C.DATA.ON_ERROR = Key(
+    'stop',
+    'At an image that cannot be read: stop the run, or skip: train on the next one, and leave it out of the evaluation',
+    choices=('stop', 'skip'),
+)
+_C.DATA.ERROR_LIMIT = Key(
+    100, 'Unreadable images per process after which ON_ERROR skip stops the run', min=0, affects='nothing'
+)
 _C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, affects='network')
 _C.DATA.INTERPOLATION = Key(
     'bicubic',

@@ -17,7 +17,16 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from config import TREE, get_config
-from data import build_criterion, build_eval_loader, build_loaders, build_mixup
+from data import (
+    IGNORED,
+    Preprocess,
+    Sample,
+    SkippedImages,
+    build_criterion,
+    build_eval_loader,
+    build_loaders,
+    build_mixup,
+)
 from engine.distributed import all_reduce_sum
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
@@ -74,7 +83,8 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
     classes = eval_loader.dataset.classes
-    datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
+    train_set = train_loader.dataset.dataset
+    datasets = {'train': train_set, 'val': eval_loader.dataset}
     record = describe_run(run, classes, datasets)
 
     # Weights
@@ -90,10 +100,12 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
 
     # Loss, metrics
     forward = run.maybe_compile(network, config.TRAIN.COMPILE)
-    mixup, criterion = build_mixup(config), build_criterion(config)
+    preprocess, mixup, criterion = Preprocess(config, process.device), build_mixup(config), build_criterion(config)
+    skipped = SkippedImages(train_set, config.DATA.ERROR_LIMIT, run.logger.warning)
 
-    def loss_fn(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, targets = mixup(*to_device(batch, process.device))
+    def loss_fn(batch: Sample) -> dict[str, Tensor]:
+        skipped.record(batch.skipped)
+        images, targets = mixup(*preprocess(batch))
         return {'loss': criterion(forward(images), targets)}
 
     def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
@@ -109,11 +121,6 @@ def evaluate(run: Run, model: nn.Module, start: Start) -> None:
     log_notes(run, {'val': loader.dataset})
     warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
     evaluate_with_ema(run, lambda model: validate(run, model, loader), model, load_ema(model, start.checkpoint))
-
-
-def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Images and class indices of a batch, on the device."""
-    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 class Metrics(NamedTuple):
@@ -145,19 +152,23 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
     device = run.process.device
     network = run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+    preprocess = Preprocess(run.config, device)
+    skipped = SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
     loop = EvaluationLoop(run, loader, poll)
     for batch in loop:
-        images, targets = to_device(batch, device)
+        skipped.record(batch.skipped)
+        images, targets = preprocess(batch)
         with run.precision.autocast():
             logits = network(images)
-        loss = F.cross_entropy(logits.float(), targets, reduction='sum')
+        loss = F.cross_entropy(logits.float(), targets, reduction='sum', ignore_index=IGNORED)
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        batch_sums = torch.stack((loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(targets).sum()))
+        batch_sums = torch.stack((loss, hits[:, 0].sum(), hits.sum(), (targets != IGNORED).sum()))
         sums += batch_sums
         loop.log(partial(_log_text, batch_sums, sums))
-    metrics = Metrics.from_sums(all_reduce_sum(sums))
+    sums = all_reduce_sum(sums)
+    metrics = Metrics.from_sums(sums)
     run.logger.info(f' * Acc@1 {metrics.acc1:.3f} Acc@5 {metrics.acc5:.3f}')
-    run.logger.info(f'Accuracy of the network on the {len(loader.dataset)} test images: {metrics.acc1:.1f}%')
+    run.logger.info(f'Accuracy of the network on the {sums[3]:.0f} test images: {metrics.acc1:.1f}%')
     return metrics
 
 

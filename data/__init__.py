@@ -1,7 +1,20 @@
-"""Images in, batches out: loaders, augmentation, Mixup with its matching loss."""
+"""Images in, batches out: formats, loaders, augmentation, Mixup with its matching loss."""
 
 from data.build import build_eval_loader, build_loaders
+from data.dataset import IGNORED, Sample
 from data.images import DataError
 from data.mixup import build_criterion, build_mixup
+from data.preprocess import Preprocess
+from data.skipped import SkippedImages
 
-__all__ = ['DataError', 'build_criterion', 'build_eval_loader', 'build_loaders', 'build_mixup']
+__all__ = [
+    'IGNORED',
+    'DataError',
+    'Preprocess',
+    'Sample',
+    'SkippedImages',
+    'build_criterion',
+    'build_eval_loader',
+    'build_loaders',
+    'build_mixup',
+]

@@ -7,16 +7,20 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
-from data.image_folder import ClassFolders, list_classes
+from data.dataset import ImageDataset
+from data.fast_transforms import FastEvalTransform, FastTrainTransform
+from data.formats import open_split
 from data.images import DataError
 from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
 from data.seeding import SeededDataset
-from data.transforms import build_transform, image_mode
+from data.transforms import PublishedTransform
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
@@ -35,7 +39,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
             f'DATA.BATCH_SIZE is {size}, but Mixup and CutMix pair the images of a batch: '
             f'write an even --batch-size, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
         )
-    dataset = _open_split(config, 'train', build_transform(config, is_train=True))
+    dataset = open_dataset(config, 'train')
     eval_loader = build_eval_loader(config, rank, world_size)
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler), eval_loader
@@ -47,43 +51,41 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = _open_split(config, 'val', build_transform(config, is_train=False))
+    dataset = open_dataset(config, 'val')
     return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), config.DATA.BATCH_SIZE)
 
 
-def _open_split(config: CfgNode, split: str, transform: Callable) -> ClassFolders:
-    """Open `train` or `val`, which must have the classes of the other, if there is one, and as many as the network."""
+def open_dataset(config: CfgNode, split: str) -> ImageDataset:
+    """Open `train` or `val` with the transform of the config's pipeline.
+
+    Raises:
+        DataError: the data cannot be used, or have other classes than the network.
+    """
     if not config.DATA.DATA_PATH:
         raise DataError('no data: give --data-path the folder that holds train/<class>/ and val/<class>/')
-    if config.DATA.DATASET != 'imagenet':
-        raise DataError(f'DATA.DATASET is {config.DATA.DATASET!r}: write imagenet')
+    is_train = split == 'train'
+    transform = build_sample_transform(config, is_train)
     folder = Path(config.DATA.DATA_PATH)
-    _compare_classes(folder)
-    root = folder / split
-    dataset = ClassFolders(root, transform, image_mode(config))
-    if len(dataset.classes) != config.MODEL.NUM_CLASSES:
+    samples = open_split(config.DATA.DATASET, folder, split)
+    if len(samples.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
-            f'{root} has {len(dataset.classes)} class folders, but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}: '
-            f'write --opts MODEL.NUM_CLASSES {len(dataset.classes)}, or give another --data-path'
+            f'{folder / split} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '
+            f'{config.MODEL.NUM_CLASSES}: write --opts MODEL.NUM_CLASSES {len(samples.classes)}, or give another '
+            f'--data-path'
         )
-    return dataset
+    on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'replace' if is_train else 'ignore'
+    return ImageDataset(samples, transform, on_error)
 
 
-def _compare_classes(folder: Path) -> None:
-    """Check that `train` and `val`, if there are both, have the same classes."""
-    train, val = (set(list_classes(folder / split)) for split in ('train', 'val'))
-    if not train or not val:
-        return
-    texts = []
-    for split, missing in (('val', sorted(train - val)), ('train', sorted(val - train))):
-        if missing:
-            more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
-            texts.append(f'{split}/ has no {", ".join(missing[:3])}{more}')
-    if texts:
-        raise DataError(
-            f'train/ and val/ in {folder} have different class folders: {", ".join(texts)}: '
-            f'add what is missing, or remove it from the other'
-        )
+def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[bytes, str], tuple[Tensor, Tensor]]:
+    """The transform of `ImageDataset` in the config's pipeline.
+
+    Raises:
+        DataError: see `data.transforms.build_transform`.
+    """
+    if config.DATA.PIPELINE == 'published':
+        return PublishedTransform(config, is_train)
+    return FastTrainTransform(config) if is_train else FastEvalTransform(config)
 
 
 def build_train_loader(
@@ -119,6 +121,7 @@ def build_loader(
 ) -> DataLoader:
     """Build a loader with the workers of `DATA`; see `build_train_loader` for the arguments."""
     workers = config.DATA.NUM_WORKERS
+    cv2.setNumThreads(1)  # as PyTorch does in a loader process; but not there: a forked thread pool hangs
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -1,5 +1,6 @@
 """Reading image files, with errors that name the file at fault."""
 
+import io
 import os
 import random
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import is_image_file
 
 from utils import UserError
@@ -27,27 +28,51 @@ class DataError(UserError):
 
 
 def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
-    """Read and decode an image, with 8 bits per channel.
+    """Read and decode an image file; see `decode_image`.
+
+    Raises:
+        DataError: the file cannot be read or decoded.
+    """
+    return decode_image(read_file(path), path, mode, upright)
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f'image {path} cannot be read ({error.strerror}): replace or remove it') from error
+
+
+def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
+    """Decode an image, with 8 bits per channel.
 
     Of 16 bits, the upper 8 are taken, as of 32-bit integers where one is above 255. Floats are scaled by 255 where all
     are in [0, 1]. Other integers and floats are clipped to [0, 255].
 
     Args:
-        path: the file.
+        data: content of an image file.
+        name: of the image, for errors.
         mode: PIL mode: RGB, or L for one grey channel.
         upright: turn as EXIF says. Classification data are read as stored, as published.
 
     Raises:
-        DataError: the file is not an image, is truncated, or is too large to be safe.
+        DataError: it is not an image, is truncated, or is too large to be safe.
     """
+    if not data:
+        raise DataError(f'image {name} is empty: replace or remove it')
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             image = ImageOps.exif_transpose(file) if upright else file
             if image.mode[0] in 'IF':  # PIL would clip it
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
             return image.convert(mode)
     except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
 class ImageHeader(NamedTuple):
@@ -83,10 +108,11 @@ def read_header(path: str | Path) -> ImageHeader:
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def _unreadable(path: str | Path, error: Exception) -> DataError:
+def _unreadable(name: str | Path, error: Exception) -> DataError:
     if isinstance(error, Image.DecompressionBombError):
-        return DataError(f'image {path} is too large ({error}): scale it down or remove it')
-    return DataError(f'image {path} cannot be read ({" ".join(str(error).split())}): replace or remove it')
+        return DataError(f'image {name} is too large ({error}): scale it down or remove it')
+    text = 'no known image format' if isinstance(error, UnidentifiedImageError) else ' '.join(str(error).split())
+    return DataError(f'image {name} cannot be read ({text}): replace or remove it')
 
 
 def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:

@@ -1,13 +1,17 @@
 """The published transforms: timm's augmentation for training, a resize and crop for evaluation."""
 
 from collections.abc import Callable
+from itertools import chain
 
+import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from data.images import DataError
+from data.images import DataError, decode_image
 
 # PIL mode, mean and standard deviation by number of channels; grey has the mean over ImageNet's channels.
 _CHANNELS = {
@@ -16,48 +20,84 @@ _CHANNELS = {
 }
 
 
-def build_transform(config: CfgNode, is_train: bool) -> Callable:
-    """Build the transform from a PIL image to a normalised tensor (C, H, W).
+def build_transform(config: CfgNode, is_train: bool) -> Callable[[Image.Image], Tensor]:
+    """Build the published transform from a PIL image to a normalised tensor (C, H, W).
 
     Raises:
         DataError: a number of channels or an augmentation policy that is not supported.
     """
-    size, interpolation = config.DATA.IMG_SIZE, config.DATA.INTERPOLATION
-    _, mean, std = _channels(config)
     if is_train:
-        aug = config.AUG
-        try:
-            return create_transform(
-                input_size=size,
-                is_training=True,
-                scale=tuple(aug.SCALE),
-                ratio=tuple(aug.RATIO),
-                hflip=aug.HFLIP,
-                color_jitter=aug.COLOR_JITTER or None,
-                auto_augment=None if aug.AUTO_AUGMENT in ('', 'none') else aug.AUTO_AUGMENT,
-                interpolation=interpolation,
-                re_prob=aug.REPROB,
-                re_mode=aug.REMODE,
-                re_count=aug.RECOUNT,
-                mean=mean,
-                std=std,
-            )
-        except (AssertionError, KeyError, ValueError) as error:  # from timm's parser of the policy
-            raise DataError(
-                f'AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm cannot parse: '
-                f'write none, or a policy such as rand-m9-mstd0.5-inc1'
-            ) from error
-    mode = str_to_interp_mode(interpolation)
+        return transforms.Compose(list(chain(*train_steps(config))))
+    size, mode = config.DATA.IMG_SIZE, str_to_interp_mode(config.DATA.INTERPOLATION)
     if config.TEST.CROP:
-        resize = [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+        resize = [transforms.Resize(resized_side(config), mode), transforms.CenterCrop(size)]
     else:
         resize = [transforms.Resize((size, size), mode)]
-    return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(*mean_and_std(config))])
+
+
+def resized_side(config: CfgNode) -> int:
+    """Length to which the shorter side of an evaluated image is resized, before its centre is cropped."""
+    return int(256 / 224 * config.DATA.IMG_SIZE)
+
+
+def train_steps(config: CfgNode) -> tuple[list[Callable], list[Callable], list[Callable]]:
+    """The steps of timm's augmentation: crop and flip; the policy; conversion, normalisation and random erasing.
+
+    Raises:
+        DataError: see `build_transform`.
+    """
+    mean, std = mean_and_std(config)
+    aug = config.AUG
+    try:
+        steps = create_transform(
+            input_size=config.DATA.IMG_SIZE,
+            is_training=True,
+            scale=tuple(aug.SCALE),
+            ratio=tuple(aug.RATIO),
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment=None if aug.AUTO_AUGMENT in ('', 'none') else aug.AUTO_AUGMENT,
+            interpolation=config.DATA.INTERPOLATION,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+            mean=mean,
+            std=std,
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # from timm's parser of the policy
+        raise DataError(
+            f'AUG.AUTO_AUGMENT is {aug.AUTO_AUGMENT!r}, which timm cannot parse: '
+            f'write none, or a policy such as rand-m9-mstd0.5-inc1'
+        ) from error
+    return tuple(step.transforms for step in steps)
+
+
+class PublishedTransform:
+    """The published pipeline from an encoded image on; random erasing fills here.
+
+    Args:
+        config: the config tree.
+        is_train: for training, or for evaluation.
+    """
+
+    def __init__(self, config: CfgNode, is_train: bool):
+        self.mode, self.transform = image_mode(config), build_transform(config, is_train)
+
+    def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
+        """The image (C, H, W) and no erasing; see `data.dataset.Sample`."""
+        return self.transform(decode_image(data, name, self.mode)), torch.zeros((0, 5), dtype=torch.int64)
 
 
 def image_mode(config: CfgNode) -> str:
     """PIL mode of the images: RGB or L (grey)."""
     return _channels(config)[0]
+
+
+def mean_and_std(config: CfgNode) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, of pixels in [0, 1]."""
+    return _channels(config)[1:]
 
 
 def _channels(config: CfgNode) -> tuple[str, tuple[float, ...], tuple[float, ...]]:

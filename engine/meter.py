@@ -4,7 +4,9 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from engine.distributed import all_reduce_sum
 from engine.state import TrainingState
 from logger import MetricsLog
+
+Batch = TypeVar('Batch')
 
 
 class TrainMeter:
@@ -28,15 +32,29 @@ class TrainMeter:
         self.logger, self.metrics, self.state, self.epochs = logger, metrics, state, epochs
         self.start_time = self.timed_from = self.logged_time = time.time()
         self.first_timed_step = self.logged_step = state.step
+        self.wait = self.wait_before_timed = self.logged_wait = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the epoch began or was resumed."""
         return time.time() - self.start_time
 
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the seconds until each of them arrives are logged as `data`."""
+        batches = iter(batches)
+        while True:
+            start = time.time()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.wait += time.time() - start
+            yield batch
+
     def leave_out(self) -> None:
         """Leave the updates so far out of the mean time and the eta: they took longer than those to come."""
-        self.timed_from, self.first_timed_step = time.time(), self.state.step
+        self.timed_from, self.first_timed_step, self.wait_before_timed = time.time(), self.state.step, self.wait
 
     def log(self, lr: float, loss: Tensor, grad_norm: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the last update and the means of the epoch so far; every rank calls it at the same points.
@@ -52,21 +70,29 @@ class TrainMeter:
         ranks, last_loss, *last_losses, loss_sum, norm_sum, updates = all_reduce_sum(on_all_ranks).tolist()
         last_loss, last_norm = last_loss / ranks, grad_norm.item()
         mean_loss, mean_norm = (x / updates if updates else float('nan') for x in (loss_sum, norm_sum))
-        last_time = (now - self.logged_time) / (state.step - self.logged_step)
-        timed_steps = state.step - self.first_timed_step
-        mean_time = (now - self.timed_from) / timed_steps if timed_steps else last_time
+        last_steps, timed_steps = state.step - self.logged_step, state.step - self.first_timed_step
+        last_time, last_wait = (now - self.logged_time) / last_steps, (self.wait - self.logged_wait) / last_steps
+        mean_time, mean_wait = last_time, last_wait
+        if timed_steps:
+            mean_time, mean_wait = (
+                (now - self.timed_from) / timed_steps,
+                (self.wait - self.wait_before_timed) / timed_steps,
+            )
         images_per_s = state.images_per_update / last_time
         memory = peak_memory_mb(state.device)
         eta = timedelta(seconds=int(mean_time * (state.steps_per_epoch - state.step))) if timed_steps else '?'
         self.logger.info(
             f'Train: [{state.epoch}/{self.epochs}][{state.step - 1}/{state.steps_per_epoch}]\t'
-            f'eta {eta} lr {lr:.6f}\ttime {last_time:.4f} ({mean_time:.4f})\tloss {last_loss:.4f} ({mean_loss:.4f})\t'
+            f'eta {eta} lr {lr:.6f}\ttime {last_time:.4f} ({mean_time:.4f})\t'
+            f'data {last_wait:.4f} ({mean_wait:.4f})\tloss {last_loss:.4f} ({mean_loss:.4f})\t'
             f'grad_norm {last_norm:.4f} ({mean_norm:.4f})\tmem {memory:.0f}MB\t{images_per_s:.0f} images/s'
         )
         record = {name: value / ranks for name, value in zip(losses, last_losses, strict=True)}
         record |= {'epoch': state.epoch, 'step': state.step - 1, 'lr': lr, 'loss': last_loss, 'grad_norm': last_norm}
-        self.metrics.write('train', state.updates, **record, images_per_s=images_per_s, memory_mb=memory)
-        self.logged_step, self.logged_time = state.step, now
+        self.metrics.write(
+            'train', state.updates, **record, data_s=last_wait, images_per_s=images_per_s, memory_mb=memory
+        )
+        self.logged_step, self.logged_time, self.logged_wait = state.step, now, self.wait
 
 
 def peak_memory_mb(device: torch.device) -> float:

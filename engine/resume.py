@@ -1,5 +1,6 @@
 """Where a run starts: from scratch, from weights, or where it or another run has stopped."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +188,8 @@ def begin_training(
         is_changed = bool(changes) or any(key.defines_experiment for key in changed)
         on_main_process(lambda: _make_room(run, start, adopted, is_changed))
     if changed:
-        run.logger.warning(f'other settings than before: {"; ".join(map(str, changed))}')
+        before = ' '.join(f'{key.name} {shlex.quote(str(key.before))}' for key in changed)
+        run.logger.warning(f'other settings than before: {"; ".join(map(str, changed))}: undo with --opts {before}')
     notes += [f'{key.name} has changed' for key in changed] + _environment_notes(run, checkpoint, record)
     exactness = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit, as if it had never stopped'
     best = f'{state.max_accuracy:.2f}%' if state.max_accuracy >= 0 else 'none'

@@ -165,7 +165,7 @@ class Trainer:
         meter = TrainMeter(run.logger, self.metrics, state, run.config.TRAIN.EPOCHS)
         images_before, lr = state.images, optimizer.param_groups[0]['lr']
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
-        for chunk in chunked(batches, run.accumulation_steps):
+        for chunk in chunked(meter.watch(batches), run.accumulation_steps):
             lr = optimizer.param_groups[0]['lr']
             update = self.train_step(chunk)
             updated = self.nonfinite.record(

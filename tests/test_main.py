@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import main as program
+from data import Preprocess
 from engine.timing import Quartiles
 from engine.trainer import Trainer
 from models import build_model
@@ -12,7 +13,7 @@ from tests.helpers.golden import fill_
 from tests.helpers.images import damage, write_images
 from tests.helpers.paths import TINY
 from tests.helpers.processes import TORCHRUN, main_error, start
-from tests.helpers.runs import build_run, folder_of, records, weights
+from tests.helpers.runs import CPU, as_samples, build_run, folder_of, records, weights
 from utils import UserError
 
 
@@ -48,7 +49,8 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(tiny_config, image
     loader = program.build_eval_loader(config)
     result = program.validate(build_run(config), model, loader)
     with torch.no_grad():
-        logits = torch.cat([model(images) for images, _ in loader])
+        preprocess = Preprocess(config, CPU)
+        logits = torch.cat([model(preprocess(batch)[0]) for batch in loader])
     targets = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
     assert result.val_loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
     assert result.acc1 == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
@@ -58,7 +60,7 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(tiny_config, image
 def test_top_five_of_many_classes(tiny_config):
     config = tiny_config(MODEL__NUM_CLASSES='10')
     logits = torch.arange(10.0).flip(0).repeat(10, 1)  # class 0 has the largest logit, 9 the smallest
-    loader = torch.utils.data.DataLoader([(logits[i], i) for i in range(10)], batch_size=3)
+    loader = torch.utils.data.DataLoader(as_samples(logits, torch.arange(10)), batch_size=3)
     result = program.validate(build_run(config), nn.Identity(), loader)
     assert (result.acc1, result.acc5) == (10, 50)
 

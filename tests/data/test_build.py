@@ -10,9 +10,9 @@ from data import DataError, build_eval_loader, build_loaders
 def test_loaders(tiny_config, image_tree):
     config = tiny_config(DATA__DATA_PATH=str(image_tree), DATA__BATCH_SIZE='10', DATA__NUM_WORKERS='2')
     train, val = build_loaders(config)
-    assert [len(images) for images, _ in train] == [10, 10]  # of 24: full batches only
-    assert [len(images) for images, _ in val] == [10, 2]  # of 12: every image
-    assert torch.cat([targets for _, targets in val]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert [len(batch.image) for batch in train] == [10, 10]  # of 24: full batches only
+    assert [len(batch.image) for batch in val] == [10, 2]  # of 12: every image
+    assert torch.cat([batch.target for batch in val]).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     orders = []
     for epoch in (0, 1, 0):
         train.sampler.set_epoch(epoch)
@@ -39,7 +39,7 @@ def test_empty_class_is_named(tiny_config, image_tree):
 
 
 def test_wrong_number_of_classes_is_reported(tiny_config, image_tree):
-    with pytest.raises(DataError, match='has 3 class folders, but MODEL.NUM_CLASSES is 10.*MODEL.NUM_CLASSES 3'):
+    with pytest.raises(DataError, match='has 3 classes, but MODEL.NUM_CLASSES is 10.*MODEL.NUM_CLASSES 3'):
         build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), MODEL__NUM_CLASSES='10'))
 
 

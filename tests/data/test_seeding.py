@@ -7,10 +7,11 @@ from data.seeding import SeededDataset, random_states, seeded, set_random_states
 from tests.helpers.runs import CPU, is_identical
 
 
+@pytest.mark.parametrize('pipeline', ['fast', 'published'])
 @pytest.mark.parametrize('workers', ['1', '3'])
-def test_batches_do_not_depend_on_the_number_of_loader_processes(tiny_config, image_tree, workers):
+def test_batches_do_not_depend_on_the_number_of_loader_processes(tiny_config, image_tree, workers, pipeline):
     def batches(**options):
-        loader, _ = build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), **options))
+        loader, _ = build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), DATA__PIPELINE=pipeline, **options))
         collected = []
         for epoch in (0, 1):
             loader.sampler.set_epoch(epoch)
@@ -24,7 +25,7 @@ def test_batches_do_not_depend_on_the_number_of_loader_processes(tiny_config, im
     assert is_identical(plain, batches(DATA__NUM_WORKERS=workers))
     assert is_identical(before, random_states(CPU))  # nor do they draw from the process's own random numbers
     assert not is_identical(plain, batches(SEED='1'))
-    first, second = (torch.cat([images for images, _ in epoch]).sum((1, 2, 3)) for epoch in (plain[:6], plain[6:]))
+    first, second = (torch.cat([batch.image for batch in epoch]).sum((1, 2, 3)) for epoch in (plain[:6], plain[6:]))
     assert not torch.equal(first.sort()[0], second.sort()[0])  # an image is augmented differently in each epoch
 
 

@@ -5,9 +5,10 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
-from data import DataError, build_eval_loader, build_loaders
+from data import DataError, Preprocess, build_eval_loader, build_loaders
 from data.transforms import build_transform
 from tests.helpers.images import noise
+from tests.helpers.runs import CPU
 
 
 def steps(transform, kind):
@@ -70,11 +71,13 @@ def test_evaluation_crops_or_resizes(tiny_config):
     assert steps(build_transform(tiny_config(DATA__IMG_SIZE='384'), is_train=False), transforms.Resize)[0].size == 438
 
 
-def test_grey_images_for_a_network_with_one_channel(tiny_config, image_tree):
-    config = tiny_config(MODEL__MSG__IN_CHANS='1', DATA__DATA_PATH=str(image_tree))
+@pytest.mark.parametrize('pipeline', ['fast', 'published'])
+def test_grey_images_for_a_network_with_one_channel(tiny_config, image_tree, pipeline):
+    config = tiny_config(DATA__PIPELINE=pipeline, MODEL__MSG__IN_CHANS='1', DATA__DATA_PATH=str(image_tree))
     train, val = build_loaders(config)
+    preprocess = Preprocess(config, CPU)
     for loader in (train, val):
-        assert next(iter(loader))[0].shape == (4, 1, 28, 28)
+        assert preprocess(next(iter(loader)))[0].shape == (4, 1, 28, 28)
     with pytest.raises(DataError, match='IN_CHANS is 4.*write 3 or 1'):
         build_eval_loader(tiny_config(MODEL__MSG__IN_CHANS='4', DATA__DATA_PATH=str(image_tree)))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from config import load_config
 from data.samplers import ShardSampler
@@ -15,7 +15,7 @@ from main import validate
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY
-from tests.helpers.runs import CPU, build_run, one_thread
+from tests.helpers.runs import CPU, as_samples, build_run, one_thread
 
 SIZES, BATCHES = range(1, 18), range(1, 7)
 
@@ -38,7 +38,7 @@ def evaluate_grid(rank, world_size, folder):
     for size in SIZES:
         for batch in BATCHES:
             sampler = ShardSampler(size, rank, world_size)
-            loader = DataLoader(TensorDataset(images[:size], targets[:size]), batch, sampler=sampler)
+            loader = DataLoader(as_samples(images[:size], targets[:size]), batch, sampler=sampler)
             grid[size, batch] = tuple(validate(run, model, loader, poll))
     torch.save(grid, f'{folder}/{world_size}_{rank}.pt')
     dist.destroy_process_group()

@@ -41,16 +41,18 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
         train_meter.log(0.125, torch.tensor(2.0), torch.tensor(3.0), losses)
     assert train_meter.seconds == 7.0
     first, second = [record.getMessage() for record in caplog.records if record.name == 'test']
-    assert first.startswith('Train: [0/2][4/8]\teta 0:00:03 lr 0.250000\ttime 1.0000 (1.0000)\tloss 1.0000 (2.0000)\t')
+    assert first.startswith(
+        'Train: [0/2][4/8]\teta 0:00:03 lr 0.250000\ttime 1.0000 (1.0000)\tdata 0.0000 (0.0000)\tloss 1.0000 (2.0000)\t'
+    )
     assert second == (
-        'Train: [0/2][5/8]\teta 0:00:03 lr 0.125000\ttime 4.0000 (1.7500)\tloss 2.0000 (2.0000)\t'
+        'Train: [0/2][5/8]\teta 0:00:03 lr 0.125000\ttime 4.0000 (1.7500)\tdata 0.0000 (0.0000)\tloss 2.0000 (2.0000)\t'
         'grad_norm 3.0000 (5.0000)\tmem 12MB\t1 images/s'
     )
     kind, updates, record = written[1]
     assert (kind, updates) == ('train', 5)  # six, of which one was skipped
     assert record == {
         'class': 1.5, 'box': 0.5, 'epoch': 0, 'step': 5, 'lr': 0.125, 'loss': 2.0, 'grad_norm': 3.0,
-        'images_per_s': 1.0, 'memory_mb': 12.0,
+        'data_s': 0.0, 'images_per_s': 1.0, 'memory_mb': 12.0,
     }  # fmt: skip
 
 

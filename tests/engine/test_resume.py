@@ -98,7 +98,7 @@ def test_metrics_of_a_resumed_run_are_those_of_the_whole(tiny_config, steady):
     program.main(whole)
     for path in (*folder_of(whole).glob('ckpt_epoch_2*'), folder_of(whole) / 'ckpt_best.pth'):
         path.unlink()
-    timed = {'seconds', 'images_per_s', 'memory_mb'}
+    timed = {'seconds', 'data_s', 'images_per_s', 'memory_mb'}
 
     def metrics():
         kept = records(whole, 'train') + records(whole, 'epoch')

@@ -7,7 +7,7 @@ from engine.experiment import describe_samples
 
 
 def describe(root):
-    return describe_samples(ClassFolders(root, transform=None).sample_names())
+    return describe_samples(ClassFolders(root.parent, root.name).sample_names())
 
 
 def test_description_of_names():

@@ -76,7 +76,8 @@ def test_nonfinite_loss_on_one_rank_stops_both_before_the_update(folder):
     script.write_text(NONFINITE_RANK)
     flags = ['--cfg', TINY, '--data-path', folder / 'tree', '--output', folder / 'output', '--tag', 'nonfinite_rank']
     variables = {'PYTHONPATH': str(ROOT)}
-    done = start(*TORCHRUN, '2', script, *flags, '--opts', 'PRINT_FREQ', '1000', variables=variables, timeout=120)
+    options = ['PRINT_FREQ', '1000', 'DATA.PIPELINE', 'published']  # images of floats
+    done = start(*TORCHRUN, '2', script, *flags, '--opts', *options, variables=variables, timeout=120)
     assert done.returncode != 0
     run_folder = folder / 'output' / 'tiny' / 'nonfinite_rank'
     message = 'not finite at epoch 1, update 1, learning rate 0.000781: nothing was updated since.'

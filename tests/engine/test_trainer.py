@@ -160,8 +160,8 @@ def test_run_outputs(tiny_config, image_tree, capsys):
     assert names == expected | {'ckpt_best.pth', 'tensorboard'}
     log = log_of(config)
     for pattern in (
-        r'Train: \[0/2\]\[5/6\]\teta 0:00:00 lr [\d.]+\ttime [\d.]+ \([\d.]+\)\tloss [\d.]+ \([\d.]+\)\t',
-        r'\tgrad_norm [\d.]+ \([\d.]+\)\tmem \d+MB\t\d+ images/s',
+        r'Train: \[0/2\]\[5/6\]\teta 0:00:00 lr [\d.]+\ttime [\d.]+ \([\d.]+\)\tdata [\d.]+ \([\d.]+\)\t',
+        r'\tloss [\d.]+ \([\d.]+\)\tgrad_norm [\d.]+ \([\d.]+\)\tmem \d+MB\t\d+ images/s',
         r'Test: \[2/3\]\tTime [\d.]+\tLoss [\d.]+ \([\d.]+\)\tAcc@1 [\d.]+ \([\d.]+\)\tAcc@5 100.000 \(100.000\)\t',
         r' \* Acc@1 [\d.]+ Acc@5 100.000',
         r'Accuracy of the network on the 12 test images: [\d.]+%',

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from data import Sample
 from data.samplers import TrainSampler
 from engine.checkpoint import load_checkpoint
 from engine.distributed import Process, distribute
@@ -41,6 +42,12 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def as_samples(images, targets):
+    """A dataset of normalised images (N, C, H, W) and class indices (N,)."""
+    erasing = torch.zeros((0, 5), dtype=torch.int64)
+    return [Sample(image, int(target), erasing, -1) for image, target in zip(images, targets, strict=True)]
 
 
 def build_run(config, process=None, logger=None):

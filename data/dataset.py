@@ -1,0 +1,80 @@
+"""The dataset of both pipelines: samples of any format, decoded and transformed; what happens to bad images."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.images import DataError
+from data.samples import Samples
+
+# Target of an image that an evaluation leaves out
+IGNORED = -1
+
+# Bad images in a row that are replaced before it is an error
+_MAX_REPLACED = 100
+
+
+class Sample(NamedTuple):
+    """A sample or, with a leading dimension B, a batch.
+
+    Attributes:
+        image: (C, H, W) float32, normalised, of the published pipeline; (H, W, C) uint8 of the fast one.
+        target: class index; `IGNORED` for an image that is left out of an evaluation.
+        erasing: what random erasing has still to fill, (boxes, 5) int64: top, left, height, width, seed.
+        skipped: index of the bad image in whose place this one stands, or -1.
+    """
+
+    image: Tensor
+    target: Tensor | int
+    erasing: Tensor
+    skipped: Tensor | int
+
+
+class ImageDataset(Dataset):
+    """Images and class indices by sample index.
+
+    Args:
+        samples: the split.
+        transform: from an encoded image and its name to image and erasing of a `Sample`.
+        on_error: what to give for a bad image: 'stop' raises its error; 'replace' gives the next good sample, and
+            'ignore' too, but with the target `IGNORED`.
+    """
+
+    def __init__(
+        self, samples: Samples, transform: Callable[[bytes, str], tuple[Tensor, Tensor]], on_error: str = 'stop'
+    ):
+        self.samples, self.transform, self.on_error = samples, transform, on_error
+        self.classes, self.notes = samples.classes, samples.notes
+        self.sample_names = samples.sample_names
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of an index.
+
+        Raises:
+            DataError: the image is bad and is not to be replaced, or too many after it are bad too.
+        """
+        for distance in range(_MAX_REPLACED):
+            try:
+                sample = self.load((index + distance) % len(self))
+            except DataError:
+                if self.on_error == 'stop':
+                    raise
+            else:
+                if distance == 0:
+                    return sample
+                return sample._replace(target=sample.target if self.on_error == 'replace' else IGNORED, skipped=index)
+        raise DataError(f'{_MAX_REPLACED} images from {self.samples.describe(index)} on cannot be read: check the data')
+
+    def load(self, index: int) -> Sample:
+        """The sample of an index, transformed.
+
+        Raises:
+            DataError: the image is bad.
+        """
+        image, erasing = self.transform(self.samples.read(index), self.samples.describe(index))
+        return Sample(image, int(self.samples.targets[index]), erasing, skipped=-1)

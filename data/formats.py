@@ -1,0 +1,63 @@
+"""The formats of `DATA.DATASET`."""
+
+from pathlib import Path
+
+from data.huggingface import HuggingFaceDataset
+from data.image_folder import ClassFolders
+from data.images import DataError
+from data.samples import Samples
+from data.shards import Shards
+from data.zip_archive import ZipArchive
+
+FORMATS: dict[str, type[Samples]] = {
+    'imagenet': ClassFolders,
+    'shards': Shards,
+    'zip': ZipArchive,
+    'huggingface': HuggingFaceDataset,
+}
+
+
+def open_split(name: str, folder: Path, split: str) -> Samples:
+    """Open `train` or `val`, which must have the classes of the other, if there is one.
+
+    Args:
+        name: of the format: a value of `DATA.DATASET`.
+        folder: of the dataset.
+        split: `train` or `val`.
+
+    Raises:
+        DataError: there is no such split, it cannot be read, or its classes differ from the other's.
+    """
+    if name == 'imagenet' and (found := find_format(folder)) != name:
+        raise DataError(f'{folder} has the format {found}: write --opts DATA.DATASET {found}')
+    _compare_classes(FORMATS[name], folder)
+    return FORMATS[name](folder, split)
+
+
+def find_format(folder: Path) -> str:
+    """The format of a dataset's folder; class folders where nothing tells of another one."""
+    if (folder / 'dataset_dict.json').exists():
+        return 'huggingface'
+    for split in ('train', 'val'):
+        if (folder / split / 'index.json').exists():
+            return 'shards'
+        if (folder / f'{split}_map.txt').exists():
+            return 'zip'
+    return 'imagenet'
+
+
+def _compare_classes(format_: type[Samples], folder: Path) -> None:
+    """Check that `train` and `val`, if there are both, have the same classes."""
+    train, val = (set(format_.find_classes(folder, split)) for split in ('train', 'val'))
+    if not train or not val:
+        return
+    texts = []
+    for split, missing in (('val', sorted(train - val)), ('train', sorted(val - train))):
+        if missing:
+            more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
+            texts.append(f'{split}/ has no {", ".join(missing[:3])}{more}')
+    if texts:
+        raise DataError(
+            f'train/ and val/ in {folder} have different class folders: {", ".join(texts)}: '
+            f'add what is missing, or remove it from the other'
+        )

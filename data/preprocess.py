@@ -1,0 +1,53 @@
+"""From a batch of the loader to the network's input, on the device."""
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data.dataset import Sample
+from data.transforms import mean_and_std
+
+
+class Preprocess:
+    """Moves a batch to the device and, in the fast pipeline, normalises it there and fills what is to be erased.
+
+    Args:
+        config: the config tree.
+        device: the network's.
+    """
+
+    def __init__(self, config: CfgNode, device: torch.device):
+        self.device, self.fill = device, config.AUG.REMODE
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in mean_and_std(config))
+
+    def __call__(self, batch: Sample) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, C, H, W), float32, and class indices (B,)."""
+        images = batch.image.to(self.device, non_blocking=True)
+        targets = batch.target.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = self.normalise(images)
+            self.erase(images, batch.erasing)
+        return images, targets
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize compute it."""
+        images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return images.div_(255).sub_(self.mean).div_(self.std)
+
+    def erase(self, images: Tensor, erasing: Tensor) -> None:
+        """Fill rectangles of normalised images in place: with zeros, a random colour, or a random colour per pixel.
+
+        The colours are a function of each rectangle's own seed, so they depend neither on the batch nor on the rank.
+
+        Args:
+            images: (B, C, H, W), on the device.
+            erasing: (B, boxes, 5), on the CPU; see `Sample`.
+        """
+        generator = torch.Generator(self.device)
+        for image, rectangles in zip(images, erasing.tolist(), strict=True):
+            for top, left, height, width, seed in rectangles:
+                shape = (len(image), height, width) if self.fill == 'pixel' else (len(image), 1, 1)
+                colours = torch.zeros(())
+                if self.fill != 'const' and height:
+                    colours = torch.randn(shape, generator=generator.manual_seed(seed), device=self.device)
+                image[:, top : top + height, left : left + width] = colours

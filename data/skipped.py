@@ -1,0 +1,46 @@
+"""What a run says of the bad images that it skips."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from data.dataset import ImageDataset
+from data.images import DataError
+
+
+class SkippedImages:
+    """Counts the bad images of a dataset, and logs each of them once.
+
+    Args:
+        dataset: its images are skipped where its `on_error` is not 'stop'.
+        limit: number of bad images beyond which to stop.
+        warn: logs a line.
+    """
+
+    def __init__(self, dataset: ImageDataset, limit: int, warn: Callable[[str], None]):
+        self.dataset, self.limit, self.warn = dataset, limit, warn
+        self.indices: set[int] = set()
+
+    def record(self, skipped: Tensor) -> None:
+        """Note the `skipped` of a batch, on the CPU.
+
+        Raises:
+            DataError: there are more than the limit.
+        """
+        for index in skipped[skipped >= 0].tolist():
+            if index not in self.indices:
+                self.indices.add(index)
+                self.warn(f'skipped ({len(self.indices)} so far): {self._error(index)}')
+        if len(self.indices) > self.limit:
+            raise DataError(
+                f'{len(self.indices)} images cannot be read, more than DATA.ERROR_LIMIT {self.limit}: '
+                f'see the log, or list them with python -m tools.check_dataset'
+            )
+
+    def _error(self, index: int) -> str:
+        """Why it cannot be read: the loader process that found out has only passed on its index."""
+        try:
+            self.dataset.load(index)
+        except DataError as error:
+            return str(error)
+        return f'image {self.dataset.samples.describe(index)} could not be read, but now can'

@@ -1,0 +1,185 @@
+"""The format of Swin's zip mode: `train.zip` with `train_map.txt`, whose lines are `path<TAB>class index`.
+
+Python's zipfile keeps an object of a kilobyte for each file, in each process. Here the archive's directory is read into
+arrays once, which the loader processes share.
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.images import DataError
+from data.samples import NameList, Samples
+
+# Records of the zip format (PKWARE's APPNOTE.TXT, 4.3): signature, struct of what follows it, with the fields used
+_END = b'PK\x05\x06', struct.Struct('<4s4H2LH')
+_END_64 = b'PK\x06\x06', struct.Struct('<4sQ2H2L4Q')
+_LOCATOR_64 = b'PK\x06\x07', struct.Struct('<4sLQL')
+_ENTRY = b'PK\x01\x02', struct.Struct('<4s6H3L5H2L')
+_LOCAL = b'PK\x03\x04', struct.Struct('<4s5H3L2H')
+
+_STORED, _DEFLATED = 0, 8
+
+
+class ZipArchive(Samples):
+    """The samples of `folder/<split>.zip` listed in `folder/<split>_map.txt`, in the map's order.
+
+    Classes are named after the folders in the archive where each holds one class, else by their numbers.
+
+    Args:
+        folder: of the dataset.
+        split: `train` or `val`.
+
+    Raises:
+        DataError: a file is missing or cannot be read, or the map names a file that the archive does not hold.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.path, map_path = folder / f'{split}.zip', folder / f'{split}_map.txt'
+        for path in (self.path, map_path):
+            if not path.exists():
+                raise DataError(f'{path} does not exist: a zip dataset has <split>.zip and <split>_map.txt')
+        self.notes = []
+        targets = array('i')
+        self.names = NameList.of(_keep_targets(map_path, targets))
+        self.targets = np.frombuffer(targets, np.int32)
+        self.classes = _name_classes(self.names, self.targets)
+        self.check_classes(self.path)
+        try:
+            entries, keys = _read_directory(self.path)
+        except (OSError, ValueError, struct.error, IndexError) as error:
+            raise DataError(f'{self.path} cannot be read ({error}): it is no complete zip archive') from error
+        self._entries = entries[self._find(keys)]
+        self._file = None
+
+    def _find(self, keys: np.ndarray) -> np.ndarray:
+        """Position of each sample in the archive's directory."""
+        wanted = np.frombuffer(array('Q', map(_key, self.names)), np.uint64)
+        order = np.argsort(keys)
+        positions = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
+        if (missing := np.flatnonzero(keys[positions] != wanted)).size:
+            raise DataError(
+                f'{self.path} has no {self.names[missing[0]]}, one of {missing.size} in the map: '
+                f'give the map that was made with the archive'
+            )
+        return positions
+
+    @staticmethod
+    def find_classes(folder: Path, split: str) -> list[str]:
+        """Names of the classes; empty if the split has no map."""
+        path, targets = folder / f'{split}_map.txt', array('i')
+        if not path.exists():
+            return []
+        names = NameList.of(_keep_targets(path, targets))
+        return _name_classes(names, np.frombuffer(targets, np.int32))
+
+    def read(self, index: int) -> bytes:
+        """The file, decompressed where it is compressed."""
+        offset, size, checksum, method = map(int, self._entries[index])
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY)
+            signature, *_, name, extra = _LOCAL[1].unpack(os.pread(self._file, _LOCAL[1].size, offset))
+            data = os.pread(self._file, size, offset + _LOCAL[1].size + name + extra)
+            if signature != _LOCAL[0] or len(data) < size:
+                raise ValueError('the archive is cut short')
+            if method not in (_STORED, _DEFLATED):
+                raise ValueError(f'compression method {method} is not supported')
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if method == _DEFLATED else data
+            if zlib.crc32(data) != checksum:
+                raise ValueError('its checksum differs')
+            return data
+        except (OSError, ValueError, struct.error, zlib.error) as error:
+            raise DataError(f'image {self.describe(index)} cannot be read ({error}): make the archive again') from error
+
+    def describe(self, index: int) -> str:
+        """The archive and the sample's name."""
+        return f'{self.names[index]} in {self.path}'
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {'_file': None}
+
+
+def _keep_targets(path: Path, targets: array) -> Iterator[str]:
+    """Names in a map; their class indices are added to `targets`."""
+    with path.open(encoding='utf-8', errors='surrogateescape') as lines:
+        for number, line in enumerate(lines, start=1):
+            name, tab, label = line.rstrip('\r\n').rpartition('\t')
+            if not (tab and label.strip().isdecimal()):
+                raise DataError(f'line {number} of {path} is not `path<TAB>class index`: {line.strip()[:80]!r}')
+            targets.append(int(label))
+            yield name.lstrip('/')
+    if not targets:
+        raise DataError(f'{path} is empty')
+
+
+def _name_classes(names: NameList, targets: np.ndarray) -> list[str]:
+    folders: dict[int, set[str]] = {}
+    for name, target in zip(names, targets.tolist(), strict=True):
+        folder, slash, _ = name.partition('/')
+        folders.setdefault(target, set()).add(folder if slash else '')
+    distinct = set().union(*folders.values())
+    if '' not in distinct and len(distinct) == len(folders) == max(folders) + 1 == sum(map(len, folders.values())):
+        return [folders[target].pop() for target in range(len(folders))]
+    return list(map(str, range(max(folders) + 1)))
+
+
+def _key(name: str) -> int:
+    """A hash of a name that is the same in all processes."""
+    digest = hashlib.blake2b(name.encode(errors='surrogateescape'), digest_size=8).digest()
+    return int.from_bytes(digest, 'little')
+
+
+def _read_directory(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Offset, compressed bytes, CRC-32 and method of each file (N, 4) int64, and its name's `_key` (N,) uint64."""
+    entries, keys = array('q'), array('Q')
+    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as archive:
+        count, position = _find_directory(archive)
+        for _ in range(count):
+            signature, *fields = _ENTRY[1].unpack_from(archive, position)
+            if signature != _ENTRY[0]:
+                raise ValueError(f'no directory entry at {position}')
+            _, _, flags, method, _, _, checksum, packed, size, name, extra, comment, _, _, _, offset = fields
+            start = position + _ENTRY[1].size
+            if 0xFFFFFFFF in (packed, size, offset):
+                packed, offset = _read_extra(archive[start + name : start + name + extra], size, packed, offset)
+            text = archive[start : start + name].decode('utf-8' if flags & 0x800 else 'cp437')
+            entries.extend((offset, packed, checksum, method))
+            keys.append(_key(text))
+            position = start + name + extra + comment
+    return np.frombuffer(entries, np.int64).reshape(-1, 4), np.frombuffer(keys, np.uint64)
+
+
+def _find_directory(archive: mmap.mmap) -> tuple[int, int]:
+    """Number of files in the archive, and position of its directory."""
+    end = archive.rfind(_END[0], max(0, len(archive) - (1 << 16) - _END[1].size))
+    if end < 0:
+        raise ValueError('no directory')
+    *_, count, _, position, _ = _END[1].unpack_from(archive, end)
+    locator = end - _LOCATOR_64[1].size
+    if locator >= 0 and archive[locator : locator + 4] == _LOCATOR_64[0]:
+        *_, record, _ = _LOCATOR_64[1].unpack_from(archive, locator)
+        *_, count, _, position = _END_64[1].unpack_from(archive, record)
+    return count, position
+
+
+def _read_extra(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int]:
+    """Compressed bytes and offset of an entry of more than 4 GB, or beyond the first 4 GB."""
+    while extra:
+        kind, length = struct.unpack_from('<2H', extra)
+        if kind == 1:  # ZIP64: those of the three that do not fit their field, in this order
+            values = iter(struct.unpack_from(f'<{length // 8}Q', extra, 4))
+            _, packed, offset = (
+                next(values, value) if value == 0xFFFFFFFF else value for value in (size, packed, offset)
+            )
+            break
+        extra = extra[4 + length :]
+    return packed, offset

@@ -1,0 +1,218 @@
+"""Pack an image dataset into tar shards with an index, for DATA.DATASET shards.
+
+    python -m tools.pack_dataset <imagenet> <shards>
+
+SOURCE may have any format that DATA.DATASET knows: class folders, Swin's zip layout, a saved Hugging Face DatasetDict.
+An interrupted run goes on where it stopped; the same command on complete shards verifies their checksums.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.formats import FORMATS, find_format, open_split
+from data.images import DataError
+from data.samples import Samples
+from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, read_index, shard_name
+from utils import atomic_write, exit_on_user_error, positive_int, remove_dead_temporaries, report_write_errors
+
+
+class PackedShard(NamedTuple):
+    """A finished shard.
+
+    Attributes:
+        sha256, bytes: of the tar.
+        fingerprint: of the split and the number of samples per shard, see `fingerprint_of`.
+        table: (offset, bytes) of each image in the tar.
+    """
+
+    sha256: str
+    bytes: int
+    fingerprint: str
+    table: list[tuple[int, int]]
+
+
+class _HashingWriter:
+    """A file opened for writing that hashes what goes through it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def pack_split(samples: Samples, root: Path, samples_per_shard: int = 10_000, name: str = '') -> int:
+    """Write the shards of a split and their index; finished shards of an interrupted run are verified and kept.
+
+    Args:
+        samples: the split.
+        root: folder to write.
+        samples_per_shard: the last shard may have fewer.
+        name: of the split, for the progress bar.
+
+    Returns:
+        Number of shards.
+
+    Raises:
+        DataError: an image cannot be read, the folder holds shards of something else, or a checksum differs.
+        OutputError: the folder cannot be written.
+    """
+    fingerprint = fingerprint_of(samples, samples_per_shard)
+    starts = range(0, len(samples), samples_per_shard)
+    index = read_index(root)
+    if index is not None and index['fingerprint'] != fingerprint:
+        raise _other_shards(root)
+    with report_write_errors(root), tqdm(total=len(samples), desc=f'pack {name}', unit='image', disable=None) as bar:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(root)
+        shards = []
+        for number, start in enumerate(starts):
+            indices = range(start, min(start + samples_per_shard, len(samples)))
+            path = root / shard_name(number)
+            if index is not None:
+                verify(path, index['shards'][number])
+            else:
+                shards.append(_finished_shard(path, fingerprint) or _write_shard(samples, indices, path, fingerprint))
+            bar.update(len(indices))
+        if index is None:
+            _write_index(samples, root, shards, starts, fingerprint)
+            for number in range(len(starts)):
+                _record_of(root / shard_name(number)).unlink(missing_ok=True)
+    return len(starts)
+
+
+def fingerprint_of(samples: Samples, samples_per_shard: int) -> str:
+    """A hash of what decides which sample lies where: names, targets, classes, samples per shard."""
+    digest = hashlib.sha256(json.dumps([samples.classes, samples_per_shard]).encode())
+    digest.update(np.ascontiguousarray(samples.targets, np.int32).tobytes())
+    digest.update(np.ascontiguousarray(samples.names.text).tobytes())
+    digest.update(np.ascontiguousarray(samples.names.ends, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def verify(path: Path, recorded: dict[str, Any]) -> None:
+    """Check that a shard is what was written.
+
+    Raises:
+        DataError: it is missing or has changed.
+    """
+    try:
+        with path.open('rb') as file:
+            actual = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+        raise DataError(f'shard {path} cannot be read ({error.strerror}): remove its folder and pack again') from error
+    if actual != recorded['sha256']:
+        raise DataError(f'shard {path} has changed since it was written: remove its folder and pack again')
+
+
+def _record_of(path: Path) -> Path:
+    """What is kept of a finished shard until all are."""
+    return path.with_suffix('.json')
+
+
+def _finished_shard(path: Path, fingerprint: str) -> PackedShard | None:
+    """The shard, if an earlier run has finished it."""
+    if not (path.exists() and _record_of(path).exists()):
+        return None
+    shard = PackedShard(**json.loads(_record_of(path).read_text()))
+    if shard.fingerprint != fingerprint:
+        raise _other_shards(path.parent)
+    verify(path, shard._asdict())
+    return shard
+
+
+def _other_shards(root: Path) -> DataError:
+    return DataError(
+        f'{root} holds shards of another dataset, or with another --samples-per-shard: '
+        f'give another TARGET, or remove that folder'
+    )
+
+
+def _write_shard(samples: Samples, indices: range, path: Path, fingerprint: str) -> PackedShard:
+    table = []
+
+    def write(file: BinaryIO) -> None:
+        nonlocal written
+        written = _HashingWriter(file)
+        with tarfile.open(fileobj=written, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+            for index in indices:
+                data, suffix = samples.read(index), Path(samples.names[index]).suffix.lower() or '.img'
+                table.append((tar.offset + tarfile.BLOCKSIZE, len(data)))
+                for name, content in ((suffix, data), ('.cls', str(samples.targets[index]).encode())):
+                    info = tarfile.TarInfo(f'{index:09d}{name}')
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+    written = None
+    atomic_write(path, write)
+    shard = PackedShard(written.digest.hexdigest(), written.size, fingerprint, table)
+    verify(path, shard._asdict())
+    atomic_write(_record_of(path), lambda file: file.write(json.dumps(shard._asdict()).encode()))
+    return shard
+
+
+def _write_index(samples: Samples, root: Path, shards: list[PackedShard], starts: range, fingerprint: str) -> None:
+    table = np.zeros(len(samples), SAMPLE)
+    places = [place for shard in shards for place in shard.table]
+    table['offset'], table['bytes'] = np.array(places, np.int64).T
+    table['target'], table['name_end'] = samples.targets, samples.names.ends
+    atomic_write(root / SAMPLES, lambda file: np.save(file, table))
+    atomic_write(root / NAMES, lambda file: np.save(file, samples.names.text))
+    index = {
+        'format': FORMAT,
+        'samples': len(samples),
+        'classes': samples.classes,
+        'fingerprint': fingerprint,
+        'shards': [
+            {'first_sample': start, 'bytes': shard.bytes, 'sha256': shard.sha256}
+            for start, shard in zip(starts, shards, strict=True)
+        ],
+    }
+    atomic_write(root / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
+
+
+def main() -> None:
+    """Read the command line and pack `train` and `val`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=__doc__.split('\n\n', 2)[2], allow_abbrev=False
+    )
+    parser.add_argument('source', type=Path, metavar='SOURCE', help='folder of the dataset')
+    parser.add_argument('target', type=Path, metavar='TARGET', help='folder to write train/ and val/ in')
+    parser.add_argument('--format', choices=sorted(FORMATS), help='of SOURCE; default: what it looks like')
+    parser.add_argument(
+        '--samples-per-shard', type=positive_int, default=10_000, metavar='N', help='default: 10000, about 1.1 GB'
+    )
+    args = parser.parse_args()
+    with exit_on_user_error():
+        if not args.source.is_dir():
+            raise DataError(f'{args.source} does not exist: give the folder of a dataset')
+        name = args.format or find_format(args.source)
+        splits = [split for split in ('train', 'val') if FORMATS[name].find_classes(args.source, split)]
+        if not splits:
+            raise DataError(f'{args.source} holds neither train nor val of the format {name}')
+        if args.target.resolve() == args.source.resolve():
+            raise DataError(f'{args.target} is the source: give another TARGET')
+        for split in splits:
+            samples = open_split(name, args.source, split)
+            for note in samples.notes:
+                print(f'{split}: {note}', file=sys.stderr)
+            shards = pack_split(samples, args.target / split, args.samples_per_shard, split)
+            print(f'{args.target / split}: {len(samples):,} images in {shards} shard(s), verified')
+
+
+if __name__ == '__main__':
+    main()
