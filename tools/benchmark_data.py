@@ -83,8 +83,8 @@ def make_jpegs(folder: Path, images: int) -> list[Path]:
     photographs, rng, paths = load_sample_images().images, np.random.default_rng(0), []
     for number in range(images):
         photograph = photographs[number % len(photographs)]
-        width = int(rng.integers(400, photograph.shape[1]))
-        height = width * 3 // 4
+        height = int(rng.integers(300, photograph.shape[0]))
+        width = height * 4 // 3
         top, left = (int(rng.integers(0, x - y + 1)) for x, y in zip(photograph.shape, (height, width), strict=False))
         crop = cv2.resize(photograph[top : top + height, left : left + width], (500, 375), interpolation=cv2.INTER_AREA)
         paths.append(folder / f'{number:04d}.jpg')
