@@ -201,7 +201,12 @@ def shared_keys() -> KeyGroup:
 
 # Keys of classification
 _C = shared_keys()
-_C.THROUGHPUT_MODE = Key(False, 'Measure images/s of the network and stop', flag='--throughput', affects='nothing')
+_C.THROUGHPUT_MODE = Key(
+    False,
+    'Measure images/s of the network, with DATA_PATH of training and its loader too, and stop',
+    flag='--throughput',
+    affects='nothing',
+)
 _C.COMPILE_MODE = Key(
     'default',
     'Mode of torch.compile: default, reduce-overhead (CUDA graphs: small batches) or max-autotune (slow to compile)',

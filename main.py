@@ -6,8 +6,10 @@ docs/training.md has the commands for other machines.
 """
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema,
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.resume import Start, begin_training, find_start
 from engine.run import Run, build_state, run_parser, start_run
-from engine.timing import time_callable
+from engine.timing import Quartiles, seconds_per_batch, time_callable
 from engine.trainer import Trainer
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -180,12 +182,31 @@ def _log_text(batch_sums: Tensor, sums: Tensor) -> str:
     )
 
 
+def throughput(run: Run, model: nn.Module) -> None:
+    """Log images/s of the forward pass and, where there are data, of training and of its loader."""
+    config, logger = run.config, run.logger
+    seconds = time_forward(run, model)
+    rate, low, high = (config.DATA.BATCH_SIZE / x for x in (seconds.median, seconds.high, seconds.low))
+    logger.info(
+        f'batch_size {config.DATA.BATCH_SIZE} throughput {rate:.1f} images/s (quartiles {low:.1f} to {high:.1f})'
+    )
+    if not config.DATA.DATA_PATH:
+        logger.info('give --data-path to time training and its loader too')
+        return
+    trained, loaded = (config.DATA.BATCH_SIZE / x for x in (time_training(run, model), time_loader(run)))
+    workers = max(config.DATA.NUM_WORKERS, 1)
+    needed = math.ceil(trained / (loaded / workers))
+    slower = 'the loader' if loaded < trained else 'the network'
+    logger.info(
+        f'training {trained:.1f} images/s, loader {loaded:.1f} images/s with {workers} process(es), per rank: '
+        f'{slower} bounds the run; {needed} loader process(es) on cores of their own feed the network'
+    )
+
+
 @torch.inference_mode()
-def throughput(run: Run, model: nn.Module) -> float:
-    """Log images/s of the forward pass on a random batch, the median of ten rounds; see also `tools.benchmark`."""
-    data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
-    images = torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)
-    network = run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
+def time_forward(run: Run, model: nn.Module) -> Quartiles:
+    """Seconds of the forward pass on a random batch; see also `tools.benchmark`."""
+    images, network = random_images(run), run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
 
     def forward() -> Tensor:
         with run.precision.autocast():
@@ -193,13 +214,40 @@ def throughput(run: Run, model: nn.Module) -> float:
 
     for _ in range(3):
         forward()
-    seconds = time_callable(forward, run.process.device)
-    images_per_s = data.BATCH_SIZE / seconds.median
-    low, high = data.BATCH_SIZE / seconds.high, data.BATCH_SIZE / seconds.low
-    run.logger.info(
-        f'batch_size {data.BATCH_SIZE} throughput {images_per_s:.1f} images/s (quartiles {low:.1f} to {high:.1f})'
-    )
-    return images_per_s
+    return time_callable(forward, run.process.device)
+
+
+def time_training(run: Run, model: nn.Module) -> float:
+    """Seconds of forward and backward pass on a random batch."""
+    images, network = random_images(run), run.maybe_compile(model.train(), run.config.TRAIN.COMPILE)
+
+    def step() -> None:
+        with run.precision.autocast():
+            loss = network(images).float().logsumexp(1).mean()
+        loss.backward()
+
+    step()
+    return time_callable(step, run.process.device).median
+
+
+def time_loader(run: Run) -> float:
+    """Seconds per batch of the training loader, with its images prepared on the device."""
+    config, process = run.config, run.process
+    loader, _ = build_loaders(config, process.rank, process.world_size)
+    preprocess = Preprocess(config, process.device)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in count():
+            loader.sampler.set_epoch(epoch)
+            yield from map(preprocess, loader)
+
+    return seconds_per_batch(batches(), warm_up=2 * config.DATA.NUM_WORKERS)
+
+
+def random_images(run: Run) -> Tensor:
+    """A batch of normalised images."""
+    data, channels = run.config.DATA, run.config.MODEL.MSG.IN_CHANS
+    return torch.randn(data.BATCH_SIZE, channels, data.IMG_SIZE, data.IMG_SIZE, device=run.process.device)
 
 
 if __name__ == '__main__':

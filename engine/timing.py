@@ -1,7 +1,7 @@
 """Timing: the median and quartiles of callables, alone or interleaved."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -79,3 +79,21 @@ def time_callable(function: Callable[[], object], device: torch.device, max_seco
     seconds = seconds_per_call(function, device)
     rounds, repeats = min(10, max(3, int(max_seconds / seconds))), max(1, round(0.5 / seconds))
     return Quartiles.from_values([seconds_per_call(function, device, repeats) for _ in range(rounds)])
+
+
+def seconds_per_batch(batches: Iterable[object], warm_up: int, min_seconds: float = 10) -> float:
+    """Mean seconds until a loader's next batch, with nothing else to do meanwhile.
+
+    Args:
+        batches: as many as are needed, at least `warm_up` + 2.
+        warm_up: batches that may be ready before they are asked for, and are not timed.
+        min_seconds: for which to load.
+    """
+    start = time.perf_counter()
+    for number, _ in enumerate(batches, start=1):
+        now = time.perf_counter()
+        if number == warm_up + 1:
+            start = now
+        elif number > warm_up + 1 and now - start >= min_seconds:
+            break
+    return (now - start) / (number - warm_up - 1)

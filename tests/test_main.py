@@ -72,7 +72,30 @@ def test_throughput_needs_no_data(tiny_config, capsys, monkeypatch):
 
     monkeypatch.setattr(program, 'time_callable', time_callable)
     program.main(tiny_config(THROUGHPUT_MODE='True', AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'))
-    assert 'batch_size 4 throughput 2.0 images/s (quartiles 1.0 to 4.0)' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'batch_size 4 throughput 2.0 images/s (quartiles 1.0 to 4.0)' in out
+    assert 'give --data-path to time training and its loader too' in out
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [
+        (0.1, 'loader 40.0 images/s with 1 process(es), per rank: the network bounds the run; 1 loader process(es)'),
+        (8.0, 'loader 0.5 images/s with 1 process(es), per rank: the loader bounds the run; 4 loader process(es)'),
+    ],
+)
+def test_throughput_says_what_bounds_a_run(tiny_config, image_tree, capsys, monkeypatch, seconds, text):
+    loaded = []
+
+    def seconds_per_batch(batches, warm_up):
+        loaded.extend(images.shape for (images, _), _ in zip(batches, range(10), strict=False))  # more than an epoch
+        return seconds
+
+    monkeypatch.setattr(program, 'time_callable', lambda *_: Quartiles(2.0, 2.0, 2.0))
+    monkeypatch.setattr(program, 'seconds_per_batch', seconds_per_batch)
+    program.main(tiny_config(THROUGHPUT_MODE='True', DATA__DATA_PATH=str(image_tree)))
+    assert loaded == [(4, 3, 28, 28)] * 10
+    assert f'training 2.0 images/s, {text}' in capsys.readouterr().out
 
 
 def test_config_errors_come_before_any_data_is_opened(tmp_path):

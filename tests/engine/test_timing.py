@@ -1,7 +1,7 @@
 import pytest
 
 from engine import timing
-from engine.timing import Quartiles, time_callable, time_interleaved
+from engine.timing import Quartiles, seconds_per_batch, time_callable, time_interleaved
 from tests.helpers.runs import CPU
 
 
@@ -47,3 +47,18 @@ def test_slow_callables_are_timed_in_fewer_rounds(monkeypatch, seconds, calls):
 
     assert time_callable(run, CPU).median == seconds
     assert len(ends) == calls  # one comes before the rounds
+
+
+@pytest.mark.parametrize('warm_up', [0, 3])
+def test_batches_that_were_ready_are_not_timed(monkeypatch, warm_up):
+    """Those of the warm-up come at once, and the next takes long; then one comes every quarter of a second."""
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
+
+    def batches():
+        for number in range(1000):
+            clock[0] += 0 if number < warm_up else 50 if number == warm_up else 0.25
+            yield number
+
+    assert seconds_per_batch(batches(), warm_up, min_seconds=10) == 0.25
+    assert clock[0] == 60.0
