@@ -161,20 +161,20 @@ def load_all(dataset: ImageDataset, preprocess: Preprocess, batch_size: int, see
     return len(dataset)
 
 
-def decode_all(images: Sequence[bytes]) -> int:
-    """Decode whole images, and nothing more."""
-    for data in images:
+def decode_all(images: Mapping[str, bytes]) -> int:
+    """Decode whole images, by name, and nothing more."""
+    for name, data in images.items():
         try:
             simplejpeg.decode_jpeg(data)
         except ValueError:
-            decode_image(data, '')
+            decode_image(data, name)
     return len(images)
 
 
 def measure_split(configs: Mapping[str, CfgNode], sources: Mapping[str, Samples], is_train: bool, rounds: int) -> dict:
     """Images/s of both pipelines from each source, on one core, and their stages."""
     folder = sources['files']
-    encoded = [folder.read(index) for index in range(len(folder))]
+    encoded = {folder.describe(index): folder.read(index) for index in range(len(folder))}
     loops: dict[Any, Callable[[int], int]] = {'decoder': lambda seed: decode_all(encoded)}
     for pipeline, config in configs.items():
         transform, preprocess = build_sample_transform(config, is_train), Preprocess(config, CPU)
@@ -214,7 +214,7 @@ def measure_workers(configs: Mapping[str, CfgNode], samples: Samples, workers: i
     loops = {}
     for pipeline, config in configs.items():
         dataset = ImageDataset(samples, build_sample_transform(config, is_train=True))
-        repeated = _Repeated([dataset] * max(1, 1000 // len(dataset)))
+        repeated = _Repeated([dataset] * 8)
         for number in sorted({1, workers}):
             config = config.clone()
             config.defrost()
