@@ -94,6 +94,24 @@ def test_a_key_whose_default_has_changed_had_its_value_of_before():
     assert len(tree.changed_keys(config, {'RATE': 0.5})) == 1
 
 
+def test_a_run_from_before_the_fast_pipeline_had_the_published_one(tiny_config, options):
+    published = {**options, 'DATA__PIPELINE': 'published'}
+    config = tiny_config(**published)
+    program.main(config)
+    saved = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')['config']
+    del saved['DATA']['PIPELINE']
+    edit_all(folder_of(config), config=saved)
+    program.main(tiny_config(**published, TRAIN__EPOCHS='3'))
+    assert 'PIPELINE has changed' not in log_of(config)
+    edit_all(folder_of(config), config=saved)
+    program.main(tiny_config(**options, TRAIN__EPOCHS='4'))
+    message = (
+        "other settings than before: DATA.PIPELINE has changed from 'published' to 'fast'; TRAIN.EPOCHS has changed"
+    )
+    assert message in log_of(config)
+    assert 'undo with --opts DATA.PIPELINE published TRAIN.EPOCHS 2' in log_of(config)
+
+
 def test_course_of_training_is_a_warning_and_harmless_keys_are_silent(tiny_config, options):
     program.main(tiny_config(**options))
     program.main(tiny_config(**options, PRINT_FREQ='2', DATA__NUM_WORKERS='1', SAVE_KEEP='3', TENSORBOARD='False'))

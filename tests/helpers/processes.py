@@ -25,7 +25,11 @@ RUN_OPTIONS = 'TRAIN.EPOCHS 12 SAVE_STEPS 3 SAVE_KEEP 3 DATA.NUM_WORKERS 2 MODEL
 def environment(**variables):
     """The environment of a program that a user starts, and not a launcher."""
     inherited = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
-    return inherited | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1'} | variables
+    return (
+        inherited
+        | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1', 'PYTHONFAULTHANDLER': '1'}
+        | variables
+    )
 
 
 def start(*command, timeout=300, variables=None):
@@ -116,8 +120,15 @@ class SpawnedRun:
             )
 
     def wait(self, timeout=120):
-        """Its exit code."""
-        return self.process.wait(timeout)
+        """Its exit code; where it hangs, all its processes write their stacks before they are killed."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGABRT)
+            time.sleep(5)
+            self.kill()
+            raise AssertionError(f'no end in {timeout} s:\n{self.output.read_text()}') from None
 
     def kill(self):
         """Kill the process group."""
