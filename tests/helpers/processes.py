@@ -90,6 +90,11 @@ def children(pid):
     return [int(child) for child in listed.split()]
 
 
+def descendants(pid):
+    """A process, the processes it has started, theirs, and so on."""
+    return [pid] + [descendant for child in children(pid) for descendant in descendants(child)]
+
+
 class SpawnedRun:
     """A training run in a process group of its own.
 
@@ -124,8 +129,9 @@ class SpawnedRun:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGABRT)
+            for pid in descendants(self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
             time.sleep(5)
             self.kill()
             raise AssertionError(f'no end in {timeout} s:\n{self.output.read_text()}') from None
