@@ -8,6 +8,7 @@ decoder, simplejpeg on whole images, is the limit of both pipelines.
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,33 @@ class ImageFiles(Samples):
         return self.names[index]
 
 
+class ChosenSamples(Samples):
+    """Some samples of a split.
+
+    Args:
+        samples: the split.
+        indices: of those to keep.
+    """
+
+    def __init__(self, samples: Samples, indices: Sequence[int]):
+        self.samples, self.indices = samples, indices
+        self.names, self.targets = NameList.of(samples.names[i] for i in indices), samples.targets[list(indices)]
+        self.classes, self.notes = samples.classes, samples.notes
+
+    @staticmethod
+    def find_classes(folder: Path, split: str) -> list[str]:
+        """None: the samples need not come from a folder."""
+        return []
+
+    def read(self, index: int) -> bytes:
+        """The sample's encoded image."""
+        return self.samples.read(self.indices[index])
+
+    def describe(self, index: int) -> str:
+        """Where the split has it."""
+        return self.samples.describe(self.indices[index])
+
+
 def find_samples(data_path: Path | None, images: int, folder: Path) -> Samples:
     """Samples to time: those of the training split, the images below a folder, or JPEGs made in `folder`."""
     if data_path is None:
@@ -72,10 +100,11 @@ def find_samples(data_path: Path | None, images: int, folder: Path) -> Samples:
     name = find_format(data_path)
     if not data_path.is_dir():
         raise DataError(f'{data_path} does not exist: give a folder of images, or of a dataset')
-    if name != 'imagenet':
-        split = next(split for split in ('train', 'val') if FORMATS[name].find_classes(data_path, split))
-        return FORMATS[name](data_path, split)
-    return ImageFiles(choose_images(find_images([data_path]), images))
+    if name == 'imagenet':
+        return ImageFiles(choose_images(find_images([data_path]), images))
+    split = next(split for split in ('train', 'val') if FORMATS[name].find_classes(data_path, split))
+    samples = FORMATS[name](data_path, split)
+    return ChosenSamples(samples, random.Random(0).sample(range(len(samples)), min(images, len(samples))))
 
 
 def make_jpegs(folder: Path, images: int) -> list[Path]:

@@ -3,9 +3,11 @@ import json
 import pytest
 
 from data import DataError
+from data.image_folder import ClassFolders
 from tests.helpers.images import damage, noise
 from tests.helpers.processes import run_here
 from tools.benchmark_data import ImageFiles, find_samples, make_jpegs
+from tools.pack_dataset import pack_split
 
 QUICK = ['--images', '6', '--rounds', '1']
 
@@ -33,6 +35,15 @@ def test_any_folder_of_images_will_do(tmp_path):
     assert len(find_samples(tmp_path, 2, tmp_path)) == 2
     with pytest.raises(DataError, match='nowhere does not exist'):
         find_samples(tmp_path / 'nowhere', 2, tmp_path)
+
+
+def test_some_images_of_shards_are_chosen(image_tree, tmp_path):
+    folder = ClassFolders(image_tree, 'train')
+    pack_split(folder, tmp_path / 'shards' / 'train', samples_per_shard=10)
+    chosen = find_samples(tmp_path / 'shards', 5, tmp_path)
+    assert len(chosen) == len(chosen.targets) == len(set(chosen.names)) == 5
+    encoded = {name: folder.read(i) for i, name in enumerate(folder.names)}
+    assert [chosen.read(i) for i in range(5)] == [encoded[name] for name in chosen.names]
 
 
 def test_the_built_in_jpegs_are_always_the_same(tmp_path):
