@@ -23,7 +23,7 @@ from data.images import decode_image
 from data.samples import Samples
 from data.seeding import seeded
 from data.transforms import build_transform, image_mode, mean_and_std, train_steps
-from tools.benchmark_data import find_samples
+from tools.sample_images import find_samples
 from utils import exit_on_user_error, positive_int
 
 # Options of the config for crops and flips alone

@@ -23,8 +23,8 @@ from data.transforms import PublishedTransform, train_steps
 from tests.helpers.images import noise
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import CPU, PLAIN
-from tools.benchmark_data import ImageFiles, make_jpegs
 from tools.compare_pipelines import GEOMETRY_ALONE, compare_crops, compare_evaluation, compare_operations, difference
+from tools.sample_images import ImageFiles, make_jpegs
 
 MSG_TINY = ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'
 

@@ -6,8 +6,8 @@ from data import DataError
 from data.image_folder import ClassFolders
 from tests.helpers.images import damage, noise
 from tests.helpers.processes import run_here
-from tools.benchmark_data import ImageFiles, find_samples, make_jpegs
 from tools.pack_dataset import pack_split
+from tools.sample_images import ImageFiles, find_samples, make_jpegs
 
 QUICK = ['--images', '6', '--rounds', '1']
 
