@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 from config import TREE, get_config
 from data import (
     IGNORED,
+    ImageDataset,
     Preprocess,
     Sample,
     SkippedImages,
@@ -85,8 +86,7 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
     classes = eval_loader.dataset.classes
-    train_set = train_loader.dataset.dataset
-    datasets = {'train': train_set, 'val': eval_loader.dataset}
+    datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
     record = describe_run(run, classes, datasets)
 
     # Weights
@@ -103,7 +103,7 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     # Loss, metrics
     forward = run.maybe_compile(network, config.TRAIN.COMPILE)
     preprocess, mixup, criterion = Preprocess(config, process.device), build_mixup(config), build_criterion(config)
-    skipped = SkippedImages(train_set, config.DATA.ERROR_LIMIT, run.logger.warning)
+    skipped, skipped_val = (skipped_images(run, dataset) for dataset in datasets.values())
 
     def loss_fn(batch: Sample) -> dict[str, Tensor]:
         skipped.record(batch.skipped)
@@ -111,7 +111,7 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
         return {'loss': criterion(forward(images), targets)}
 
     def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
-        return validate(run, model, eval_loader, poll)._asdict()
+        return validate(run, model, eval_loader, poll, skipped_val)._asdict()
 
     compiles = config.TRAIN.COMPILE or config.TEST.COMPILE
     Trainer(run, state, network, train_loader, loss_fn, evaluate_fn, 'acc1', record, compiles=compiles).fit()
@@ -122,7 +122,17 @@ def evaluate(run: Run, model: nn.Module, start: Start) -> None:
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
     log_notes(run, {'val': loader.dataset})
     warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
-    evaluate_with_ema(run, lambda model: validate(run, model, loader), model, load_ema(model, start.checkpoint))
+    skipped = skipped_images(run, loader.dataset)
+
+    def evaluate_fn(model: nn.Module) -> Metrics:
+        return validate(run, model, loader, no_poll, skipped)
+
+    evaluate_with_ema(run, evaluate_fn, model, load_ema(model, start.checkpoint))
+
+
+def skipped_images(run: Run, dataset: ImageDataset) -> SkippedImages:
+    """What the run says of a dataset's bad images: of each once, however often it is read."""
+    return SkippedImages(dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
 
 
 class Metrics(NamedTuple):
@@ -136,11 +146,14 @@ class Metrics(NamedTuple):
     def from_sums(cls, sums: Tensor) -> 'Metrics':
         """Means from sums (4,): of the loss, of top-1 and top-5 hits, and the number of images."""
         loss, top1, top5, images = sums.tolist()
+        images = images or math.nan  # all images of a batch may be bad ones
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images)
 
 
 @torch.inference_mode()
-def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_poll) -> Metrics:
+def validate(
+    run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_poll, skipped: SkippedImages | None = None
+) -> Metrics:
     """Evaluate a network, not wrapped, on every image once.
 
     Sums are kept on the device and reduced over the processes once, at the end, so shards may differ in size.
@@ -150,12 +163,13 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
         model: the network.
         loader: this process's shard; rank 0 has the largest.
         poll: called after each batch, equally often in every process.
+        skipped: of earlier evaluations, which have logged their bad images.
     """
     device = run.process.device
     network = run.maybe_compile(model.eval(), run.config.TEST.COMPILE)
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     preprocess = Preprocess(run.config, device)
-    skipped = SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
+    skipped = skipped or skipped_images(run, loader.dataset)
     loop = EvaluationLoop(run, loader, poll)
     for batch in loop:
         skipped.record(batch.skipped)

@@ -1,7 +1,7 @@
 """Images in, batches out: formats, loaders, augmentation, Mixup with its matching loss."""
 
 from data.build import build_eval_loader, build_loaders
-from data.dataset import IGNORED, Sample
+from data.dataset import IGNORED, ImageDataset, Sample
 from data.images import DataError
 from data.mixup import build_criterion, build_mixup
 from data.preprocess import Preprocess
@@ -10,6 +10,7 @@ from data.skipped import SkippedImages
 __all__ = [
     'IGNORED',
     'DataError',
+    'ImageDataset',
     'Preprocess',
     'Sample',
     'SkippedImages',

@@ -58,7 +58,8 @@ class ImageDataset(Dataset):
         Raises:
             DataError: the image is bad and is not to be replaced, or too many after it are bad too.
         """
-        for distance in range(_MAX_REPLACED):
+        tries = min(_MAX_REPLACED, len(self))
+        for distance in range(tries):
             try:
                 sample = self.load((index + distance) % len(self))
             except DataError:
@@ -68,7 +69,10 @@ class ImageDataset(Dataset):
                 if distance == 0:
                     return sample
                 return sample._replace(target=sample.target if self.on_error == 'replace' else IGNORED, skipped=index)
-        raise DataError(f'{_MAX_REPLACED} images from {self.samples.describe(index)} on cannot be read: check the data')
+        raise DataError(
+            f'none of the {tries} images from {self.samples.describe(index)} on can be read: '
+            f'list them with python -m tools.check_dataset'
+        )
 
     def load(self, index: int) -> Sample:
         """The sample of an index, transformed.

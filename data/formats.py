@@ -6,7 +6,7 @@ from data.huggingface import HuggingFaceDataset
 from data.image_folder import ClassFolders
 from data.images import DataError
 from data.samples import Samples
-from data.shards import Shards
+from data.shards import INDEX, Shards
 from data.zip_archive import ZipArchive
 
 FORMATS: dict[str, type[Samples]] = {
@@ -26,33 +26,42 @@ def open_split(name: str, folder: Path, split: str) -> Samples:
         split: `train` or `val`.
 
     Raises:
-        DataError: there is no such split, it cannot be read, or its classes differ from the other's.
+        DataError: there is no such split, it cannot be read, a class is empty, or its classes differ from the other's.
     """
     if name == 'imagenet' and (found := find_format(folder)) != name:
         raise DataError(f'{folder} has the format {found}: write --opts DATA.DATASET {found}')
-    _compare_classes(FORMATS[name], folder)
-    return FORMATS[name](folder, split)
+    compare_classes(name, folder)
+    samples = FORMATS[name](folder, split)
+    if empty := samples.empty_classes():
+        raise DataError(empty[0])
+    return samples
 
 
 def find_format(folder: Path) -> str:
     """The format of a dataset's folder; class folders where nothing tells of another one."""
     if (folder / 'dataset_dict.json').exists():
         return 'huggingface'
-    for split in ('train', 'val'):
-        if (folder / split / 'index.json').exists():
-            return 'shards'
-        if (folder / f'{split}_map.txt').exists():
-            return 'zip'
-    return 'imagenet'
+    splits = ('train', 'val')
+    if any((folder / split / INDEX).exists() for split in splits):
+        return 'shards'
+    if any(ClassFolders.find_classes(folder, split) for split in splits):  # whatever lies beside them
+        return 'imagenet'
+    return 'zip' if any((folder / f'{split}_map.txt').exists() for split in splits) else 'imagenet'
 
 
-def _compare_classes(format_: type[Samples], folder: Path) -> None:
-    """Check that `train` and `val`, if there are both, have the same classes."""
-    train, val = (set(format_.find_classes(folder, split)) for split in ('train', 'val'))
-    if not train or not val:
+def compare_classes(name: str, folder: Path) -> None:
+    """Check that `train` and `val`, if there are both, have the same classes.
+
+    Raises:
+        DataError: they have not, or number them differently.
+    """
+    train, val = (FORMATS[name].find_classes(folder, split) for split in ('train', 'val'))
+    if not train or not val or train == val:
         return
+    if sorted(train) == sorted(val):
+        raise DataError(f'train and val in {folder} number the same classes differently: write them again')
     texts = []
-    for split, missing in (('val', sorted(train - val)), ('train', sorted(val - train))):
+    for split, missing in (('val', sorted({*train} - {*val})), ('train', sorted({*val} - {*train}))):
         if missing:
             more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
             texts.append(f'{split}/ has no {", ".join(missing[:3])}{more}')

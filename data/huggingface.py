@@ -29,10 +29,10 @@ class HuggingFaceDataset(Samples):
             raise DataError(f'{folder} has no split {" or ".join(_SPLITS[split])}')
         self._image, self._label = _find_columns(self.rows.features, self.where)
         self.classes, self.notes = list(self.rows.features[self._label].names), []
-        self.targets = np.asarray(self.rows.data.column(self._label), dtype=np.int32)
-        if self.targets.min() < 0:
+        labels = self.rows.data.column(self._label).fill_null(-1)
+        self.targets = np.asarray(labels, dtype=np.int32)
+        if not ((self.targets >= 0) & (self.targets < len(self.classes))).all():
             raise DataError(f'{self.where} has rows without a class: leave them out')
-        self.check_classes(self.where)
         images = self.rows.data.column(self._image)
         paths = (path for chunk in images.chunks for path in chunk.field('path').to_pylist())
         self.names = NameList.of(f'{i}/{path or ""}' for i, path in enumerate(paths))
@@ -66,8 +66,9 @@ def _open(folder: Path, split: str) -> Any:
     name = next((name for name in _SPLITS[split] if (folder / name).is_dir()), None)
     try:
         return None if name is None else datasets.load_from_disk(str(folder / name))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f'{folder / name} cannot be read ({error}): save it again') from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = ' '.join(str(error).split())
+        raise DataError(f'{folder / name} cannot be read ({text}): save it again') from error
 
 
 def _find_columns(features: Any, where: str) -> tuple[str, str]:

@@ -22,11 +22,12 @@ class ClassFolders(Samples):
         split: `train` or `val`: the folder of class folders.
 
     Raises:
-        DataError: there is no such folder, it has no class folders, or a class has no images.
+        DataError: there is no such folder, or it has no class folders.
     """
 
     def __init__(self, folder: Path, split: str):
         self.root = folder / split
+        self.where = str(self.root)
         self.classes = self.find_classes(folder, split)
         if not self.root.is_dir():
             raise DataError(
@@ -48,7 +49,6 @@ class ClassFolders(Samples):
 
         self.names = NameList.of(find_names())
         self.targets = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        self.check_classes(self.root)
         self.notes = []
         if self._other_suffixes:
             suffixes = ', '.join(suffix for suffix, _ in self._other_suffixes.most_common(5))

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images import DataError
-
 _ENCODING = {'encoding': 'utf-8', 'errors': 'surrogateescape'}  # names of files need not be Unicode
 
 
@@ -49,12 +47,14 @@ class Samples(ABC):
         targets: class index of each sample, (N,) int32.
         names: of the samples: `class/path/within/it.suffix` where the format knows it.
         notes: lines for the log, such as what was left out.
+        where: the split, for errors.
     """
 
     classes: list[str]
     targets: np.ndarray
     names: NameList
     notes: list[str]
+    where: str
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -80,16 +80,11 @@ class Samples(ABC):
         """The names, in order, without suffixes: equal in all formats that hold the same samples."""
         return (without_suffix(name) for name in self.names)
 
-    def check_classes(self, where: str | Path) -> None:
-        """Check that each class has samples.
-
-        Raises:
-            DataError: one has none.
-        """
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        for name, count in zip(self.classes, counts, strict=True):
-            if not count:
-                raise DataError(f'class {where}/{name} holds no images: add some or remove it')
+    def empty_classes(self) -> list[str]:
+        """What is wrong, in words, with each class that has no samples."""
+        present = set(np.unique(self.targets).tolist())
+        empty = (name for number, name in enumerate(self.classes) if number not in present)
+        return [f'class {self.where}/{name} holds no images: add some or remove it' for name in empty]
 
 
 def without_suffix(name: str) -> str:

@@ -3,15 +3,16 @@
 A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. Of sample `i` they hold the image as
 `<i>.<suffix>` and its class index as `<i>.cls`, which any reader of WebDataset understands. The index beside them is
 
-- `index.json`: names of the classes and, per shard, its first sample, number of bytes and SHA-256;
+- `index.json`: names of the classes; per shard, its first sample, number of bytes and SHA-256; SHA-256 of the others:
 - `samples.npy`: per sample, offset and number of bytes of the image in its shard, class, end of its name;
 - `names.npy`: the names, one after the other, in UTF-8.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from data.samples import NameList, Samples
 
 INDEX, SAMPLES, NAMES = 'index.json', 'samples.npy', 'names.npy'
 FORMAT = 1
+KEYS = 'classes', 'fingerprint', 'samples', 'shards', 'tables'  # of index.json
 
 SAMPLE = np.dtype([('offset', '<i8'), ('bytes', '<i8'), ('target', '<i4'), ('name_end', '<i8')])
 
@@ -37,21 +39,15 @@ class Shards(Samples):
 
     def __init__(self, folder: Path, split: str):
         self.root = folder / split
+        self.where = str(self.root)
         index = read_index(self.root)
         if index is None:
             raise DataError(f'{self.root} has no {INDEX}: make shards with python -m tools.pack_dataset')
         self.classes, self.notes = index['classes'], []
         self._starts = np.array([shard['first_sample'] for shard in index['shards']])
-        try:
-            self._table = np.load(self.root / SAMPLES, mmap_mode='r')
-            text = np.load(self.root / NAMES, mmap_mode='r')
-        except (OSError, ValueError) as error:
-            raise DataError(f'the index of {self.root} cannot be read ({error}): pack the shards again') from error
-        if len(self._table) != index['samples'] or self._table.dtype != SAMPLE:
-            raise DataError(f'{self.root / SAMPLES} does not belong to {INDEX}: pack the shards again')
+        self._table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
         self.targets, self.names = self._table['target'], NameList(text, self._table['name_end'])
-        self.check_classes(self.root)
-        self._files: dict[str, int] = {}
+        self._files: dict[str, BinaryIO] = {}
 
     @staticmethod
     def find_classes(folder: Path, split: str) -> list[str]:
@@ -69,16 +65,16 @@ class Shards(Samples):
         entry = self._table[index]
         try:
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            data = os.pread(self._files[path], int(entry['bytes']), int(entry['offset']))
+                self._files[path] = open(path, 'rb', buffering=0)  # noqa: SIM115
+            data = os.pread(self._files[path].fileno(), int(entry['bytes']), int(entry['offset']))
         except OSError as error:
             raise DataError(
-                f'image {self.describe(index)} cannot be read ({error.strerror}): pack the shards again'
+                f'image {self.describe(index)} cannot be read ({error.strerror}): {_remedy(self.root)}'
             ) from error
         if len(data) < entry['bytes']:
             raise DataError(
                 f'image {self.describe(index)} is cut short ({len(data)} of {entry["bytes"]} bytes): '
-                f'pack the shards again'
+                f'{_remedy(self.root)}'
             )
         return data
 
@@ -107,7 +103,26 @@ def read_index(root: Path) -> dict[str, Any] | None:
     try:
         index = json.loads(path.read_text())
         if index['format'] != FORMAT:
-            raise DataError(f'{path} has format {index["format"]}, not {FORMAT}: pack the shards again')
-        return index
+            raise ValueError(f'format {index["format"]}, not {FORMAT}')
+        return {key: index[key] for key in KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path} cannot be read ({error}): pack the shards again') from error
+        raise DataError(f'{path} cannot be read ({error}): {_remedy(root)}') from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _load_table(path: Path, checksums: dict[str, str]) -> np.ndarray:
+    try:
+        if sha256_of(path) != checksums.get(path.name):
+            raise ValueError('it has changed since it was written')
+        return np.load(path, mmap_mode='r')
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path} cannot be read ({error}): {_remedy(path.parent)}') from error
+
+
+def _remedy(root: Path) -> str:
+    return f'remove {root} and pack it again with python -m tools.pack_dataset'

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from data.dataset import ImageDataset
 from data.images import DataError
+from data.seeding import seeded
 
 
 class SkippedImages:
@@ -40,7 +41,8 @@ class SkippedImages:
     def _error(self, index: int) -> str:
         """Why it cannot be read: the loader process that found out has only passed on its index."""
         try:
-            self.dataset.load(index)
+            with seeded(0):  # draws no number from the run's
+                self.dataset.load(index)
         except DataError as error:
             return str(error)
         return f'image {self.dataset.samples.describe(index)} could not be read, but now can'

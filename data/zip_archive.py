@@ -7,6 +7,7 @@ arrays once, which the loader processes share.
 import hashlib
 import mmap
 import os
+import re
 import struct
 import zlib
 from array import array
@@ -32,7 +33,8 @@ _STORED, _DEFLATED = 0, 8
 class ZipArchive(Samples):
     """The samples of `folder/<split>.zip` listed in `folder/<split>_map.txt`, in the map's order.
 
-    Classes are named after the folders in the archive where each holds one class, else by their numbers.
+    Classes are named after the folders in the archive where each holds one class. Without them, as in Swin's val.zip,
+    they have the names of the other split's, else numbers.
 
     Args:
         folder: of the dataset.
@@ -44,15 +46,13 @@ class ZipArchive(Samples):
 
     def __init__(self, folder: Path, split: str):
         self.path, map_path = folder / f'{split}.zip', folder / f'{split}_map.txt'
+        self.where = str(self.path)
         for path in (self.path, map_path):
             if not path.exists():
                 raise DataError(f'{path} does not exist: a zip dataset has <split>.zip and <split>_map.txt')
         self.notes = []
-        targets = array('i')
-        self.names = NameList.of(_keep_targets(map_path, targets))
-        self.targets = np.frombuffer(targets, np.int32)
-        self.classes = _name_classes(self.names, self.targets)
-        self.check_classes(self.path)
+        self.names, self.targets = _read_map(map_path)
+        self.classes = self.find_classes(folder, split)
         try:
             entries, keys = _read_directory(self.path)
         except (OSError, ValueError, struct.error, IndexError) as error:
@@ -63,6 +63,8 @@ class ZipArchive(Samples):
     def _find(self, keys: np.ndarray) -> np.ndarray:
         """Position of each sample in the archive's directory."""
         wanted = np.frombuffer(array('Q', map(_key, self.names)), np.uint64)
+        if not len(keys):
+            raise DataError(f'{self.path} is empty: make the archive again')
         order = np.argsort(keys)
         positions = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
         if (missing := np.flatnonzero(keys[positions] != wanted)).size:
@@ -75,20 +77,25 @@ class ZipArchive(Samples):
     @staticmethod
     def find_classes(folder: Path, split: str) -> list[str]:
         """Names of the classes; empty if the split has no map."""
-        path, targets = folder / f'{split}_map.txt', array('i')
+        path, other = (folder / f'{name}_map.txt' for name in (split, 'val' if split == 'train' else 'train'))
         if not path.exists():
             return []
-        names = NameList.of(_keep_targets(path, targets))
-        return _name_classes(names, np.frombuffer(targets, np.int32))
+        names, targets = _read_map(path)
+        count = int(targets.max()) + 1
+        classes = _class_folders(names, targets)
+        if classes is None and other.exists():
+            classes = _class_folders(*_read_map(other))
+        return classes if classes and len(classes) == count else list(map(str, range(count)))
 
     def read(self, index: int) -> bytes:
         """The file, decompressed where it is compressed."""
         offset, size, checksum, method = map(int, self._entries[index])
         try:
             if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY)
-            signature, *_, name, extra = _LOCAL[1].unpack(os.pread(self._file, _LOCAL[1].size, offset))
-            data = os.pread(self._file, size, offset + _LOCAL[1].size + name + extra)
+                self._file = open(self.path, 'rb', buffering=0)  # noqa: SIM115
+            file = self._file.fileno()
+            signature, *_, name, extra = _LOCAL[1].unpack(os.pread(file, _LOCAL[1].size, offset))
+            data = os.pread(file, size, offset + _LOCAL[1].size + name + extra)
             if signature != _LOCAL[0] or len(data) < size:
                 raise ValueError('the archive is cut short')
             if method not in (_STORED, _DEFLATED):
@@ -108,20 +115,28 @@ class ZipArchive(Samples):
         return self.__dict__ | {'_file': None}
 
 
+def _read_map(path: Path) -> tuple[NameList, np.ndarray]:
+    """Names and class indices, (N,) int32, in a map."""
+    targets = array('i')
+    names = NameList.of(_keep_targets(path, targets))
+    return names, np.frombuffer(targets, np.int32)
+
+
 def _keep_targets(path: Path, targets: array) -> Iterator[str]:
     """Names in a map; their class indices are added to `targets`."""
     with path.open(encoding='utf-8', errors='surrogateescape') as lines:
         for number, line in enumerate(lines, start=1):
             name, tab, label = line.rstrip('\r\n').rpartition('\t')
-            if not (tab and label.strip().isdecimal()):
+            if not (tab and re.fullmatch('[0-9]{1,6}', label.strip())):
                 raise DataError(f'line {number} of {path} is not `path<TAB>class index`: {line.strip()[:80]!r}')
             targets.append(int(label))
             yield name.lstrip('/')
     if not targets:
-        raise DataError(f'{path} is empty')
+        raise DataError(f'{path} is empty: give the map that was made with the archive')
 
 
-def _name_classes(names: NameList, targets: np.ndarray) -> list[str]:
+def _class_folders(names: NameList, targets: np.ndarray) -> list[str] | None:
+    """The folder of each class in the archive; None unless each has one of its own."""
     folders: dict[int, set[str]] = {}
     for name, target in zip(names, targets.tolist(), strict=True):
         folder, slash, _ = name.partition('/')
@@ -129,7 +144,7 @@ def _name_classes(names: NameList, targets: np.ndarray) -> list[str]:
     distinct = set().union(*folders.values())
     if '' not in distinct and len(distinct) == len(folders) == max(folders) + 1 == sum(map(len, folders.values())):
         return [folders[target].pop() for target in range(len(folders))]
-    return list(map(str, range(max(folders) + 1)))
+    return None
 
 
 def _key(name: str) -> int:

@@ -19,12 +19,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.formats import FORMATS, find_format
+from data.formats import FORMATS, compare_classes, find_format
 from data.images import DataError, decode_image
 from data.samples import Samples
 from data.shards import read_index, shard_name
 from tools.pack_dataset import verify
-from utils import exit_on_user_error, positive_int
+from utils import exit_on_user_error, positive_int, report_write_errors
 
 
 class Problem(NamedTuple):
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 class _CheckedSamples(Dataset):
-    """By index: a hash of a sample's file, and its problem or None."""
+    """By index: a hash of a sample's file, or 0, and the kind and text of its problem, or two empty strings."""
 
     def __init__(self, samples: Samples):
         self.samples = samples
@@ -43,16 +43,16 @@ class _CheckedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[int, Problem | None]:
-        data = b''
+    def __getitem__(self, index: int) -> tuple[int, str, str]:
+        data = None
         try:
             data = self.samples.read(index)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 decode_image(data, self.samples.describe(index))
         except DataError as error:
-            return 0, Problem('broken' if data else 'empty', str(error))
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little'), None
+            return 0, 'empty' if data == b'' else 'broken', str(error)
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little'), '', ''
 
 
 def check_split(samples: Samples, workers: int, name: str = '') -> tuple[np.ndarray, list[Problem]]:
@@ -70,10 +70,10 @@ def check_split(samples: Samples, workers: int, name: str = '') -> tuple[np.ndar
     hashes, problems = [], []
     with tqdm(total=len(samples), desc=f'check {name}', unit='image', disable=None) as bar:
         for batch in loader:
-            for value, problem in batch:
+            for value, *problem in batch:
                 hashes.append(value)
-                if problem is not None:
-                    problems.append(problem)
+                if any(problem):
+                    problems.append(Problem(*problem))
             bar.update(len(batch))
     return np.array(hashes, np.uint64), problems
 
@@ -83,11 +83,11 @@ def find_shared(splits: dict[str, Samples], hashes: dict[str, np.ndarray]) -> li
     if len(splits) < 2:
         return []
     (train, val), (train_hashes, val_hashes) = splits.values(), hashes.values()
-    shared, in_train, in_val = np.intersect1d(train_hashes, val_hashes, return_indices=True)
+    in_train = dict(zip(train_hashes.tolist(), range(len(train)), strict=True))
     return [
-        Problem('same', f'{train.describe(i)} is {val.describe(j)}')
-        for value, i, j in zip(shared.tolist(), in_train.tolist(), in_val.tolist(), strict=True)
-        if value
+        Problem('same', f'{train.describe(in_train[value])} is {val.describe(j)}')
+        for j, value in enumerate(val_hashes.tolist())
+        if value in in_train and value != 0
     ]
 
 
@@ -118,15 +118,20 @@ def check_dataset(folder: Path, format_name: str, workers: int) -> tuple[dict[st
             continue
         try:
             splits[split] = FORMATS[format_name](folder, split)
-        except DataError as error:  # such as a class without images
+        except DataError as error:  # such as an archive cut short
             problems.append(Problem('broken', str(error)))
             continue
+        problems += [Problem('empty', text) for text in splits[split].empty_classes()]
         if format_name == 'shards':
             problems += check_shards(folder / split)
         hashes[split], found = check_split(splits[split], workers, split)
         problems += found
     if not splits and not problems:
         raise DataError(f'{folder} holds neither train nor val of the format {format_name}')
+    try:
+        compare_classes(format_name, folder)
+    except DataError as error:
+        problems.append(Problem('broken', str(error)))
     return {split: len(samples) for split, samples in splits.items()}, problems + find_shared(splits, hashes)
 
 
@@ -142,13 +147,15 @@ def main() -> None:
         if not args.path.is_dir():
             raise DataError(f'{args.path} does not exist: give the folder of a dataset')
         images, problems = check_dataset(args.path, args.format or find_format(args.path), args.workers)
+        if args.json:
+            with report_write_errors(args.json):
+                text = json.dumps({'images': images, 'problems': [x._asdict() for x in problems]}, indent=1)
+                args.json.write_text(text)
     for problem in problems:
         print(f'{problem.kind}\t{problem.text}')
     counts = {kind: sum(problem.kind == kind for problem in problems) for kind in ('broken', 'empty', 'same')}
     numbers = ', '.join(f'{count:,} in {split}' for split, count in images.items())
     print(f'images: {numbers}; {counts["broken"]} broken, {counts["empty"]} empty, {counts["same"]} in train and val')
-    if args.json:
-        args.json.write_text(json.dumps({'images': images, 'problems': [x._asdict() for x in problems]}, indent=1))
     sys.exit(bool(problems))
 
 

@@ -7,11 +7,14 @@ An interrupted run goes on where it stopped; the same command on complete shards
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
 import sys
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +24,7 @@ from tqdm import tqdm
 from data.formats import FORMATS, find_format, open_split
 from data.images import DataError
 from data.samples import Samples
-from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, read_index, shard_name
+from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
 from utils import atomic_write, exit_on_user_error, positive_int, remove_dead_temporaries, report_write_errors
 
 
@@ -68,16 +71,22 @@ def pack_split(samples: Samples, root: Path, samples_per_shard: int = 10_000, na
         Number of shards.
 
     Raises:
-        DataError: an image cannot be read, the folder holds shards of something else, or a checksum differs.
+        DataError: an image cannot be read, the folder holds shards of something else, a checksum differs, or another
+            process packs into it.
         OutputError: the folder cannot be written.
     """
     fingerprint = fingerprint_of(samples, samples_per_shard)
     starts = range(0, len(samples), samples_per_shard)
-    index = read_index(root)
-    if index is not None and index['fingerprint'] != fingerprint:
-        raise _other_shards(root)
-    with report_write_errors(root), tqdm(total=len(samples), desc=f'pack {name}', unit='image', disable=None) as bar:
-        root.mkdir(parents=True, exist_ok=True)
+    with (
+        report_write_errors(root),
+        _locked(root),
+        tqdm(total=len(samples), desc=f'pack {name}', unit='image', disable=None) as bar,
+    ):
+        index = read_index(root)
+        if index is not None:
+            if index['fingerprint'] != fingerprint:
+                raise _other_shards(root)
+            Shards(root.parent, root.name)  # checks its tables
         remove_dead_temporaries(root)
         shards = []
         for number, start in enumerate(starts):
@@ -111,12 +120,23 @@ def verify(path: Path, recorded: dict[str, Any]) -> None:
         DataError: it is missing or has changed.
     """
     try:
-        with path.open('rb') as file:
-            actual = hashlib.file_digest(file, 'sha256').hexdigest()
+        actual = sha256_of(path)
     except OSError as error:
         raise DataError(f'shard {path} cannot be read ({error.strerror}): remove its folder and pack again') from error
     if actual != recorded['sha256']:
         raise DataError(f'shard {path} has changed since it was written: remove its folder and pack again')
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes from packing into it."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / '.lock').open('w') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(f'another process packs into {root}: wait for it, or give another TARGET') from error
+        yield
 
 
 def _record_of(path: Path) -> Path:
@@ -177,6 +197,7 @@ def _write_index(samples: Samples, root: Path, shards: list[PackedShard], starts
         'samples': len(samples),
         'classes': samples.classes,
         'fingerprint': fingerprint,
+        'tables': {name: sha256_of(root / name) for name in (SAMPLES, NAMES)},
         'shards': [
             {'first_sample': start, 'bytes': shard.bytes, 'sha256': shard.sha256}
             for start, shard in zip(starts, shards, strict=True)

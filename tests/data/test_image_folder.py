@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from data import DataError
+from data import DataError, formats
 from data.image_folder import ClassFolders
 
 
@@ -42,7 +42,7 @@ def test_hidden_images_are_no_images_of_a_class(image_tree):
     for path in folder.iterdir():
         path.rename(folder / f'._{path.name}')
     with pytest.raises(DataError, match='val/class_1 holds no images: add some or remove it'):
-        open_split(image_tree)
+        formats.open_split('imagenet', image_tree, 'val')
 
 
 def test_linked_folders_count(image_tree):
