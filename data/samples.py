@@ -38,6 +38,15 @@ class NameList(Sequence[str]):
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes().decode(**_ENCODING)
 
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for first in range(0, len(self), 1000):  # ten times as fast as one by one
+            ends = self.ends[first : first + 1000].tolist()
+            text, offset = self.text[start : ends[-1]].tobytes(), start
+            for end in ends:
+                yield text[start - offset : end - offset].decode(**_ENCODING)
+                start = end
+
 
 class Samples(ABC):
     """A split of a dataset.

@@ -37,17 +37,14 @@ def as_zip(tree, target, compression=zipfile.ZIP_STORED, slash='', comment=b'', 
     return target
 
 
-def as_huggingface(tree, target, embed=True):
-    """Save a tree as a DatasetDict, whose rows hold the images or name their files."""
+def as_huggingface(tree, target):
+    """Save a tree as a DatasetDict."""
     import datasets
 
     splits = {}
     for split, name in zip(SPLITS, ('train', 'validation'), strict=True):
         samples = ClassFolders(tree, split)
-        rows = [
-            {'bytes': samples.read(i) if embed else None, 'path': samples.names[i] if embed else samples.describe(i)}
-            for i in range(len(samples))
-        ]
+        rows = [{'bytes': samples.read(i), 'path': samples.names[i]} for i in range(len(samples))]
         features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=samples.classes)})
         splits[name] = datasets.Dataset.from_dict({'image': rows, 'label': samples.targets.tolist()}, features)
     datasets.DatasetDict(splits).save_to_disk(target)
