@@ -12,6 +12,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ class ZipArchive(Samples):
             if not path.exists():
                 raise DataError(f'{path} does not exist: a zip dataset has <split>.zip and <split>_map.txt')
         self.notes = []
-        self.names, self.targets = _read_map(map_path)
+        targets = array('i')
+        self.names = NameList.of(_keep_targets(map_path, targets))
+        self.targets = np.frombuffer(targets, np.int32)
         self.classes = self.find_classes(folder, split)
         try:
             entries, keys = _read_directory(self.path)
@@ -80,12 +83,10 @@ class ZipArchive(Samples):
         path, other = (folder / f'{name}_map.txt' for name in (split, 'val' if split == 'train' else 'train'))
         if not path.exists():
             return []
-        names, targets = _read_map(path)
-        count = int(targets.max()) + 1
-        classes = _class_folders(names, targets)
+        count, classes = _read_classes(path, path.stat().st_mtime_ns)
         if classes is None and other.exists():
-            classes = _class_folders(*_read_map(other))
-        return classes if classes and len(classes) == count else list(map(str, range(count)))
+            _, classes = _read_classes(other, other.stat().st_mtime_ns)
+        return list(classes) if classes and len(classes) == count else list(map(str, range(count)))
 
     def read(self, index: int) -> bytes:
         """The file, decompressed where it is compressed."""
@@ -115,13 +116,6 @@ class ZipArchive(Samples):
         return self.__dict__ | {'_file': None}
 
 
-def _read_map(path: Path) -> tuple[NameList, np.ndarray]:
-    """Names and class indices, (N,) int32, in a map."""
-    targets = array('i')
-    names = NameList.of(_keep_targets(path, targets))
-    return names, np.frombuffer(targets, np.int32)
-
-
 def _keep_targets(path: Path, targets: array) -> Iterator[str]:
     """Names in a map; their class indices are added to `targets`."""
     with path.open(encoding='utf-8', errors='surrogateescape') as lines:
@@ -135,16 +129,18 @@ def _keep_targets(path: Path, targets: array) -> Iterator[str]:
         raise DataError(f'{path} is empty: give the map that was made with the archive')
 
 
-def _class_folders(names: NameList, targets: np.ndarray) -> list[str] | None:
-    """The folder of each class in the archive; None unless each has one of its own."""
-    folders: dict[int, set[str]] = {}
-    for name, target in zip(names, targets.tolist(), strict=True):
+@lru_cache(maxsize=4)
+def _read_classes(path: Path, modified: int) -> tuple[int, list[str] | None]:
+    """Number of classes in a map, and the folder of each in the archive; None unless each has one of its own."""
+    targets, folders = array('i'), {}
+    for name in _keep_targets(path, targets):
         folder, slash, _ = name.partition('/')
-        folders.setdefault(target, set()).add(folder if slash else '')
+        folders.setdefault(targets[-1], set()).add(folder if slash else '')
+    count = max(folders) + 1
     distinct = set().union(*folders.values())
-    if '' not in distinct and len(distinct) == len(folders) == max(folders) + 1 == sum(map(len, folders.values())):
-        return [folders[target].pop() for target in range(len(folders))]
-    return None
+    if '' not in distinct and len(distinct) == len(folders) == count == sum(map(len, folders.values())):
+        return count, [folders[target].pop() for target in range(count)]
+    return count, None
 
 
 def _key(name: str) -> int:

@@ -363,7 +363,7 @@ def test_eight_loader_processes_share_a_list_of_a_million_samples():
 @needs_proc
 @pytest.mark.parametrize('pipeline', ['fast', 'published'])
 def test_memory_of_a_loader_process_is_flat(tiny_config, tree, tmp_path, pipeline):
-    """It grows by less than 8 MB over 20,000 samples, which are 400 bytes each on average."""
+    """It grows by less than 8 MB over 20,000 samples: 400 bytes a sample."""
     config = tiny_config(
         DATA__DATASET='shards', DATA__DATA_PATH=str(as_shards(tree, tmp_path / 'shards')), DATA__PIPELINE=pipeline
     )
