@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -11,6 +12,9 @@ from data.samples import Samples
 
 # Target of an image that an evaluation leaves out
 IGNORED = -1
+
+# `Sample.erasing` where nothing remains to be filled
+NO_ERASING = torch.zeros((0, 5), dtype=torch.int64)
 
 # Bad images in a row that are replaced before it is an error
 _MAX_REPLACED = 100

@@ -16,6 +16,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.array_augment import use_arrays
+from data.dataset import NO_ERASING
 from data.decoding import Box, Crop, EncodedImage
 from data.transforms import image_mode, resized_side, train_steps
 
@@ -64,7 +65,7 @@ class FastTrainTransform:
     def draw_erasing(self) -> Tensor:
         """Draw the rectangles of random erasing: (RECOUNT, 5), see `Sample`; zeros for those that are not drawn."""
         if self.random_erasing is None:
-            return torch.zeros((0, 5), dtype=torch.int64)
+            return NO_ERASING
         rectangles = draw_rectangles(self.random_erasing, self.size)
         rows = [(*rectangle, int(torch.randint(2**62, ()))) for rectangle in rectangles]
         missing = self.random_erasing.max_count - len(rows)
@@ -105,7 +106,7 @@ class FastEvalTransform:
 
     def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
         """The image (H, W, C) and no erasing; see `data.dataset.Sample`."""
-        return _to_tensor(self.decode(data, name)), torch.zeros((0, 5), dtype=torch.int64)
+        return _to_tensor(self.decode(data, name)), NO_ERASING
 
     def decode(self, data: bytes, name: str) -> np.ndarray:
         """The crop's pixels, (H, W, 3) or (H, W)."""

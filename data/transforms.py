@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from itertools import chain
 
-import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import str_to_interp_mode
@@ -11,6 +10,7 @@ from torch import Tensor
 from torchvision import transforms
 from yacs.config import CfgNode
 
+from data.dataset import NO_ERASING
 from data.images import DataError, decode_image
 
 # PIL mode, mean and standard deviation by number of channels; grey has the mean over ImageNet's channels.
@@ -87,7 +87,7 @@ class PublishedTransform:
 
     def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
         """The image (C, H, W) and no erasing; see `data.dataset.Sample`."""
-        return self.transform(decode_image(data, name, self.mode)), torch.zeros((0, 5), dtype=torch.int64)
+        return self.transform(decode_image(data, name, self.mode)), NO_ERASING
 
 
 def image_mode(config: CfgNode) -> str:

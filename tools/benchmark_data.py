@@ -10,7 +10,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ import numpy as np
 import simplejpeg
 import torch
 from torch.utils.data import ConcatDataset, default_collate
+from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from config import load_config
 from data import Preprocess
 from data.build import build_loader, build_sample_transform
-from data.dataset import ImageDataset, Sample
+from data.dataset import NO_ERASING, ImageDataset, Sample
 from data.images import decode_image
 from data.samples import Samples
 from data.seeding import seeded
@@ -52,26 +53,20 @@ def build_stages(config: CfgNode, samples: Samples, is_train: bool) -> dict[str,
         stages['decode, crop, resize'] = lambda data: transform.decode(data, '')
         if is_train:
             stages['flip, policy'] = transform.augment
-        erasing = transform.draw_erasing if is_train else lambda: torch.zeros((0, 5), dtype=torch.int64)
+        erasing = transform.draw_erasing if is_train else lambda: NO_ERASING
         stages['batch, normalise, erase'] = lambda pixels: as_batch(torch.tensor(pixels), erasing())
         return stages
-    mode, nothing = image_mode(config), torch.zeros((0, 5), dtype=torch.int64)
+    mode = image_mode(config)
     if is_train:
         (crop, *flips), policies, finish = train_steps(config)
         stages['decode, crop, resize'] = lambda data: crop(decode_image(data, '', mode))
-        stages['flip, policy'] = lambda image: _apply([*flips, *policies], image)
+        stages['flip, policy'] = Compose([*flips, *policies])
     else:
         *resize, to_tensor, normalise = transform.transform.transforms
         finish = [to_tensor, normalise]
-        stages['decode, crop, resize'] = lambda data: _apply(resize, decode_image(data, '', mode))
-    stages['batch, normalise, erase'] = lambda image: as_batch(_apply(finish, image), nothing)
+        stages['decode, crop, resize'] = lambda data: Compose(resize)(decode_image(data, '', mode))
+    stages['batch, normalise, erase'] = lambda image: as_batch(Compose(finish)(image), NO_ERASING)
     return stages
-
-
-def _apply(steps: Sequence[Callable], image: Any) -> Any:
-    for step in steps:
-        image = step(image)
-    return image
 
 
 def time_stages(stages: Mapping[str, Callable], images: int, seed: int) -> dict[str, float]:

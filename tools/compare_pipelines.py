@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, AugmentOp, RandAugment
+from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from config import load_config
@@ -38,7 +39,7 @@ def difference(fast: np.ndarray, published: np.ndarray) -> float:
 def compare_crops(config: CfgNode, samples: Samples, crops: int) -> list[float]:
     """Differences of random crops and flips, several per image."""
     mode, fast = image_mode(config), FastTrainTransform(config)
-    geometry, _, _ = train_steps(config)
+    crop_and_flip = Compose(train_steps(config)[0])
     differences = []
     for index in range(len(samples)):
         data = samples.read(index)
@@ -46,10 +47,8 @@ def compare_crops(config: CfgNode, samples: Samples, crops: int) -> list[float]:
             with seeded(index, number):
                 ours = fast.augment(fast.decode(data, samples.describe(index)))
             with seeded(index, number):
-                image = decode_image(data, samples.describe(index), mode)
-                for step in geometry:
-                    image = step(image)
-            differences.append(difference(ours, np.asarray(image)))
+                theirs = crop_and_flip(decode_image(data, samples.describe(index), mode))
+            differences.append(difference(ours, np.asarray(theirs)))
     return differences
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data import Sample
+from data.dataset import NO_ERASING
 from data.samplers import TrainSampler
 from engine.checkpoint import load_checkpoint
 from engine.distributed import Process, distribute
@@ -46,8 +47,7 @@ def one_thread():
 
 def as_samples(images, targets):
     """A dataset of normalised images (N, C, H, W) and class indices (N,)."""
-    erasing = torch.zeros((0, 5), dtype=torch.int64)
-    return [Sample(image, int(target), erasing, -1) for image, target in zip(images, targets, strict=True)]
+    return [Sample(image, int(target), NO_ERASING, -1) for image, target in zip(images, targets, strict=True)]
 
 
 def build_run(config, process=None, logger=None):
