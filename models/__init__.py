@@ -1,6 +1,23 @@
-"""The network: `build_model(config)` and `MSGTransformer`."""
+"""The network: `build_model(config)`, `MSGTransformer`, and by name: `timm.create_model('msg_transformer_tiny')`."""
 
 from .build import build_model
 from .msg_transformer import MSGTransformer
+from .registry import (
+    msg_transformer_base,
+    msg_transformer_small,
+    msg_transformer_tiny,
+    msg_transformer_v2_base,
+    msg_transformer_v2_small,
+    msg_transformer_v2_tiny,
+)
 
-__all__ = ['MSGTransformer', 'build_model']
+__all__ = [
+    'MSGTransformer',
+    'build_model',
+    'msg_transformer_base',
+    'msg_transformer_small',
+    'msg_transformer_tiny',
+    'msg_transformer_v2_base',
+    'msg_transformer_v2_small',
+    'msg_transformer_v2_tiny',
+]

@@ -1,15 +1,17 @@
 """The network from the config tree."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from yacs.config import CfgNode
 
 from .msg_transformer import MSGTransformer
 from .pyramid import Size, plan_pyramid
 
+if TYPE_CHECKING:  # the installed package does without yacs
+    from yacs.config import CfgNode
 
-def build_model(config: CfgNode) -> nn.Module:
+
+def build_model(config: 'CfgNode') -> nn.Module:
     """Build the network described by `config.MODEL`, `DATA.IMG_SIZE` and `TRAIN`.
 
     Raises:
@@ -27,7 +29,7 @@ def build_model(config: CfgNode) -> nn.Module:
     )
 
 
-def network_options(config: CfgNode) -> dict[str, Any]:
+def network_options(config: 'CfgNode') -> dict[str, Any]:
     """Arguments of `MSGTransformer` shared by all tasks, from `config.MODEL` and `TRAIN`."""
     msg = config.MODEL.MSG
     return {
@@ -52,7 +54,7 @@ def network_options(config: CfgNode) -> dict[str, Any]:
     }
 
 
-def check_network(config: CfgNode, img_size: int | None) -> None:
+def check_network(config: 'CfgNode', img_size: int | None) -> None:
     """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
 
     Args:

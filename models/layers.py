@@ -174,3 +174,16 @@ def merging_flops(grid: tuple[int, int], weight: Tensor) -> int:
     """The authors' formula for patch merging: a norm over C channels of all tokens, then the reduction."""
     (H, W), dim = grid, weight.shape[0] // 2
     return H * W * dim + -(-H // 2) * -(-W // 2) * weight.numel()
+
+
+def make_head(dim: int, num_classes: int) -> nn.Module:
+    """A classifier of features (..., C): a linear layer, or the identity for 0 classes."""
+    return nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear weights from a truncated normal of 0.02; norms and convolutions keep PyTorch's default, as published."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

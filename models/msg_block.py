@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers import Mlp, NormLayer, RegionDropPath
 from .pyramid import Size
+from .resize import resize_bias_table
 from .windows import (
     WindowPadding,
     attention_bias_index,
@@ -64,6 +65,14 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
+
+    def set_window_size(self, window_size: int) -> None:
+        """Change the window size w; the bias table is interpolated."""
+        table = self.relative_position_bias_table
+        resized = resize_bias_table(table.detach(), window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.relative_position_index = relative_position_index(window_size).to(table.device)
+        self.bias_index = attention_bias_index(window_size).to(table.device)
 
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (1, h, N, N)."""
@@ -132,12 +141,21 @@ class MSGBlock(nn.Module):
     ):
         super().__init__()
         self.window_size = window_size
+        self.shuffle = shuffle
         self.shuffle_size = region_size if shuffle else 1
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.drop_path = RegionDropPath(drop_path, region_size)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
+
+    def set_windows(self, window_size: int, region_size: int) -> None:
+        """Change the window size w and the region size s; see `WindowAttention.set_window_size`."""
+        if window_size != self.window_size:
+            self.attn.set_window_size(window_size)
+        self.window_size = window_size
+        self.shuffle_size = region_size if self.shuffle else 1
+        self.drop_path.region_size = region_size
 
     def forward(self, x: Tensor, padding: WindowPadding | None = None, msg_only: bool = False) -> Tensor:
         """Transform windows.
@@ -192,6 +210,12 @@ class MSGStage(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+
+    def set_windows(self, window_size: int, region_size: int) -> None:
+        """Change the window size and the region size of all blocks."""
+        self.window_size = window_size
+        for block in self.blocks:
+            block.set_windows(window_size, region_size)
 
     def forward(self, patches: Tensor, msg: Tensor, msg_only: bool = False) -> tuple[Tensor | None, Tensor]:
         """Run the blocks.

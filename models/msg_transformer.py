@@ -15,21 +15,23 @@ arXiv:2105.15168. State-dict names and shapes are the published ones.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging
+from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, init_linear, make_head
 from .msg_block import MSGBlock, MSGStage
 from .pyramid import Size, patch_grids, plan_pyramid
+from .resize import resize_grid
+from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
 
 MANIP_TYPES = ('shuf', 'none')
 EMBED_TYPES = ('patch', 'overlap')
 MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
 
 
-class MSGTransformer(nn.Module):
+class MSGTransformer(TimmMethods, nn.Module):
     """A hierarchical vision transformer whose windows exchange information through messenger tokens.
 
     Args:
@@ -99,21 +101,25 @@ class MSGTransformer(nn.Module):
             ('manip_type', manip_type, MANIP_TYPES),
             ('embed_type', embed_type, EMBED_TYPES),
             ('merge_type', merge_type, tuple(MERGE_TYPES)),
-            ('global_pool', global_pool, ('avg', '')),
+            ('global_pool', global_pool, GLOBAL_POOLS),
         ):
             if value not in choices:
                 raise ValueError(f'{name} is {value!r}: write one of {", ".join(map(repr, choices))}')
-        if img_size is not None:
-            img_size = Size(img_size, img_size) if isinstance(img_size, int) else Size(*img_size)
-        elif ape:
+        if img_size is None and ape:
             raise ValueError('an absolute position embedding needs an img_size')
-        shuffle = manip_type == 'shuf'
-        layouts = plan_pyramid(img_size, patch_size, window_size, embed_dim, depths, num_heads, shuffle_size, shuffle)
-        self.img_size = img_size
-        self.pool_size = None  # grid that `forward_head` averages, at `img_size`
-        if img_size is not None:
-            last_grid = patch_grids(img_size, patch_size, len(layouts))[-1]
-            self.pool_size = tuple(last_grid.divided_by(layouts[-1].window_size))
+        self.img_size = None if img_size is None else Size.of(img_size)
+        self.window_size = window_size
+        self.plan = partial(
+            plan_pyramid,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            shuffle_size=shuffle_size,
+            shuffle=manip_type == 'shuf',
+        )
+        layouts = self.plan(self.img_size, window_size=window_size)
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = layouts[-1].dim
         self.global_pool = global_pool
@@ -129,7 +135,7 @@ class MSGTransformer(nn.Module):
         nn.init.trunc_normal_(self.msg_tokens, std=0.02)
         self.absolute_pos_embed = None
         if ape:
-            H, W = img_size.divided_by(patch_size)
+            H, W = self.patch_grid
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, H * W, embed_dim))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
@@ -150,7 +156,7 @@ class MSGTransformer(nn.Module):
                     attn_drop=attn_drop_rate,
                     drop_path=next(drop_path),
                     norm_layer=norm_layer,
-                    shuffle=shuffle,
+                    shuffle=manip_type == 'shuf',
                     recompute_mlp=recompute_mlp and not use_checkpoint,
                 )
                 for _ in range(layout.depth)
@@ -159,8 +165,21 @@ class MSGTransformer(nn.Module):
             self.layers.append(MSGStage(blocks, downsample, use_checkpoint))
 
         self.norm = norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.apply(_init_linear)
+        self.head = make_head(self.num_features, num_classes)
+        self.apply(init_linear)
+
+    @property
+    def patch_grid(self) -> Size | None:
+        """The patch grid H x W of the first stage at `img_size`; None without one."""
+        return None if self.img_size is None else self.img_size.divided_by(self.patch_embed.patch_size)
+
+    @property
+    def pool_size(self) -> tuple[int, int] | None:
+        """The grid of MSG tokens that `forward_head` averages at `img_size`; None without one."""
+        if self.img_size is None:
+            return None
+        last_grid = patch_grids(self.img_size, self.patch_embed.patch_size, len(self.layers))[-1]
+        return tuple(last_grid.divided_by(self.layers[-1].window_size))
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, in_chans, height, width) to patches (B, H, W, C) and MSG tokens (B, nH, nW, C)."""
@@ -169,7 +188,7 @@ class MSGTransformer(nn.Module):
         if self.absolute_pos_embed is not None:
             patches = patches + self._position_embedding(H, W)
         block = self.layers[0].blocks[0]
-        w, s = block.window_size, round(self.msg_tokens.shape[1] ** 0.5)
+        w, s = block.window_size, block.drop_path.region_size
         nH, nW = -(-H // w), -(-W // w)
         region = self.msg_tokens.view(1, s, s, C)
         msg = region.repeat(1, -(-nH // s), -(-nW // s), 1)[:, :nH, :nW].expand(B, -1, -1, -1)  # (B, nH, nW, C)
@@ -177,19 +196,15 @@ class MSGTransformer(nn.Module):
 
     def _position_embedding(self, H: int, W: int) -> Tensor:
         """The absolute position embedding, resized to a patch grid, (1, H, W, C)."""
-        grid = self.img_size.divided_by(self.patch_embed.patch_size)
-        embedding = self.absolute_pos_embed.unflatten(1, grid)
-        if grid == (H, W):
-            return embedding
-        resized = F.interpolate(embedding.permute(0, 3, 1, 2), (H, W), mode='bicubic', antialias=True)
-        return resized.permute(0, 2, 3, 1)
+        return resize_grid(self.absolute_pos_embed.unflatten(1, self.patch_grid), (H, W))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to the last stage's normed MSG tokens (B, nH, nW, C)."""
         patches, msg = self.embed(images)
         *stages, last = self.layers
         for stage in stages:
-            patches, msg = stage.merge(*stage(patches, msg))
+            patches, msg = stage(patches, msg)
+            patches, msg = stage.merge(patches, msg)
         _, msg = last(patches, msg, msg_only=True)
         return self.norm(msg)
 
@@ -231,10 +246,10 @@ class MSGTransformer(nn.Module):
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f'output_fmt is {output_fmt!r}: write NCHW or NHWC')
         count = len(self.layers)
-        taken = _stage_indices(indices, count)
+        taken = stage_indices(indices, count)
         patches, msg = self.embed(images)
         feature_maps = []
-        for i, stage in enumerate(self.layers[: max(taken) + 1] if stop_early else self.layers):
+        for i, stage in enumerate(self.layers[: taken[-1] + 1] if stop_early else self.layers):
             if i > 0:
                 patches, msg = self.layers[i - 1].merge(patches, msg)
             patches, msg = stage(patches, msg)
@@ -278,21 +293,3 @@ class MSGTransformer(nn.Module):
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of names of parameters without weight decay."""
         return {'relative_position_bias_table', 'rel_pos_msg'}
-
-
-def _init_linear(module: nn.Module) -> None:
-    """Linear weights from a truncated normal of 0.02; norms and convolutions keep PyTorch's default, as published."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _stage_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
-    """Stages selected by `forward_intermediates`' argument, counted from 0."""
-    if indices is None:
-        indices = count
-    selected = range(-indices, 0) if isinstance(indices, int) else indices  # a number selects the last ones
-    if not selected or not all(-count <= i < count for i in selected):
-        raise ValueError(f'indices is {indices!r}: the network has {count} stages, 0 to {count - 1}')
-    return {i % count for i in selected}

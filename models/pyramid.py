@@ -15,6 +15,11 @@ class Size(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def of(cls, size: int | Sequence[int]) -> 'Size':
+        """The size given as one number, for a square, or as (height, width)."""
+        return cls(size, size) if isinstance(size, int) else cls(*size)
+
     def __str__(self) -> str:
         return f'{self.height} x {self.width}'
 

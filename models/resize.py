@@ -1,0 +1,71 @@
+"""Weights fitted to another window size, shuffle region or patch grid.
+
+Letters: H x W the patch grid, w window size, h heads, s size of a shuffle region in windows, C channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Interpolate a grid of values (1, rows, columns, C) to other rows and columns, bicubically."""
+    if x.shape[1:3] == tuple(grid):
+        return x
+    resized = F.interpolate(x.permute(0, 3, 1, 2), grid, mode='bicubic', antialias=True)
+    return resized.permute(0, 2, 3, 1)
+
+
+def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
+    """Interpolate a relative position bias table ((2w - 1)^2, h) to another window size."""
+    size = 2 * window_size - 1
+    return resize_grid(_as_square(table[None]), (size, size)).flatten(0, 2)
+
+
+def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], source: tuple[int, int]) -> Tensor:
+    """Interpolate a position embedding (1, H * W, C) from the patch grid `source` to `grid`."""
+    return resize_grid(embedding.unflatten(1, source), grid).flatten(1, 2)
+
+
+def tile_msg_tokens(tokens: Tensor, region_size: int) -> Tensor:
+    """Repeat or crop the MSG tokens (1, s^2, 1, C) of a shuffle region to another region size."""
+    region = _as_square(tokens.squeeze(2))  # (1, s, s, C)
+    times = -(-region_size // region.shape[1])
+    region = region.repeat(1, times, times, 1)[:, :region_size, :region_size]
+    return region.flatten(1, 2).unsqueeze(2)
+
+
+def fit_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit a state dict to a network with other windows, shuffle regions or another patch grid.
+
+    Bias tables and the position embedding, which must be of a square image, are interpolated; MSG tokens are repeated
+    or cropped. All else is left as it is.
+
+    Args:
+        state_dict: of an `MSGTransformer`; it is not changed.
+        model: the `MSGTransformer` to load it.
+    """
+    own = model.state_dict()
+    fitted = dict(state_dict)
+    for name, value in state_dict.items():
+        if name not in own or own[name].shape == value.shape:
+            continue
+        if name.endswith('relative_position_bias_table'):
+            fitted[name] = resize_bias_table(value, _side(own[name].shape[0]) // 2 + 1)
+        elif name.endswith('relative_position_index'):
+            fitted[name] = own[name]
+        elif name == 'msg_tokens':
+            fitted[name] = tile_msg_tokens(value, _side(own[name].shape[1]))
+        elif name == 'absolute_pos_embed':
+            side = _side(value.shape[1])
+            fitted[name] = resize_position_embedding(value, model.patch_grid, (side, side))
+    return fitted
+
+
+def _side(cells: int) -> int:
+    return round(cells**0.5)
+
+
+def _as_square(x: Tensor) -> Tensor:
+    """A square grid (1, side^2, C) as (1, side, side, C)."""
+    side = _side(x.shape[1])
+    return x.unflatten(1, (side, side))
