@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection test test-slow lint format docs clean
+.PHONY: help demo demo-detection test test-slow test-timm lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,6 +27,7 @@ help:
 	@echo "make demo-detection  the same with a detector, on digits pasted on photographs"
 	@echo "make test            install, lint, and run the tests that take seconds"
 	@echo "make test-slow       the tests that take minutes: compilation, demos, 20 kills, two nodes"
+	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md"
 	@echo "make clean           remove $(OUTPUT) and $(VENV)"
@@ -100,6 +101,15 @@ test: lint
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist worksteal
+
+$(OUTPUT)/timm/downloaded: requirements.txt | $(VENV)/installed-dev
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(PY) -m pip download --quiet --no-deps --no-binary timm --dest $(@D) $$(grep '^timm==' $<)
+	tar -xzf $(@D)/timm-*.tar.gz -C $(@D) --strip-components=1 --wildcards '*/tests/test_models.py' '*/pyproject.toml'
+	touch $@
+
+test-timm: $(OUTPUT)/timm/downloaded
+	OMP_NUM_THREADS=1 $(PY) -m pytest -c $(<D)/pyproject.toml -p tests.helpers.timm_plugin -n 2 -rx $(<D)/tests/test_models.py
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .

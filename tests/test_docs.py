@@ -88,8 +88,8 @@ def check_command(command, monkeypatch):
         assert (ROOT / arguments[0]).exists()
         check_python(['main.py', *arguments[1:]], monkeypatch)
     elif program.endswith('pip'):
-        assert arguments[:2] == ['install', '-r']
-        assert (ROOT / arguments[2]).exists()
+        assert arguments[0] == 'install'
+        assert arguments[1:] == ['.'] or (arguments[1] == '-r' and (ROOT / arguments[2]).exists())
     elif program in ('bash', 'source'):
         assert arguments[0] == '.venv/bin/activate' or (ROOT / arguments[0]).exists()
     else:
