@@ -109,7 +109,7 @@ class MSGTransformer(TimmMethods, nn.Module):
             raise ValueError('an absolute position embedding needs an img_size')
         self.img_size = None if img_size is None else Size.of(img_size)
         self.window_size = window_size
-        self.plan = partial(
+        self.plan = partial(  # lays the stages out, also for another image size or window size later
             plan_pyramid,
             patch_size=patch_size,
             embed_dim=embed_dim,
