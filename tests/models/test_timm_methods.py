@@ -59,7 +59,8 @@ def test_another_size_is_what_a_network_built_for_it_is():
 def test_windows_that_shrink_to_fit_and_the_position_embedding_follow():
     options = {'depths': (1,), 'num_heads': (1,), 'shuffle_size': (2,), 'ape': True}
     model, built = fill_(micro(**options)).eval(), micro(**options, img_size=8)
-    model.set_input_size(8)
+    model.requires_grad_(False).set_input_size(8)
+    assert not any(p.requires_grad for p in model.parameters())
     assert model.layers[0].window_size == built.layers[0].window_size == 4
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in built.named_parameters()}
     built.load_state_dict(fit_state_dict(fill_(micro(**options)).state_dict(), built))
