@@ -61,7 +61,7 @@ $(OUTPUT)/demo_curves_seed$(SEED).png: $(RUN)/trained
 	$(PY) -m tools.plot --run $(RUN) --output $@
 
 $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
-	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --cfg $(CONFIG) --resume $(LAST) --output $@ | tail -n 2
+	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ | tail -n 2
 
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
@@ -84,7 +84,7 @@ $(DETECTION_RUN)/evaluation.txt: $(DETECTION_RUN)/trained
 	$(DETECTION) --eval --resume $(LAST) | tee $@
 
 $(OUTPUT)/demo_detections_seed$(SEED)/drawn: $(DETECTION_RUN)/trained
-	$(PY) -m detection.tools.predict $(DIGITS_COCO)/val --limit 12 --cfg $(DETECTION_CONFIG) --resume $(LAST) --output $(@D)
+	$(PY) -m detection.tools.predict $(DIGITS_COCO)/val --limit 12 --resume $(LAST) --output $(@D)
 	touch $@
 
 $(OUTPUT)/demo_detection_curves_seed$(SEED).png: $(DETECTION_RUN)/trained

@@ -46,19 +46,27 @@ class ConfigTree:
 
         return values(self.root)
 
-    def load(self, cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
-        """Defaults, overridden by the file's BASE files, the file and the options; checked and frozen.
+    def load(
+        self, cfg_file: str | Path | None, opts: Sequence[Any] = (), saved: Mapping[str, Any] | None = None
+    ) -> CfgNode:
+        """Defaults, overridden by a saved config, the file's BASE files, the file and the options; checked and frozen.
 
         Args:
-            cfg_file: a YAML file with part of the tree.
+            cfg_file: a YAML file with part of the tree; None for none.
             opts: alternating keys and values, such as `['TRAIN.EPOCHS', '10']`; text is parsed as a Python value unless
                 the key holds text.
+            saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, and keys that are
+                unknown to another program: neither is read.
 
         Raises:
             ConfigError: a file, key or value that cannot work.
         """
         config = self.defaults()
-        self._merge_file(config, Path(cfg_file))
+        for name, value in leaves(saved or {}):
+            if name in self.keys and not self.keys[name].flag:
+                self._set(config, name, value, "the checkpoint's config")
+        if cfg_file is not None:
+            self._merge_file(config, Path(cfg_file))
         config.BASE = _copy(self.keys['BASE'].default)  # merged now, so a dump stands alone
         for key, value in _pairs(opts):
             if key == 'BASE':

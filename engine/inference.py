@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import choose_weights, load_checkpoint, load_weights
+from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, load_weights
+from engine.config_tree import ConfigTree
 from engine.distributed import choose_device
 from utils import positive_int
 
@@ -29,12 +30,18 @@ def prediction_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
-    add('--cfg', required=True, metavar='FILE', help='YAML config of the network')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
-    add_weights_flags(parser)
+    add_network_flags(parser)
     add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
     return parser
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a trained network, for `load_predictor`."""
+    add = parser.add_argument
+    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
+    add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
+    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add_weights_flags(parser)
 
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,26 +53,26 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_predictor(
-    args: argparse.Namespace,
-    load_config: Callable[[str, list[str]], CfgNode],
-    build: Callable[[CfgNode], nn.Module],
-    first_label: int,
+    args: argparse.Namespace, tree: ConfigTree, build: Callable[[CfgNode], nn.Module], first_label: int
 ) -> Predictor:
     """Load the network that the command line names; say on stderr which of its weights.
 
     Args:
-        args: from `prediction_parser`.
-        load_config: the task's `load_config`.
+        args: from a parser with `add_network_flags`.
+        tree: the task's keys.
         build: builds the task's network from the config.
         first_label: names classes where the checkpoint has no names: by number from here on.
 
     Raises:
         UserError: a config or checkpoint that cannot be used.
     """
-    config = load_config(args.cfg, args.opts)
+    checkpoint: dict[str, Any] = load_checkpoint(args.resume)
+    saved = checkpoint.get('config')
+    if args.cfg is None and not saved:
+        raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')
+    config = tree.load(args.cfg, args.opts, saved)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
     model = build(config).to(device)
-    checkpoint: dict[str, Any] = load_checkpoint(args.resume)
     weights, description = choose_weights(checkpoint, args.resume, args.weights)
     load_weights(model, {'model': weights}, args.resume)
     print(f'{args.resume}: {description}', file=sys.stderr)

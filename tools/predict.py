@@ -1,6 +1,6 @@
 """Classify images with a trained network, print the predictions and draw them on one sheet.
 
-    python -m tools.predict --cfg configs/msg_digits_p2_win7_56.yaml --resume <checkpoint> --output sheet.png <images>
+    python -m tools.predict --resume <checkpoint> --output sheet.png <images>
 
 IMAGES are files or folders; in a tree of class folders, an image's folder is taken for its class.
 """
@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from config import load_config
+from config import TREE
 from data.images import ReadableImages, choose_images, find_images, load_image, report_other_files
 from data.transforms import build_transform, image_mode
 from engine.inference import Predictor, load_predictor, prediction_parser
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument('--output', type=Path, metavar='FILE', help='sheet of images and predictions to draw')
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
-        predictor = load_predictor(args, load_config, build_model, first_label=0)
+        predictor = load_predictor(args, TREE, build_model, first_label=0)
         paths = choose_images(find_images(args.images), args.limit)
         report_other_files(args.images)
         images = ReadableImages(paths, image_mode(predictor.config))

@@ -1,6 +1,6 @@
 """Find objects in images with a trained detector, print them and draw them.
 
-    python -m detection.tools.predict --cfg detection/configs/digits.yaml --resume <checkpoint> --output DIR <images>
+    python -m detection.tools.predict --resume <checkpoint> --output DIR <images>
 
 IMAGES are files or folders; drawn images have their names, and their paths within the folders.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from data.images import DataError, ReadableImages, choose_images, find_images, report_other_files
-from detection.config import load_config
+from detection.config import TREE
 from detection.draw import draw_detections
 from detection.models import build_detector
 from detection.models.masks import BoxMasks
@@ -68,7 +68,7 @@ def main() -> None:
     add('--score', type=float, metavar='S', help='minimum score of what is printed and drawn (SHOW_SCORE)')
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
-        predictor = load_predictor(args, load_config, build_detector, first_label=1)
+        predictor = load_predictor(args, TREE, build_detector, first_label=1)
         min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
         drawings = output_paths(args.images, args.output)
         report_other_files(args.images)

@@ -7,7 +7,8 @@ from tests.helpers.processes import run_here
     ('tool', 'flags', 'message'),
     [
         ('plot', ['--run', 'nowhere'], 'error: nowhere/metrics.jsonl: No such file'),
-        ('predict', ['nowhere', '--cfg', 'nowhere', '--resume', 'x'], 'error: config file nowhere: No such file'),
+        ('predict', ['nowhere', '--resume', 'x'], 'error: checkpoint x does not exist'),
+        ('predict', ['nowhere'], 'error: the following arguments are required: --resume'),
         ('make_digits', [], 'error: the following arguments are required: --output'),
         ('complexity', ['nowhere'], 'error: config file nowhere: No such file'),
         ('make_digits', ['--output', 'README.md'], 'error: '),

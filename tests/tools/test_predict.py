@@ -1,9 +1,11 @@
 import cv2
 import pytest
 import torch
+import yaml
 
-from config import load_config
+from config import TREE
 from data.images import ReadableImages, choose_images, find_images
+from engine.checkpoint import CheckpointError
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from tests.helpers.golden import fill_
@@ -61,12 +63,37 @@ def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, cap
     torch.save({'model': raw.state_dict(), 'model_ema': ema.state_dict(), 'scores': scores}, path)
     for flags, expected in (([], ema), (['--ema'], ema), (['--raw'], raw)):
         args = prediction_parser('').parse_intermixed_args(['x', '--cfg', str(TINY), '--resume', path, *flags])
-        model = load_predictor(args, load_config, build_model, first_label=0).model
+        model = load_predictor(args, TREE, build_model, first_label=0).model
         assert torch.equal(model.head.weight.cpu(), expected.head.weight)
         name, first, second = ('EMA', 18.0, 16.5) if expected is ema else ('raw', 16.5, 18.0)
         assert capsys.readouterr().err == f'{path}: {name} weights ({first} against {second} %)\n'
     with pytest.raises(SystemExit):
         prediction_parser('').parse_intermixed_args(['x', '--cfg', 'c', '--resume', path, '--raw', '--ema'])
+
+
+def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, tmp_path):
+    trained = tiny_config(MODEL__NUM_CLASSES=5, MODEL__MSG__EMBED_DIM=32, OUTPUT='there')
+    saved = yaml.safe_load(trained.dump()) | {'KEY_OF_ANOTHER_PROGRAM': 1}
+    torch.save({'model': build_model(trained).state_dict(), 'config': saved}, tmp_path / 'w.pth')
+    (tmp_path / 'other.yaml').write_text('MODEL: {MSG: {MANIP_TYPE: none}}')
+
+    def load(*flags):
+        argv = ['x', '--resume', str(tmp_path / 'w.pth'), *flags]
+        return load_predictor(prediction_parser('').parse_intermixed_args(argv), TREE, build_model, first_label=0)
+
+    config, model, names, _ = load()
+    assert config.MODEL.MSG == trained.MODEL.MSG
+    assert config.TEST == trained.TEST
+    assert (config.DEVICE, config.OUTPUT) == ('auto', '')  # those of the command that trained
+    assert names == ['0', '1', '2', '3', '4']
+    assert model.layers[0].blocks[0].shuffle
+    overridden = load('--cfg', str(tmp_path / 'other.yaml'), '--opts', 'DEVICE', 'cpu')
+    assert not overridden.model.layers[0].blocks[0].shuffle
+    assert overridden.config.MODEL.MSG.EMBED_DIM == 32
+    assert overridden.config.DEVICE == 'cpu'
+    torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth has no config: give the one of its network with --cfg'):
+        load()
 
 
 def test_a_damaged_image_is_reported_and_the_others_are_classified(
