@@ -248,6 +248,12 @@ _C.TRAIN.START_EPOCH = Key(0, 'First epoch, unless a checkpoint says otherwise',
 _C.TRAIN.WARMUP_EPOCHS = Key(20, 'Epochs of linear warm-up', min=0)
 _C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0)
 _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0)
+_C.TRAIN.LAYER_DECAY = Key(
+    1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
+)
+_C.TRAIN.FROZEN_STAGES = Key(
+    -1, 'Stages whose weights are not trained, and the embedding; 0 is the embedding alone, -1 is nothing', min=-1
+)
 _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
@@ -348,6 +354,11 @@ def _check(config: CfgNode) -> None:
         raise ConfigError(
             f'COMPILE_MODE {config.COMPILE_MODE} uses CUDA graphs, whose gradients may be wrong with '
             f'TRAIN.ACCUMULATION_STEPS (https://github.com/pytorch/pytorch/issues/169545): write COMPILE_MODE default'
+        )
+    if len(config.MODEL.MSG.DEPTHS) < train.FROZEN_STAGES:
+        raise ConfigError(
+            f'TRAIN.FROZEN_STAGES is {train.FROZEN_STAGES}: write at most {len(config.MODEL.MSG.DEPTHS)}, '
+            f'the number of stages, to train the head alone'
         )
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch > config.DATA.IMG_SIZE:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from config import TREE, get_config
+from config import TREE, ConfigError, get_config
 from data import (
     IGNORED,
     ImageDataset,
@@ -92,10 +92,14 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
     # Weights
     if start is not None:
         start.load_weights(run, model, HEAD, classes)
+    elif config.TRAIN.FROZEN_STAGES >= 0:
+        raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
+    model.freeze_stages(config.TRAIN.FROZEN_STAGES)
 
     # Optimizer, schedule
     lr_scale = run.images_per_update / BASE_BATCH
-    optimizer = build_optimizer(config, model, lr=config.TRAIN.BASE_LR * lr_scale)
+    lr = config.TRAIN.BASE_LR * lr_scale
+    optimizer = build_optimizer(config, model, lr, layer_decay=config.TRAIN.LAYER_DECAY)
     build_schedule = partial(build_scheduler, config, lr_scale=lr_scale)
     network, state = build_state(run, model, optimizer, train_loader, build_schedule, config.TRAIN.START_EPOCH)
     record = begin_training(run, state, start, record, TREE)

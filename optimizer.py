@@ -1,13 +1,18 @@
 """The optimizer, with the published weight-decay groups."""
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 
 def build_optimizer(
-    config: CfgNode, model: nn.Module, lr: float | None = None, decay_biases: bool = False
+    config: CfgNode,
+    model: nn.Module,
+    lr: float | None = None,
+    decay_biases: bool = False,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
     """Build AdamW or SGD over two groups, parameters with weight decay and without, each in the network's order.
 
@@ -16,6 +21,7 @@ def build_optimizer(
         model: the network, not wrapped, since parameter names decide.
         lr: peak learning rate; None for `TRAIN.BASE_LR`, unscaled.
         decay_biases: see `weight_decay_groups`.
+        layer_decay: below 1, learning rates decay layer by layer: see `layer_decay_groups`.
 
     Raises:
         ValueError: an unknown `TRAIN.OPTIMIZER.NAME`.
@@ -23,6 +29,8 @@ def build_optimizer(
     options = config.TRAIN.OPTIMIZER
     lr = config.TRAIN.BASE_LR if lr is None else lr
     groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY, decay_biases)
+    if layer_decay < 1:
+        groups = layer_decay_groups(model, groups, layer_decay)
     if options.NAME == 'adamw':
         fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=fused)
@@ -54,3 +62,26 @@ def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: boo
         is_exempt = is_exempt or name in names or any(keyword in name for keyword in keywords)
         (no_decay if is_exempt else decay).append(parameter)
     return [{'params': decay, 'weight_decay': weight_decay}, {'params': no_decay, 'weight_decay': 0.0}]
+
+
+def layer_decay_groups(model: nn.Module, groups: list[dict], layer_decay: float) -> list[dict]:
+    """Split parameter groups by layer: the embedding, each block, and the head.
+
+    Args:
+        model: the network, not wrapped. Its `group_matcher` tells the layers.
+        groups: from `weight_decay_groups`.
+        layer_decay: ratio of a layer's learning rate to the next one's, that of the head being 1.
+
+    Returns:
+        Groups with an `lr_scale`, which timm's schedulers multiply the learning rate by.
+    """
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    last = max(layers.values())
+    by_layer = {}
+    for i, group in enumerate(groups):
+        for parameter in group['params']:
+            layer = layers[names[parameter]]
+            new = {**group, 'lr_scale': layer_decay ** (last - layer), 'params': []}
+            by_layer.setdefault((layer, i), new)['params'].append(parameter)
+    return [by_layer[key] for key in sorted(by_layer)]

@@ -26,7 +26,7 @@ from detection.lr_scheduler import build_scheduler
 from detection.models import build_detector
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
-from engine.checkpoint import load_weights
+from engine.checkpoint import fit_weights, load_weights
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.meter import peak_memory_mb
@@ -73,19 +73,25 @@ def main(config: CfgNode) -> None:
 def load_initial_weights(run: Run, model: Detector, start: Start, classes: Sequence[str] | None = None) -> None:
     """Load a detector's weights, or those of a classifier into the backbone of a new run; see `Start.load_weights`."""
     if start.is_new_run and not any(name.startswith('backbone.') for name in start.checkpoint['model']):
-        load_classifier(model, start.checkpoint, start.path)
-        run.logger.info(f'{start.path} is a classifier: its weights start the backbone')
+        notes = load_classifier(model, start.checkpoint, start.path)
+        for note in ('it is a classifier: its weights start the backbone', *notes):
+            run.logger.info(f'{start.path}: {note}')
     else:
         start.load_weights(run, model, Detector.HEAD, classes)
 
 
-def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> None:
+def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> list[str]:
     """Load a classifier's weights, except its head; norms of feature maps before the last stage stay new.
+
+    Weights of other windows are fitted.
 
     Args:
         model: the detector.
         checkpoint: from `load_checkpoint`.
         path: the checkpoint's path, for messages.
+
+    Returns:
+        What was fitted; see `fit_weights`.
 
     Raises:
         CheckpointError: it holds a different network; the message names the weights.
@@ -93,7 +99,9 @@ def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> N
     body = model.backbone.body
     own = {name: value for name, value in body.state_dict().items() if name.startswith('out_norms.')}
     theirs = {name: value for name, value in checkpoint['model'].items() if not name.startswith('head.')}
+    theirs, notes = fit_weights(body, theirs, path)
     load_weights(body, {'model': theirs | own}, path)
+    return notes
 
 
 def train(run: Run, model: Detector, start: Start | None) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.checkpoint import load_weights
+from engine.checkpoint import fit_weights, load_weights
 from engine.distributed import Process
 from engine.meter import peak_memory_mb
 from engine.run import Run
@@ -71,7 +71,9 @@ def load_ema(model: nn.Module, checkpoint: dict[str, Any]) -> nn.Module | None:
     if 'model_ema' not in checkpoint:
         return None
     ema_model = copy.deepcopy(model)  # not the same network: Apex may hold float16 copies of its weights
-    load_weights(ema_model, {'model': checkpoint['model_ema']}, "the checkpoint's model_ema")
+    name = "the checkpoint's model_ema"
+    weights, _ = fit_weights(ema_model, checkpoint['model_ema'], name)  # as the raw weights, which the log told of
+    load_weights(ema_model, {'model': weights}, name)
     return ema_model
 
 

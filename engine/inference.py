@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, load_weights
+from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
 from engine.config_tree import ConfigTree
 from engine.distributed import choose_device
 from utils import positive_int
@@ -74,8 +74,10 @@ def load_predictor(
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
     model = build(config).to(device)
     weights, description = choose_weights(checkpoint, args.resume, args.weights)
+    weights, notes = fit_weights(model, weights, args.resume)
     load_weights(model, {'model': weights}, args.resume)
-    print(f'{args.resume}: {description}', file=sys.stderr)
+    for note in (description, *notes):
+        print(f'{args.resume}: {note}', file=sys.stderr)
     numbers = range(first_label, first_label + config.MODEL.NUM_CLASSES)
     class_names = checkpoint.get('classes') or [str(number) for number in numbers]
     return Predictor(config, model.eval(), class_names, device)

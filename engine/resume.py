@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, load_weights
+from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
 from engine.class_names import same_classes
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
@@ -41,7 +41,9 @@ class Start(NamedTuple):
     pretrained: Mapping[str, str] | None
 
     def load_weights(self, run: Run, model: nn.Module, head: str, classes: Sequence[str] | None = None) -> None:
-        """Load its weights into a network; a new run may keep a head of its own, which the log says.
+        """Load its weights into a network, fitted to its windows and image size unless the run resumes.
+
+        A new run may keep a head of its own. The log says what was done.
 
         Args:
             run: the run.
@@ -56,12 +58,18 @@ class Start(NamedTuple):
         has_other_names = bool(classes) and same_classes(classes, self.checkpoint.get('classes')) is False
         is_new = choice == 'new' or (choice == 'auto' and has_other_names)
         replaceable = head if self.is_new_run and choice != 'keep' else None
+        checkpoint, notes = self.checkpoint, []
+        if not self.resumes:
+            weights, notes = fit_weights(model, checkpoint['model'], self.path)
+            checkpoint = checkpoint | {'model': weights}
         try:
-            is_replaced = load_weights(model, self.checkpoint, self.path, replaceable, is_replaced=is_new)
+            is_replaced = load_weights(model, checkpoint, self.path, replaceable, is_replaced=is_new)
         except CheckpointError as error:
             remedy = ': to start over, write another --tag or --opts TRAIN.AUTO_RESUME False'
             raise CheckpointError(f'{error}{remedy if self.is_automatic else ""}') from error
         run.logger.info(f'weights of {self.path} loaded')
+        for note in notes:
+            run.logger.info(f'{self.path}: {note}')
         if is_replaced:
             reason = 'MODEL.PRETRAINED_HEAD is new' if choice == 'new' else f'{self.path} has other classes'
             run.logger.info(f'{reason}: the head starts from scratch')

@@ -66,6 +66,11 @@ class TrainingState:
         return max(self.epoch * self.steps_per_epoch + self.step - self.skipped, 0)
 
     @property
+    def lr(self) -> float:
+        """Learning rate of the next update; that of the head, where layers have rates of their own."""
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
+    @property
     def images(self) -> int:
         """Images of the epoch seen so far, over all processes."""
         return min(self.step * self.images_per_update, self.images_per_epoch)
@@ -191,7 +196,7 @@ class TrainingState:
         except (LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer is different from the config's ({error}): "
-                f'write its TRAIN.OPTIMIZER, or start a new run from it with --pretrained'
+                f'write its TRAIN.OPTIMIZER, LAYER_DECAY and FROZEN_STAGES, or start a new run with --pretrained'
             ) from error
 
     def _set_schedule(self) -> None:

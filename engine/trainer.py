@@ -159,14 +159,14 @@ class Trainer:
         Returns:
             `train_loss` (mean over all processes), `lr` of the last update, `seconds`, `images_per_s` of all processes.
         """
-        run, state, optimizer = self.run, self.state, self.state.optimizer
+        run, state = self.run, self.state
         state.begin_epoch()
         self.network.train()
         meter = TrainMeter(run.logger, self.metrics, state, run.config.TRAIN.EPOCHS)
-        images_before, lr = state.images, optimizer.param_groups[0]['lr']
+        images_before, lr = state.images, state.lr
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
         for chunk in chunked(meter.watch(batches), run.accumulation_steps):
-            lr = optimizer.param_groups[0]['lr']
+            lr = state.lr
             update = self.train_step(chunk)
             updated = self.nonfinite.record(
                 update.nonfinite_ranks, update.grad_norm, update.skipped, state.epoch, state.step, lr

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .finetune import FineTuneMethods
 from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, init_linear, make_head
 from .msg_block import MSGBlock, MSGStage
 from .pyramid import Size, patch_grids, plan_pyramid
@@ -31,7 +32,7 @@ EMBED_TYPES = ('patch', 'overlap')
 MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
 
 
-class MSGTransformer(TimmMethods, nn.Module):
+class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
     """A hierarchical vision transformer whose windows exchange information through messenger tokens.
 
     Args:

@@ -13,7 +13,6 @@ from torch import nn
 from .layers import OverlapPatchMerging, PatchEmbed, PatchMerging
 from .msg_block import MSGStage
 from .msg_transformer import MSGTransformer
-from .resize import fit_state_dict
 
 NAMES = tuple(f'msg_transformer_{variant}{size}' for variant in ('', 'v2_') for size in ('tiny', 'small', 'base'))
 V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
@@ -92,7 +91,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         _build,
         name,
         pretrained,
-        pretrained_filter_fn=fit_state_dict,
+        pretrained_filter_fn=lambda weights, model: model.fit_state_dict(weights)[0],
         feature_cfg={'feature_cls': 'getter', 'out_indices': tuple(range(len(options['depths'])))},
         **options,
     )

@@ -1,10 +1,12 @@
-"""Weights fitted to another window size, shuffle region or patch grid.
+"""Weights of another window size, shuffle region or patch grid.
 
 Letters: H x W the patch grid, w window size, h heads, s size of a shuffle region in windows, C channels.
 """
 
+import math
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -34,38 +36,19 @@ def tile_msg_tokens(tokens: Tensor, region_size: int) -> Tensor:
     return region.flatten(1, 2).unsqueeze(2)
 
 
-def fit_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Fit a state dict to a network with other windows, shuffle regions or another patch grid.
+def square_side(cells: int) -> int:
+    """Side of a square grid of so many cells.
 
-    Bias tables and the position embedding, which must be of a square image, are interpolated; MSG tokens are repeated
-    or cropped. All else is left as it is.
-
-    Args:
-        state_dict: of an `MSGTransformer`; it is not changed.
-        model: the `MSGTransformer` to load it.
+    Raises:
+        ValueError: no square has so many.
     """
-    own = model.state_dict()
-    fitted = dict(state_dict)
-    for name, value in state_dict.items():
-        if name not in own or own[name].shape == value.shape:
-            continue
-        if name.endswith('relative_position_bias_table'):
-            fitted[name] = resize_bias_table(value, _side(own[name].shape[0]) // 2 + 1)
-        elif name.endswith('relative_position_index'):
-            fitted[name] = own[name]
-        elif name == 'msg_tokens':
-            fitted[name] = tile_msg_tokens(value, _side(own[name].shape[1]))
-        elif name == 'absolute_pos_embed':
-            side = _side(value.shape[1])
-            fitted[name] = resize_position_embedding(value, model.patch_grid, (side, side))
-    return fitted
-
-
-def _side(cells: int) -> int:
-    return round(cells**0.5)
+    side = math.isqrt(cells)
+    if side**2 != cells:
+        raise ValueError(f'{cells} cells are no square grid')
+    return side
 
 
 def _as_square(x: Tensor) -> Tensor:
     """A square grid (1, side^2, C) as (1, side, side, C)."""
-    side = _side(x.shape[1])
+    side = square_side(x.shape[1])
     return x.unflatten(1, (side, side))

@@ -105,6 +105,7 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
             ['TRAIN.COMPILE', 'True', 'COMPILE_MODE', 'max-autotune', 'TRAIN.ACCUMULATION_STEPS', '2'],
             'max-autotune uses CUDA graphs.*pytorch/issues/169545.*: write COMPILE_MODE default',
         ),
+        (['TRAIN.FROZEN_STAGES', '5'], 'TRAIN.FROZEN_STAGES is 5: write at most 2'),
         (['TRAIN.EPOCH', '3'], 'TRAIN.EPOCH does not exist: did you mean TRAIN.EPOCHS'),
         (['NOTHING.LIKE.IT', '3'], 'NOTHING.LIKE.IT does not exist'),
         (['TRAIN.EPOCHS.X', '3'], 'TRAIN.EPOCHS.X does not exist'),

@@ -6,6 +6,7 @@ from torch import nn
 
 import main as program
 from data import Preprocess
+from engine.checkpoint import load_checkpoint
 from engine.timing import Quartiles
 from engine.trainer import Trainer
 from models import build_model
@@ -40,6 +41,48 @@ def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
         assert result.val_loss == pytest.approx(recorded['val_loss'], rel=1e-6)
     assert len(results) == 2
     assert files() == before
+
+
+def test_fine_tuning_at_another_size_with_other_windows_and_classes(tiny_config, image_tree, tmp_path, capsys):
+    source = fill_(build_model(tiny_config(MODEL__NUM_CLASSES='5')))
+    torch.save({'model': source.state_dict(), 'model_ema': source.state_dict()}, tmp_path / 'w.pth')
+    options = {'DATA__DATA_PATH': str(image_tree), 'DATA__IMG_SIZE': '64', 'MODEL__MSG__WINDOW_SIZE': '8'}
+    config = tiny_config(**options, MODEL__PRETRAINED=str(tmp_path / 'w.pth'), TRAIN__LAYER_DECAY='0.5')
+    program.main(config)
+    out = capsys.readouterr().out
+    assert 'w.pth: position bias of 2 block(s) interpolated from windows of 7 x 7 to 8 x 8' in out
+    assert 'w.pth has other classes: the head starts from scratch' in out
+    assert records(config, 'epoch')[-1]['lr'] == records(config, 'train')[-1]['lr']
+    last = folder_of(config) / 'ckpt_epoch_1.pth'
+    groups = load_checkpoint(last)['optimizer']['param_groups']
+    assert sorted({group['lr_scale'] for group in groups}) == [0.125, 0.25, 0.5, 1]
+    # A network of the first size evaluates the new weights, raw and EMA.
+    ema = {name: x for name, x in load_checkpoint(last).items() if name != 'model_ema'}
+    torch.save(ema | {'model_ema': ema['model']}, tmp_path / 'tuned.pth')
+    other = {'DATA__DATA_PATH': str(image_tree), 'EVAL_MODE': 'True', 'MODEL__RESUME': str(tmp_path / 'tuned.pth')}
+    program.main(tiny_config(**other))
+    out = capsys.readouterr().out
+    assert 'tuned.pth: position bias of 2 block(s) interpolated from windows of 8 x 8 to 7 x 7' in out
+    assert out.count(' * Acc@1') == 2
+
+
+def test_frozen_stages_keep_their_weights_and_resume(tiny_config, image_tree, tmp_path, capsys):
+    source = fill_(build_model(tiny_config())).state_dict()
+    torch.save({'model': source}, tmp_path / 'w.pth')
+    options = {'DATA__DATA_PATH': str(image_tree), 'TRAIN__FROZEN_STAGES': '1', 'TRAIN__EMA_DECAY': '0.5'}
+    options |= {'MODEL__PRETRAINED': str(tmp_path / 'w.pth')}
+    program.main(tiny_config(**options))
+    program.main(tiny_config(**options, TRAIN__EPOCHS='3'))
+    assert 'resuming at epoch 2' in capsys.readouterr().out
+    config = tiny_config(**options)
+    trained = weights(config, 'ckpt_epoch_2.pth')
+    changed = {name for name, value in trained.items() if not torch.equal(value, source[name])}
+    frozen = ('patch_embed.', 'msg_tokens', 'layers.0.', 'layers.1.blocks.0.attn.relative_position_bias_table')
+    assert {name for name, _ in build_model(config).named_parameters() if not name.startswith(frozen)} == changed
+    with pytest.raises(UserError, match='FROZEN_STAGES freezes trained weights: give them with --pretrained'):
+        program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__FROZEN_STAGES='1', TAG='scratch'))
+    with pytest.raises(UserError, match='write its TRAIN.OPTIMIZER, LAYER_DECAY and FROZEN_STAGES'):
+        program.main(tiny_config(**options | {'TRAIN__FROZEN_STAGES': '2', 'TRAIN__EPOCHS': '4'}))
 
 
 @pytest.mark.parametrize('batch_size', ['1', '4', '5', '12', '50'])

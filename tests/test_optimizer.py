@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lr_scheduler import build_scheduler
 from models import MSGTransformer
 from optimizer import build_optimizer
 from tests.helpers.golden import golden
@@ -43,6 +44,31 @@ def test_options_of_adamw_and_sgd(tiny_config):
     sgd = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='sgd', TRAIN__OPTIMIZER__MOMENTUM='0.7'), model)
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.defaults['lr'], sgd.defaults['momentum'], sgd.defaults['nesterov']) == (0.1, 0.7, True)
+
+
+def test_layer_decay_scales_the_rates_of_blocks_and_keeps_weight_decay(tiny_config):
+    model = MSGTransformer(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10)
+    config = tiny_config(TRAIN__WEIGHT_DECAY='0.05')
+    optimizer = build_optimizer(config, model, lr=0.1, layer_decay=0.5)
+    rates, decays = {}, {}
+    for group, names in zip(optimizer.param_groups, names_by_group(model, optimizer), strict=True):
+        rates |= dict.fromkeys(names, group['lr_scale'])
+        decays |= dict.fromkeys(names, group['weight_decay'])
+    assert set(rates) == {name for name, _ in model.named_parameters()}
+    plain = names_by_group(model, build_optimizer(config, model))
+    assert {name for name, decay in decays.items() if decay == 0.05} == set(plain[0])
+    assert {name for name, decay in decays.items() if decay == 0} == set(plain[1])
+    assert rates['msg_tokens'] == rates['patch_embed.proj.weight'] == 0.5**6
+    blocks = ('0.blocks.0', '1.blocks.0', '2.blocks.0', '2.blocks.1', '3.blocks.0')
+    for i, block in enumerate(blocks):
+        assert rates[f'layers.{block}.attn.qkv.weight'] == rates[f'layers.{block}.norm1.bias'] == 0.5 ** (5 - i)
+    assert rates['layers.0.downsample.reduction.weight'] == 0.5**5  # of the stage's last block
+    assert rates['head.weight'] == rates['head.bias'] == 1
+    scheduler = build_scheduler(config, optimizer, steps_per_epoch=4)
+    for update in (0, 3, 7):
+        scheduler.step_update(update)
+        peak = max(group['lr'] for group in optimizer.param_groups)
+        assert all(group['lr'] == pytest.approx(peak * group['lr_scale']) for group in optimizer.param_groups)
 
 
 def test_unknown_name_is_refused(tiny_config):

@@ -66,6 +66,13 @@ class Detector(GeneralizedRCNN):
         """Parts of names of parameters without weight decay."""
         return self.backbone.body.no_weight_decay_keywords()
 
+    def fit_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Fit the backbone's weights to this one's windows; see `FineTuneMethods.fit_state_dict`."""
+        prefix = 'backbone.body.'
+        body = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        fitted, notes = self.backbone.body.fit_state_dict(body)
+        return weights | {prefix + name: x for name, x in fitted.items()}, notes
+
     @staticmethod
     def upgrade_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights under their current names; older checkpoints call `box_deltas` `offsets`."""

@@ -195,6 +195,19 @@ def test_a_classifiers_weights_start_the_backbone(tiny, tmp_path):
         program.load_classifier(build_detector(config), {'model': other.state_dict()}, 'other.pth')
 
 
+def test_weights_of_other_windows_are_fitted(tiny):
+    model = build_detector(tiny())
+    window, blocks = model.backbone.body.window_size, sum(len(stage.blocks) for stage in model.backbone.body.layers)
+    classifier = classifier_of(tiny(), img_size=384, window_size=12).state_dict()
+    notes = program.load_classifier(model, {'model': classifier}, 'classifier.pth')
+    expected = [f'position bias of {blocks} block(s) interpolated from windows of 12 x 12 to {window} x {window}']
+    assert notes == expected
+    wide = build_detector(tiny(MODEL__MSG__WINDOW_SIZE='12'))
+    weights, notes = model.fit_state_dict(wide.state_dict())
+    assert notes == expected
+    model.load_state_dict(weights)
+
+
 def test_a_detectors_weights_start_a_new_run(finished, tiny):
     path = folder_of(finished) / 'ckpt_epoch_1.pth'
     config = tiny(MODEL__PRETRAINED=str(path), SEED='5', **NO_UPDATES)

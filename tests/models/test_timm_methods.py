@@ -7,7 +7,7 @@ import torch
 from timm.models import group_parameters
 
 from models import MSGTransformer
-from models.resize import fit_state_dict, resize_bias_table, tile_msg_tokens
+from models.resize import resize_bias_table, tile_msg_tokens
 from tests.helpers.golden import fill_, images, micro, normal
 
 NARROW = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 4, 8), 'num_classes': 5}
@@ -51,7 +51,7 @@ def test_another_size_is_what_a_network_built_for_it_is():
         batch = normal('images', (1, 3, *built.img_size))
         assert torch.equal(model(batch), built(batch))
         loaded = MSGTransformer(**NARROW | options).eval()
-        loaded.load_state_dict(fit_state_dict(fill_(MSGTransformer(**NARROW)).state_dict(), loaded))
+        loaded.load_state_dict(loaded.fit_state_dict(fill_(MSGTransformer(**NARROW)).state_dict())[0])
         assert torch.equal(loaded(batch), built(batch))
 
 
@@ -63,7 +63,7 @@ def test_windows_that_shrink_to_fit_and_the_position_embedding_follow():
     assert not any(p.requires_grad for p in model.parameters())
     assert model.layers[0].window_size == built.layers[0].window_size == 4
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in built.named_parameters()}
-    built.load_state_dict(fit_state_dict(fill_(micro(**options)).state_dict(), built))
+    built.load_state_dict(built.fit_state_dict(fill_(micro(**options)).state_dict())[0])
     assert torch.equal(model(images(1, 8)), built.eval()(images(1, 8)))
 
 

@@ -1,0 +1,87 @@
+"""What fine-tuning needs of the network: weights fitted to its shapes, and frozen stages."""
+
+from collections import Counter
+
+from torch import Tensor
+
+from .resize import resize_bias_table, resize_position_embedding, square_side, tile_msg_tokens
+
+
+class FineTuneMethods:
+    """Methods of `MSGTransformer` for starting from the weights of another one."""
+
+    # Modules that are not trained; they stay in evaluation mode.
+    frozen = ()
+
+    def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Fit the weights of a network with other windows, shuffle regions or another patch grid.
+
+        Bias tables and the position embedding, which must be of a square image, are interpolated bicubically; MSG
+        tokens are repeated or cropped. All else is left as it is.
+
+        Args:
+            state_dict: weights; the mapping is not changed.
+
+        Returns:
+            The weights with the shapes of this network, and what was done, in words; empty for nothing.
+
+        Raises:
+            ValueError: a bias table, MSG tokens or a position embedding of a grid that is not square.
+        """
+        own, fitted = self.state_dict(), dict(state_dict)
+        windows, notes = Counter(), []
+        for name, value in state_dict.items():
+            if name not in own or own[name].shape == value.shape:
+                continue
+            if name.endswith('relative_position_index'):
+                fitted[name] = own[name]
+            if own[name].shape[-1] != value.shape[-1]:
+                continue  # other heads or channels: another network, which loading refuses
+            if name.endswith('relative_position_bias_table'):
+                old, new = ((square_side(len(table)) + 1) // 2 for table in (value, own[name]))
+                fitted[name] = resize_bias_table(value, new)
+                windows[old, new] += 1
+            elif name == 'msg_tokens':
+                old, new = (square_side(tokens.shape[1]) for tokens in (value, own[name]))
+                fitted[name] = tile_msg_tokens(value, new)
+                verb = 'cropped' if new < old else 'repeated'
+                notes.append(f'msg_tokens of a shuffle region of {old} x {old} windows {verb} to {new} x {new}')
+            elif name == 'absolute_pos_embed':
+                side = square_side(value.shape[1])
+                fitted[name] = resize_position_embedding(value, self.patch_grid, (side, side))
+                notes.append(f'{name} of {side} x {side} patches interpolated to {self.patch_grid}')
+        for (old, new), count in windows.items():
+            notes.append(
+                f'position bias of {count} block(s) interpolated from windows of {old} x {old} to {new} x {new}'
+            )
+        return fitted, notes
+
+    def freeze_stages(self, count: int) -> None:
+        """Stop training the first stages; optimizers and DDP are to be built afterwards.
+
+        Args:
+            count: 0 for the embeddings of patches, MSG tokens and positions; n for the first n stages too, and the norm
+                before the head where these are all; -1 for nothing.
+
+        Raises:
+            ValueError: there are fewer stages.
+        """
+        if count > len(self.layers):
+            raise ValueError(f'{count} stages cannot be frozen: the network has {len(self.layers)}')
+        if count < 0:
+            return
+        self.frozen = (self.patch_embed, self.pos_drop, *self.layers[:count])
+        if count == len(self.layers):
+            self.frozen += (self.norm,)
+        for module in self.frozen:
+            module.requires_grad_(False).eval()
+        self.msg_tokens.requires_grad_(False)
+        if self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'FineTuneMethods':
+        """Switch to training mode, but for what is frozen, or to evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
