@@ -69,6 +69,7 @@ def trace_blocks(model: MSGTransformer, image: Tensor) -> list[StageTrace]:
     return stages
 
 
+@torch.enable_grad()
 def traced_logits(model: MSGTransformer, stages: Sequence[StageTrace]) -> Tensor:
     """The logits (1, num_classes) of a trace; the pooled features without classes."""
     return model.forward_head(model.norm(stages[-1].windows[-1][:, :, :, 0]))
@@ -157,6 +158,7 @@ def window_influence(
     return norms / norms.sum()
 
 
+@torch.enable_grad()
 def grad_cam(model: MSGTransformer, stages: Sequence[StageTrace], class_index: int, stage: int = -1) -> Tensor:
     """Where a stage's patches speak for a class: Grad-CAM (Selvaraju et al., arXiv:1610.02391).
 

@@ -17,6 +17,7 @@ from engine.inference import Predictor
 from models import build_model
 from utils import UserError, set_seed
 
+MAX_RATIO = 100  # of an image's sides; resizing the shorter one would make the longer one enormous
 MAX_PIXELS = 1024**2  # of an image, whose every activation is kept
 
 
@@ -54,9 +55,13 @@ def prepare(predictor: Predictor, image: Image.Image, size: int | None = None) -
         size: of the shorter side, in pixels; None for evaluation's resizing and cropping.
 
     Raises:
-        VisualizeError: the image would be too large, or smaller than a patch.
+        VisualizeError: the image is too narrow, or would be too large or smaller than a patch.
     """
     config = predictor.config
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise VisualizeError(
+            f'an image of {image.width} x {image.height} pixels is too narrow: crop it to {MAX_RATIO} : 1 or less'
+        )
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in mean_and_std(config))
     if size is None:
         tensor = build_transform(config, is_train=False)(image)

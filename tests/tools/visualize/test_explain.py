@@ -183,11 +183,12 @@ def test_frozen_networks_and_other_grad_modes_change_nothing():
     model = build()
     image = torch.randn(1, 3, 32, 32)
 
-    def shares():
-        return window_influence(trace_blocks(model, image), 0, 1, (0, 0))
+    def measure():
+        stages = trace_blocks(model, image)
+        return window_influence(stages, 0, 1, (0, 0)), grad_cam(model, stages, 1)
 
-    expected = shares()
+    expected = measure()
     with torch.no_grad():
-        torch.testing.assert_close(shares(), expected)
+        torch.testing.assert_close(measure(), expected)
     model.requires_grad_(False)
-    torch.testing.assert_close(shares(), expected)
+    torch.testing.assert_close(measure(), expected)

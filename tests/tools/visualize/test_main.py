@@ -3,11 +3,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from engine.inference import Predictor
 from models import build_model
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage, noise
 from tests.helpers.paths import TINY
@@ -27,18 +27,7 @@ RANDOM = ['--cfg', TINY, '--random-weights']
 def checkpoint(tiny_config, tmp_path):
     """A function of options that writes a checkpoint of the tiny network, with its config."""
 
-    def write(**options):
-        config = tiny_config(**options)
-        state = {'model': fill_(build_model(config)).state_dict(), 'config': config}
-        path = tmp_path / 'w.pth'
-        torch.save(state | {'config': dict_of(config), 'classes': NAMES[: config.MODEL.NUM_CLASSES]}, path)
-        return path
-
-    return write
-
-
-def dict_of(config):
-    return {key: dict_of(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return lambda **options: write_checkpoint(tmp_path / 'w.pth', tiny_config(**options), NAMES)
 
 
 def visualize(monkeypatch, *flags):
