@@ -137,10 +137,11 @@ def draw_overlay(axes: Axes, picture: np.ndarray, overlay: Overlay, scale: Scala
 
 def outline_windows(axes: Axes, width: int, height: int, overlay: Overlay) -> None:
     """Draw the windows of an overlay, and its chosen one, over a picture of this size."""
+    line = {'color': 'white', 'linewidth': 0.5 if max(width, height) <= 12 * overlay.window else 0.25, 'alpha': 0.6}
     for x in range(overlay.window, width, overlay.window):
-        axes.axvline(x, color='white', linewidth=0.5, alpha=0.6)
+        axes.axvline(x, **line)
     for y in range(overlay.window, height, overlay.window):
-        axes.axhline(y, color='white', linewidth=0.5, alpha=0.6)
+        axes.axhline(y, **line)
     if overlay.chosen is None:
         return
     size = overlay.chosen_size

@@ -176,11 +176,14 @@ def draw_kinds(
         name += f', predicted {predictor.class_names[probabilities.argmax()]} ({probabilities.max():.0%})'
     for kind in kinds:
         rows = overlay_rows(predictor.model, stages, kind, choice)
-        subject = {'attention': 'Attention of MSG tokens', 'gradcam': 'Grad-CAM of the predicted class'}.get(kind)
-        if kind == 'gradcam' and choice.class_index is not None:
-            subject = f'Grad-CAM of {predictor.class_names[choice.class_index]}'
+        if kind == 'attention':
+            subject = 'Attention of MSG tokens, mean of the heads'
         elif kind == 'influence':
             row, column = chosen_window(stages, choice.window)
             subject = f'Influence of each window on the outlined one (row {row + 1}, column {column + 1})'
+        elif choice.class_index is None:
+            subject = 'Grad-CAM of the predicted class'
+        else:
+            subject = f'Grad-CAM of {predictor.class_names[choice.class_index]}'
         sheets[kind] = draw_sheet(view.picture, rows, f'{subject}\n{name}; {source}')
     return sheets

@@ -14,8 +14,8 @@ from tests.helpers.paths import TINY
 from tests.helpers.processes import error_line, run_here
 from tests.helpers.runs import CPU
 from tools.visualize.__main__ import main, plan_outputs
-from tools.visualize.explain import trace_blocks
-from tools.visualize.overlays import CHOSEN, influence_overlay, render_overlay
+from tools.visualize.explain import msg_attention, trace_blocks
+from tools.visualize.overlays import CHOSEN, attention_overlays, influence_overlay, render_overlay
 from tools.visualize.sheets import Choice, overlay_rows
 from tools.visualize.view import VisualizeError, find_class, prepare
 
@@ -196,6 +196,15 @@ def test_rows_and_columns_of_sheets(predictor):
     [heads] = overlay_rows(predictor.model, stages, 'attention', Choice([1], [0]))
     assert [overlay.title for overlay in heads] == ['stage 2, block 1', 'head 1', 'head 2']
     np.testing.assert_allclose((heads[1].values + heads[2].values) / 2, heads[0].values, rtol=1e-5)
+
+
+def test_attention_lies_where_its_patches_are(predictor):
+    stages = trace_blocks(predictor.model, prepare(predictor, noise()).image)
+    maps = msg_attention(stages)[0][0].mean(dim=2)  # (nH, nW, w, w), heads averaged
+    overlay = attention_overlays(predictor.model, stages, 0, 0)[0]
+    for row, column, i, j in ((0, 1, 2, 5), (1, 0, 6, 0)):
+        value = overlay.values[row * 7 + i, column * 7 + j]
+        assert value == pytest.approx(50 * maps[row, column, i, j].item(), rel=1e-5)
 
 
 def test_an_overlay_lies_where_its_window_is(predictor):
