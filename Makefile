@@ -3,12 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection test test-slow test-timm lint format docs clean
+.PHONY: help demo demo-detection app test test-slow test-timm lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= output
 SEED ?= 0
+RESUME ?=
 
 PY := $(VENV)/bin/python
 CONFIG := configs/msg_digits_p2_win7_56.yaml
@@ -25,6 +26,7 @@ DETECTION := $(PY) -m detection.main --cfg $(DETECTION_CONFIG) --data-path $(DIG
 help:
 	@echo "make demo            install, train on handwritten digits, evaluate, draw ($(OUTPUT)/demo_*.png)"
 	@echo "make demo-detection  the same with a detector, on digits pasted on photographs"
+	@echo "make app             a web page that shows what the network looks at (RESUME=<checkpoint>: another one)"
 	@echo "make test            install, lint, and run the tests that take seconds"
 	@echo "make test-slow       the tests that take minutes: compilation, demos, 20 kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
@@ -66,6 +68,14 @@ $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
 	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png and $(OUTPUT)/demo_predictions_seed$(SEED).png"
+
+$(VENV)/installed-app: requirements-app.txt $(VENV)/installed
+	$(PY) -m pip install --quiet -r requirements-app.txt
+	touch $@
+
+# LAST reads the first prerequisite.
+app: $(if $(RESUME),,$(RUN)/trained) $(VENV)/installed-app
+	$(PY) -m tools.app --resume $(or $(RESUME),$(LAST) --examples $(DIGITS)/val)
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

@@ -35,10 +35,10 @@ def prediction_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a trained network, for `load_predictor`."""
+def add_network_flags(parser: argparse.ArgumentParser, requires_resume: bool = True) -> None:
+    """Add the flags that name a trained network, for `load_predictor`; without `--resume`, the caller has another."""
     add = parser.add_argument
-    add('--resume', required=True, metavar='FILE', help='checkpoint of the network')
+    add('--resume', required=requires_resume, metavar='FILE', help='checkpoint of the network')
     add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
     add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
     add_weights_flags(parser)

@@ -1,15 +1,21 @@
-"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, and the block.
+"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, the block, and influence.
 
 python -m tools.draw_figures --output docs
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from tools.visualize.sheets import Choice, draw_kinds
+from tools.visualize.view import prepare, random_predictor
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 PATCH, INK = '#e8e8e8', '#333333'
@@ -18,13 +24,17 @@ PATCH, INK = '#e8e8e8', '#333333'
 def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for the SVG files')
+    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for the files')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams.update({'svg.hashsalt': 'msg', 'font.size': 10, 'font.family': 'DejaVu Sans'})
     for name, draw in (('windows', draw_windows), ('block', draw_block)):
         draw().savefig(args.output / f'{name}.svg', metadata={'Date': None})
         print(args.output / f'{name}.svg')
+    png = io.BytesIO()
+    draw_influence().savefig(png, dpi=90)
+    Image.open(png).convert('RGB').quantize(256).save(args.output / 'influence.png')  # half as large
+    print(args.output / 'influence.png')
 
 
 def draw_windows() -> Figure:
@@ -90,6 +100,14 @@ def draw_block() -> Figure:
     axes.text(14.7, 0.55, 'drop path,\nper region', ha='center', va='top', fontsize=9)
     frame(axes, (-1.4, 16.4), (-0.6, 2.4), equal=False)
     return figure
+
+
+def draw_influence() -> Figure:
+    """The reach of a window of msg_tiny, block by block, over a photograph that comes with scikit-learn."""
+    predictor = random_predictor('configs/msg_tiny_p4_win7_224.yaml', ['DEVICE', 'cpu'])
+    view = prepare(predictor, Image.fromarray(load_sample_image('china.jpg')))
+    choice = Choice(stages=(0, 1), window=(2, 2))
+    return draw_kinds(predictor, view, ['influence'], choice, 'china.jpg', None)['influence']
 
 
 def chunks(axes: Axes, x: float, y: float, colours: list[str]) -> None:

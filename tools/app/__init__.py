@@ -1,0 +1,1 @@
+"""A web page for a trained classifier: `python -m tools.app`."""

@@ -1,0 +1,105 @@
+"""A web page that classifies a picture and shows what the network looks at, on this machine alone.
+
+    python -m tools.app --resume <checkpoint>
+
+Nothing is loaded from the network, and nothing leaves it. The page needs Gradio: pip install -r requirements-app.txt.
+"""
+
+import argparse
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from config import TREE
+from data.images import choose_images, find_images
+from engine.inference import add_network_flags, load_predictor
+from models import build_model
+from tools.app.explainer import Explainer
+from tools.app.page import build_page
+from utils import UserError, exit_on_user_error
+
+MAX_UPLOAD = '64mb'
+EXAMPLES = 8  # pictures offered
+
+
+def import_gradio() -> ModuleType:
+    """Gradio, which is slow to import and only the page needs; it must not report to its makers.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when it is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError(f'the page needs Gradio ({error}): pip install -r requirements-app.txt') from error
+    return gradio
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that a server can listen, before the seconds of loading.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        reason = 'is in use' if error.errno == errno.EADDRINUSE else f'cannot be used ({error.strerror})'
+        raise UserError(f'port {port} of {host} {reason}: give another --port or --host') from error
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f'{text} is not a port: write a number from 1 to 65535')
+    return int(text)
+
+
+def main() -> None:
+    """Read the command line and serve the page until interrupted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog='example:\n  python -m tools.app --resume output/msg_digits_p2_win7_56/demo_seed0/ckpt_best.pth '
+        '--examples output/digits/val',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_network_flags(parser)
+    add = parser.add_argument
+    add('--host', default='127.0.0.1', help='address to listen on (127.0.0.1: this machine only)')
+    add('--port', type=_port, default=7860, help='port to listen on (7860)')
+    add('--examples', nargs='+', type=Path, default=[], metavar='IMAGES', help='image files or folders to choose from')
+    args = parser.parse_args()
+    with exit_on_user_error():
+        gradio = import_gradio()
+        check_port(args.host, args.port)
+        examples = choose_images(find_images(args.examples), EXAMPLES) if args.examples else []
+        predictor = load_predictor(args, TREE, build_model, first_label=0)
+    title = f'{predictor.config.MODEL.NAME}, {"/".join(Path(args.resume).parts[-2:])}'
+    page = build_page(gradio, Explainer(predictor), title, examples)
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            max_file_size=MAX_UPLOAD,
+            theme=gradio.themes.Default(font='system-ui', font_mono='monospace'),
+        )
+    except OSError as error:
+        sys.exit(f'error: the page cannot be served on {args.host}, port {args.port}: {error}')
+    print(f'Open http://{args.host}:{args.port} (Ctrl-C ends)', flush=True)
+    page.block_thread()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,133 @@
+"""Draw what a trained network attends to, which windows inform which, and where it sees a class.
+
+    python -m tools.visualize --resume <checkpoint> --output pictures <images>
+
+IMAGES are files or folders. Each gives a sheet per kind: `attention` of the MSG tokens over their windows, the
+`influence` of windows on a chosen one block by block, and `gradcam` (Grad-CAM) per stage. See docs/pictures.md.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from config import TREE
+from data.images import ReadableImages, find_images, report_other_files
+from data.transforms import image_mode
+from engine.inference import add_network_flags, load_predictor
+from models import build_model
+from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
+from tools.visualize.view import VisualizeError, find_class, prepare, random_predictor
+from utils import atomic_write, exit_on_user_error, positive_int, report_write_errors
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
+EXAMPLES = """examples:
+  python -m tools.visualize --resume output/msg_digits_p2_win7_56/demo_seed0/ckpt_best.pth --output pictures a.png
+  python -m tools.visualize --resume <checkpoint> --kind influence --stage 1 2 --window 3 2 --output a.png photo.jpg
+  python -m tools.visualize --cfg configs/msg_tiny_p4_win7_224.yaml --random-weights --output pictures photo.jpg
+"""
+
+
+def plan_outputs(images: Sequence[Path], kinds: Sequence[str], output: Path) -> dict[Path, dict[str, Path]]:
+    """The file of each image's sheet of each kind.
+
+    Raises:
+        VisualizeError: `output` is one file for several sheets, a type that cannot be written, or a file for a folder.
+    """
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() not in SUFFIXES:
+            raise VisualizeError(
+                f'--output {output}: no pictures of type {output.suffix}: write {", ".join(SUFFIXES)} or a folder'
+            )
+        if len(images) * len(kinds) > 1:
+            raise VisualizeError(
+                f'--output {output} is one file for {len(images) * len(kinds)} sheets: give a folder, or one image '
+                f'and one --kind'
+            )
+        return {images[0]: {kinds[0]: output}}
+    if output.exists() and not output.is_dir():
+        raise VisualizeError(f'--output {output} is a file without a suffix: give a folder, or {", ".join(SUFFIXES)}')
+    stems, files = Counter(), {}
+    for image in images:  # the second image of a name is numbered
+        stems[image.stem] += 1
+        stem = image.stem if stems[image.stem] == 1 else f'{image.stem}_{stems[image.stem]}'
+        files[image] = {kind: output / f'{stem}_{kind}.png' for kind in kinds}
+    return files
+
+
+def _from_one(text: str) -> int:
+    """A number from 1 on the command line, as an index from 0."""
+    return positive_int(text) - 1
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
+    add_network_flags(parser, requires_resume=False)
+    add('--random-weights', action='store_true', help='take the network of --cfg with random weights, and say so')
+    add('--output', type=Path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
+    add('--kind', choices=(*KINDS, 'all'), default='all', help='what to draw (default: all)')
+    add('--stage', type=_from_one, nargs='+', metavar='N', help='stages, from 1 (default: all)')
+    add('--block', type=_from_one, nargs='+', metavar='N', help='blocks within these stages, from 1 (default: all)')
+    add('--window', type=_from_one, nargs=2, metavar=('ROW', 'COL'), help='window of the first stage (the centre one)')
+    add('--within-stage', action='store_true', help='influence of the windows that enter the same stage, not the first')
+    add(
+        '--class', dest='class_', metavar='NAME', help="name or number of Grad-CAM's class (default: the predicted one)"
+    )
+    add('--size', type=positive_int, metavar='N', help='resize the shorter side to N pixels; crop nothing')
+    args = parser.parse_intermixed_args()
+    if args.random_weights == (args.resume is not None):
+        parser.error('give either --resume or --random-weights')
+    if args.random_weights and args.cfg is None:
+        parser.error('--random-weights needs the --cfg of a network')
+    return args
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    args = parse_args()
+    kinds = KINDS if args.kind == 'all' else (args.kind,)
+    with exit_on_user_error():
+        images = find_images(args.images)
+        predictor = (
+            random_predictor(args.cfg, args.opts) if args.random_weights else load_predictor(args, TREE, build_model, 0)
+        )
+        if args.kind == 'all' and not predictor.class_names:
+            print('no Grad-CAM: the network has no classes', file=sys.stderr)
+            kinds = kinds[:2]
+        outputs = plan_outputs(images, kinds, args.output)
+        report_other_files(args.images)
+        class_index = None if args.class_ is None else find_class(predictor.class_names, args.class_)
+        choice = Choice(args.stage, args.block, args.window and tuple(args.window), class_index, args.within_stage)
+        chosen_blocks(predictor.model, choice)
+        checkpoint = None if args.random_weights else '/'.join(Path(args.resume).parts[-2:])
+        readable = ReadableImages(images, image_mode(predictor.config))
+        for path, image in readable:
+            sheets = draw_kinds(predictor, prepare(predictor, image, args.size), kinds, choice, path.name, checkpoint)
+            for kind, figure in sheets.items():
+                save_figure(figure, outputs[path][kind])
+                print(outputs[path][kind])
+        readable.check()
+
+
+def save_figure(figure: Figure, output: Path) -> None:
+    """Write a figure, in the format of its suffix.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    suffix = output.suffix[1:].lower()
+    with report_write_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(output, lambda file: figure.savefig(file, format=suffix, dpi=100))
+
+
+if __name__ == '__main__':
+    main()
