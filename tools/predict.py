@@ -99,11 +99,16 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
             yield Prediction(path, *classes.get(number, ([], [])), label, batch.errors.get(number, ''))
 
 
+def emit(text: str, end: str = '\n') -> None:
+    """Print on stdout, above the progress bar where they share a terminal."""
+    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
+
+
 def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[Prediction]:
     """The predictions, each printed on its way unless its image cannot be read."""
     for prediction in predictions:
         if not prediction.error:
-            tqdm.write(text_line(prediction, class_names))
+            emit(text_line(prediction, class_names))
         yield prediction
 
 
@@ -179,7 +184,7 @@ def run(args: argparse.Namespace) -> InferenceLoader:
             pass
     elif table == STDOUT:
         for part in parts:
-            tqdm.write(part, end='')
+            emit(part, end='')
     else:
         write_text(table, parts)
     if args.output and sheet.predictions:

@@ -112,3 +112,8 @@ def test_mistakes_are_reported_in_a_line(monkeypatch, capsys, arguments, code, m
     text = exit_.value.code if isinstance(exit_.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert message in text
     assert (1 if isinstance(exit_.value.code, str) else exit_.value.code) == code
+
+
+def test_the_documented_table_is_the_one_that_is_printed():
+    printed = table(summarise(meta_model(MSG_TINY)))
+    assert printed in (ROOT / 'docs' / 'prediction.md').read_text()
