@@ -19,6 +19,11 @@ from data.samples import NameList
 SOME_UNREADABLE = 3
 
 
+def print_above_bar(text: str, end: str = '\n') -> None:
+    """Print a result on stdout, above the loader's progress bar where they share a terminal."""
+    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
+
+
 class LoadedImage(NamedTuple):
     """An image file by its index: what its transform gives, or the error instead."""
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import TREE
 from data.build import build_sample_transform
 from data.images import choose_images, find_images, report_other_files
-from data.inference import InferenceLoader
+from data.inference import InferenceLoader, print_above_bar
 from data.preprocess import Preprocess
 from data.transforms import image_mode
 from engine.class_names import with_words
@@ -99,16 +98,11 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
             yield Prediction(path, *classes.get(number, ([], [])), label, batch.errors.get(number, ''))
 
 
-def emit(text: str, end: str = '\n') -> None:
-    """Print on stdout, above the progress bar where they share a terminal."""
-    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
-
-
 def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[Prediction]:
     """The predictions, each printed on its way unless its image cannot be read."""
     for prediction in predictions:
         if not prediction.error:
-            emit(text_line(prediction, class_names))
+            print_above_bar(text_line(prediction, class_names))
         yield prediction
 
 
@@ -184,7 +178,7 @@ def run(args: argparse.Namespace) -> InferenceLoader:
             pass
     elif table == STDOUT:
         for part in parts:
-            emit(part, end='')
+            print_above_bar(part, end='')
     else:
         write_text(table, parts)
     if args.output and sheet.predictions:

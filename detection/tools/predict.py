@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from data.images import DataError, choose_images, decode_image, find_images, report_other_files
-from data.inference import InferenceLoader
+from data.inference import InferenceLoader, print_above_bar
 from detection.config import TREE
 from detection.draw import draw_detections
 from detection.models import build_detector
@@ -93,7 +93,7 @@ def main() -> None:
             for box, label, score in zip(*columns, strict=True):
                 if score >= min_score:
                     corners = ' '.join(f'{x:.1f}' for x in box)
-                    print(f'{path}\t{predictor.class_names[label - 1]}\t{score:.3f}\t{corners}')
+                    print_above_bar(f'{path}\t{predictor.class_names[label - 1]}\t{score:.3f}\t{corners}')
             try:
                 drawings[path].parent.mkdir(parents=True, exist_ok=True)
                 draw_detections(image, detections, predictor.class_names, min_score).save(drawings[path])

@@ -76,12 +76,9 @@ def test_detections_are_printed_and_drawn(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('config', 'message'),
-    [('nowhere', 'error: config file nowhere: No such file'), (CONFIG, 'error: checkpoint x does not exist')],
-)
-def test_mistakes_are_reported_in_one_line(config, message):
-    assert message in error_line(*PROGRAM, 'nowhere', '--cfg', config, '--resume', 'x', '--output', 'output')
+def test_mistakes_are_reported_in_one_line():
+    line = error_line(*PROGRAM, 'nowhere', '--cfg', CONFIG, '--resume', 'x', '--output', 'output')
+    assert 'error: checkpoint x does not exist' in line
 
 
 def test_a_damaged_image_is_reported_and_the_others_are_drawn(images, tmp_path, monkeypatch, capsys):
