@@ -63,7 +63,7 @@ $(OUTPUT)/demo_curves_seed$(SEED).png: $(RUN)/trained
 	$(PY) -m tools.plot --run $(RUN) --output $@
 
 $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
-	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ | tail -n 2
+	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ > /dev/null
 
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'

@@ -41,6 +41,22 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def non_negative_int(text: str) -> int:
+    """An integer from 0 on, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text} is not an integer from 0 on')
+    return int(text)
+
+
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the program with one line and exit code 1 on a `UserError`; other errors keep their traceback."""

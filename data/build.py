@@ -118,9 +118,10 @@ def build_loader(
     batch_size: int,
     collate_fn: Callable | None = None,
     drop_last: bool = False,
+    workers: int | None = None,
 ) -> DataLoader:
-    """Build a loader with the workers of `DATA`; see `build_train_loader` for the arguments."""
-    workers = config.DATA.NUM_WORKERS
+    """Build a loader; see `build_train_loader` for the arguments; `workers` None takes `DATA.NUM_WORKERS`."""
+    workers = config.DATA.NUM_WORKERS if workers is None else workers
     cv2.setNumThreads(1)  # as PyTorch does in a loader process; but not there: a forked thread pool hangs
     return DataLoader(
         dataset,

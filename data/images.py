@@ -1,18 +1,22 @@
 """Reading image files, with errors that name the file at fault."""
 
+import codecs
+import glob
 import io
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import is_image_file
 
 from utils import UserError
+
+Item = TypeVar('Item')
 
 
 class DataError(UserError):
@@ -87,14 +91,18 @@ class ImageHeader(NamedTuple):
         return self.size[::-1] if self.orientation in range(5, 9) else self.size
 
 
-def read_header(path: str | Path) -> ImageHeader:
+def read_header(path: str | Path, data: bytes | None = None) -> ImageHeader:
     """Read an image's header, without its pixels.
+
+    Args:
+        path: the image.
+        data: content of its file; None reads it.
 
     Raises:
         DataError: the file is not an image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if data is None else io.BytesIO(data)) as file:
             exif = Image.Image.getexif(file)  # PNG's own would decode the image first
             orientation = exif.get(ExifTags.Base.Orientation, 1)
             header = ImageHeader(file.size, orientation if orientation in range(1, 9) else 1)
@@ -102,6 +110,24 @@ def read_header(path: str | Path) -> ImageHeader:
             return header._replace(size=header.upright_size) if file.format == 'TIFF' else header
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def turn_upright(data: bytes, name: str | Path, mode: str = 'RGB') -> bytes:
+    """An encoded image, encoded again without loss where EXIF turns it.
+
+    Args:
+        data: content of an image file.
+        name: of the image, for errors.
+        mode: PIL mode of the turned image: RGB or L.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    if data and read_header(name, data).orientation == 1:
+        return data
+    turned = io.BytesIO()
+    decode_image(data, name, mode, upright=True).save(turned, 'PPM')
+    return turned.getvalue()
 
 
 # What PIL raises for files that it cannot, or should not, decode.
@@ -126,20 +152,43 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """The images among files and below folders; hidden ones in a folder are ignored, linked folders are not.
+    """The images among files, below folders, among the matches of patterns, and listed on standard input for `-`.
+
+    In folders and among matches, files of other kinds are left out, and so are hidden ones in folders; linked folders
+    are not. A list has a file or folder on each line; one that does not exist is kept, as an image that cannot be read.
 
     Raises:
-        DataError: there are none, or a path does not exist.
+        DataError: there are none, or a path does not exist and, as a pattern, matches nothing.
     """
     paths = list(paths)
     images = []
     for path in paths:
-        if not path.exists():
+        if path == _STDIN:
+            images += [image for listed in _listed_paths() for image in _images_at(listed)]
+        elif path.exists():
+            images += _images_at(path)
+        elif matches := sorted(map(Path, glob.glob(str(path), recursive=True))):
+            below = (image for match in matches for image in _images_at(match) if is_image_file(image.name))
+            images += dict.fromkeys(below)  # ** matches folders and what is in them
+        else:
             raise DataError(f'{path} does not exist: give image files or folders')
-        images += [x for x in _files_below(path) if is_image_file(x.name)] if path.is_dir() else [path]
     if not images:
-        raise DataError(f'no images in {", ".join(map(str, paths))}')
+        raise DataError(f'no images in {", ".join("standard input" if x == _STDIN else str(x) for x in paths)}')
     return images
+
+
+_STDIN = Path('-')
+
+
+def _listed_paths() -> list[Path]:
+    """Paths on standard input, one on each line; blank lines are ignored."""
+    lines = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).splitlines()
+    return [Path(os.fsdecode(line)) for line in lines if line.strip()]
+
+
+def _images_at(path: Path) -> list[Path]:
+    """The images below a folder; a file as it is."""
+    return [x for x in _files_below(path) if is_image_file(x.name)] if path.is_dir() else [path]
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -163,39 +212,8 @@ def report_other_files(paths: Iterable[Path]) -> None:
         print(f'{count} file(s) of other kinds left out', file=sys.stderr)
 
 
-class ReadableImages:
-    """Iterates over the files and upright images that can be read; the others are reported on stderr.
-
-    Args:
-        paths: image files.
-        mode: PIL mode of the images.
-    """
-
-    def __init__(self, paths: Sequence[Path], mode: str = 'RGB'):
-        self.paths, self.mode = paths, mode
-        self.unreadable = 0
-
-    def __iter__(self) -> Iterator[tuple[Path, Image.Image]]:
-        self.unreadable = 0
-        for path in self.paths:
-            try:
-                image = load_image(path, self.mode, upright=True)
-            except DataError as error:
-                print(f'error: {error}', file=sys.stderr)
-                self.unreadable += 1
-            else:
-                yield path, image
-
-    def check(self) -> None:
-        """To be called at the end.
-
-        Raises:
-            DataError: images could not be read.
-        """
-        if self.unreadable:
-            raise DataError(f'{self.unreadable} of {len(self.paths)} images cannot be read: see above')
-
-
-def choose_images(paths: list[Path], limit: int | None) -> list[Path]:
-    """At most `limit` of the images, chosen at random but always the same; None takes all."""
-    return paths if limit is None or limit >= len(paths) else sorted(random.Random(0).sample(paths, limit))
+def choose_images(images: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """At most `limit` of the images, in their order, chosen at random but always the same; None takes all."""
+    if limit is None or limit >= len(images):
+        return images
+    return [images[i] for i in sorted(random.Random(0).sample(range(len(images)), limit))]

@@ -22,12 +22,16 @@ class Preprocess:
 
     def __call__(self, batch: Sample) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, H, W), float32, and class indices (B,)."""
-        images = batch.image.to(self.device, non_blocking=True)
+        images = self.prepare(batch.image)
         targets = batch.target.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = self.normalise(images)
+        if batch.image.dtype == torch.uint8:
             self.erase(images, batch.erasing)
         return images, targets
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images of either pipeline, see `Sample`, as normalised ones (B, C, H, W) on the device, without erasing."""
+        images = images.to(self.device, non_blocking=True)
+        return self.normalise(images) if images.dtype == torch.uint8 else images
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize compute it."""

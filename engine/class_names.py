@@ -25,6 +25,12 @@ def same_classes(ours: Sequence[str], theirs: Sequence[str] | None) -> bool | No
     return all(a == b or _describes(a, b) or _describes(b, a) for a, b in pairs)
 
 
+def with_words(names: Sequence[str]) -> list[str]:
+    """Class names, those that are WordNet ids of ImageNet with the first name they stand for: n01440764 tench."""
+    words = ImageNetInfo('imagenet-1k').label_descriptions(as_dict=True)
+    return [f'{name} {words[name].split(",")[0]}' if name in words else name for name in names]
+
+
 def _normalised(name: str) -> str:
     return ' '.join(str(name).casefold().replace('_', ' ').split())
 

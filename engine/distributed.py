@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config_tree import ConfigError
 from engine.signals import Stopped
-from utils import UserError
+from utils import UserError, available_cores
 
 # Set by torchrun and torch.distributed.launch for each process.
 TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
@@ -172,7 +172,7 @@ def share_cores(variables: Mapping[str, str]) -> str:
     if (per_task := variables.get('SLURM_CPUS_PER_TASK', '')).isdecimal():
         torch.set_num_threads(int(per_task))
         return f'{per_task} thread(s): SLURM_CPUS_PER_TASK'
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = available_cores()
     processes = local_world_size(read_launcher(variables), variables)
     if processes > 1:
         torch.set_num_threads(max(cores // processes, 1))

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
 from engine.config_tree import ConfigTree
 from engine.distributed import choose_device
-from utils import positive_int
+from utils import available_cores, non_negative_int, positive_int
 
 
 class Predictor(NamedTuple):
@@ -25,13 +25,23 @@ class Predictor(NamedTuple):
     device: torch.device
 
 
-def prediction_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of images and of a trained network; read it with `parse_intermixed_args`."""
-    parser = argparse.ArgumentParser(description=description)
+def prediction_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser of images and of a trained network; read it with `parse_intermixed_args`.
+
+    Args:
+        description: of the program.
+        epilog: examples, kept as they are written.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
+    images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'
+    add('images', nargs='+', type=Path, metavar='IMAGES', help=images)
     add_network_flags(parser)
     add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
+    workers = min(available_cores(), 4)
+    add('--workers', type=non_negative_int, default=workers, metavar='N', help='loader processes (cores, up to 4)')
     return parser
 
 

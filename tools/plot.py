@@ -1,96 +1,238 @@
-"""Draw a run's curves from its metrics.jsonl: losses, accuracy and learning rate over the epochs.
+"""Draw the curves of runs from their metrics.jsonl: losses, accuracy and learning rate over the epochs.
 
-python -m tools.plot --run output/msg_tiny_p4_win7_224/default --output curves.png
+    python -m tools.plot --run output/msg_tiny_p4_win7_224/default
+    python -m tools.plot --run output/msg_tiny_p4_win7_224/* --output curves.svg
+
+Each run has a colour. The training loss is that of single updates, as logged every PRINT_FREQ updates, and its
+exponential moving average; nothing else is averaged.
 """
 
 import argparse
 import json
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from tools.output_files import prepare_figure, save_figure
 from utils import UserError, exit_on_user_error
 
-# Metrics of classifiers and detectors in metrics.jsonl.
+# Metrics of classifiers and detectors in metrics.jsonl, and the styles of their lines
 TITLES = {'acc1': 'Top-1 accuracy', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
+STYLES = {'acc1': 'solid', 'box_AP': 'dashed', 'mask_AP': 'dotted'}
+EPILOG = """
+example:
+  python -m tools.plot --run output/msg_tiny_p4_win7_224/a output/msg_tiny_p4_win7_224/b --output curves.svg
+"""
 
 
 class PlotError(UserError):
     """A run that cannot be drawn."""
 
 
-def read_epochs(path: Path) -> list[dict]:
-    """One record per epoch, in order; the last one of an epoch that was trained again.
+class RunMetrics(NamedTuple):
+    """A run's records in order; the last one of what was trained again.
+
+    Attributes:
+        name: of the run, among those of the figure.
+        epochs: of its finished epochs.
+        updates: of single updates.
+    """
+
+    name: str
+    epochs: list[dict[str, Any]]
+    updates: list[dict[str, Any]]
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Epochs done and a metric then, where it is known."""
+        points = [(record['epoch'] + 1, _number(record[key])) for record in self.epochs if key in record]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def training_loss(self) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs done, with fractions, and the loss of an update then, where it was finite."""
+        updates, losses = (np.array([_number(record[key]) for record in self.updates]) for key in ('updates', 'loss'))
+        ends = [0, *(record['updates'] for record in self.epochs)]
+        epochs = [0, *(record['epoch'] + 1 for record in self.epochs)]
+        slope = (epochs[-1] - epochs[-2]) / max(ends[-1] - ends[-2], 1)  # of an epoch that is not finished
+        x = np.interp(updates, ends, epochs) + slope * np.maximum(updates - ends[-1], 0)
+        is_finite = np.isfinite(losses)
+        return x[is_finite], losses[is_finite]
+
+    def final(self) -> str:
+        """The metrics at the end, in words."""
+        last = self.epochs[-1]
+        return ', '.join(f'{title} {_number(last[name]):.1f} %' for name, title in TITLES.items() if name in last)
+
+
+def _number(value: float | None) -> float:
+    """A number of metrics.jsonl, which has null for those that are not finite."""
+    return math.nan if value is None else value
+
+
+def read_run(run: Path, name: str) -> RunMetrics:
+    """Read the metrics of a run's folder.
 
     Raises:
-        PlotError: the file is missing or holds no epoch.
+        PlotError: they are missing, or are none.
     """
+    path = run / 'metrics.jsonl'
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise PlotError(f'{path}: {error.strerror}: give --run the folder of a run') from error
-    records = []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else 'not a text'
+        raise PlotError(f'{path}: {reason}: give --run the folder of a run') from error
+    records: dict[str, dict[int, dict[str, Any]]] = {'epoch': {}, 'train': {}}
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            records[record['kind']][record['epoch' if record['kind'] == 'epoch' else 'updates']] = record
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):  # the last line of a run that was killed may be truncated
-                raise PlotError(f'{path}, line {number}: {error}') from error
-    epochs = {record['epoch']: record for record in records if record['kind'] == 'epoch'}
-    if not epochs:
-        raise PlotError(f'{path} holds no finished epoch yet')
-    return [epochs[epoch] for epoch in sorted(epochs)]
+                raise PlotError(f'{path}, line {number} is no record of a run: {error}') from error
+    return RunMetrics(name, *([records[kind][key] for key in sorted(records[kind])] for kind in ('epoch', 'train')))
 
 
-def plot(run: Path, output: Path) -> None:
-    """Draw the curves of a run's folder.
+def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
+    """Read runs, each folder once; say on stderr which have no finished epoch and are left out.
 
     Raises:
-        PlotError: there is nothing to draw, or the image cannot be written.
+        PlotError: one cannot be read, or none has a finished epoch.
     """
-    epochs = read_epochs(run / 'metrics.jsonl')
-    numbers = [record['epoch'] + 1 for record in epochs]
-    figure = Figure(figsize=(12, 3.5), layout='constrained')
-    loss, accuracy, rate = figure.subplots(1, 3)
-    loss.plot(numbers, [record['train_loss'] for record in epochs], label='training (augmented)')
-    if 'val_loss' in epochs[0]:  # detectors have none
-        loss.plot(numbers, [record['val_loss'] for record in epochs], label='evaluation')
+    by_path = {folder.resolve(): folder for folder in folders}
+    runs = [read_run(folder, name) for folder, name in zip(by_path.values(), short_names([*by_path]), strict=True)]
+    unfinished = [folder for folder, run in zip(by_path.values(), runs, strict=True) if not run.epochs]
+    if len(unfinished) == len(runs):
+        raise PlotError(f'{unfinished[0] / "metrics.jsonl"} holds no finished epoch yet')
+    for folder in unfinished:
+        print(f'{folder} has no finished epoch yet and is left out', file=sys.stderr)
+    return [run for run in runs if run.epochs]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The shortest parts of the folders' paths that differ; model and tag of a single one."""
+    if len(folders) == 1:
+        return ['/'.join(folders[0].parts[-2:])]
+    count = 1
+    while len({folder.parts[-count:] for folder in folders}) < len(folders):
+        count += 1
+    names = [folder.parts[-count:] for folder in folders]
+    while len({name[-1] for name in names}) == 1:
+        names = [name[:-1] for name in names]
+    return ['/'.join(name) for name in names]
+
+
+def moving_average(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
+    """Exponential moving average of points: the weight of a point falls by e over a width on the x axis."""
+    averages, total, weight = [], 0.0, 0.0
+    for distance, value in zip(np.diff(x, prepend=x[:1]), y, strict=True):
+        decay = math.exp(-distance / width)
+        total, weight = total * decay + value, weight * decay + 1
+        averages.append(total / weight)
+    return np.array(averages)
+
+
+def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
+    """Draw runs on one page.
+
+    Args:
+        runs: at least one, with finished epochs.
+        smooth: width of the training loss's moving average, in epochs; 0 for none.
+    """
+    legend_height = 0.25 * math.ceil(len(runs) / 3) if len(runs) > 1 else 0
+    figure = Figure(figsize=(12, 3.5 + legend_height), layout='constrained')
+    loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
+    colors = _colors(len(runs))
+    for run, color in zip(runs, colors, strict=True):
+        x, y = run.training_loss()
+        if smooth > 0:
+            loss.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+            y = moving_average(x, y, smooth)
+        loss.plot(x, y, color=color, linestyle='dashed')
+        marker = 'o' if len(run.epochs) == 1 else None  # a line needs two points
+        loss.plot(*run.curve('val_loss'), color=color, marker=marker)
+        for name, style in STYLES.items():
+            accuracy.plot(*run.curve(name), color=color, linestyle=style, marker=marker)
+        rate.plot(*run.curve('lr'), color=color, marker=marker)
+    average = f', average over {smooth:g} epoch(s)' if smooth > 0 else ''
+    styles = {f'training (augmented){average}': 'dashed'}
+    if any(run.curve('val_loss')[0] for run in runs):  # detectors have none
+        styles['evaluation'] = 'solid'
     loss.set_title('Loss')
     loss.set_ylim(bottom=0)
-    loss.legend()
-    titles = {name: title for name, title in TITLES.items() if name in epochs[0]}
-    for name, title in titles.items():
-        accuracy.plot(numbers, [record[name] for record in epochs], label=title)
-    final = ', '.join(f'{title} {epochs[-1][name]:.1f} %' for name, title in titles.items())
-    accuracy.set_title(f'{final} at the end')
+    _style_legend(loss, styles)
+    known = [name for name in TITLES if any(run.curve(name)[0] for run in runs)]
+    accuracy.set_title(f'{runs[0].final()} at the end' if len(runs) == 1 else ', '.join(map(TITLES.get, known)))
     accuracy.set_ylabel('%')
-    if len(titles) > 1:
-        accuracy.legend()
-    rate.plot(numbers, [record['lr'] for record in epochs])
+    if len(known) > 1:
+        _style_legend(accuracy, {TITLES[name]: STYLES[name] for name in known})
     rate.set_title('Learning rate')
     for axes in (loss, accuracy, rate):
         axes.set_xlabel('epoch')
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-    figure.suptitle(f'{run.parent.name} / {run.name}')
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name.replace('/', ' / '), parse_math=False)
+    else:
+        handles = [Line2D([], [], color=color) for color in colors]
+        legend = figure.legend(handles, [''] * len(runs), loc='outside lower center', ncols=min(len(runs), 3))
+        for text, run in zip(legend.get_texts(), runs, strict=True):  # as labels, $ and _ would have a meaning
+            text.set(text=f'{run.name}: {run.final()}', parse_math=False)
+    return figure
+
+
+def _colors(count: int) -> list:
+    """A colour for each run."""
+    if count <= 10:
+        return list(colormaps['tab10'].colors[:count])
+    return list(colormaps['turbo'](np.linspace(0.05, 0.95, count)))
+
+
+def _style_legend(axes: Axes, styles: dict[str, str]) -> None:
+    """Say what each style of line means."""
+    axes.legend([Line2D([], [], color='dimgray', linestyle=style) for style in styles.values()], styles, fontsize=8)
+
+
+def epochs(text: str) -> float:
+    """A number of epochs, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is none.
+    """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=120)
-    except (OSError, ValueError) as error:  # a file for a folder, an unknown format
-        raise PlotError(f'{output}: {error}') from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text} is not a number of epochs: write 0 or more')
+    return value
 
 
 def main() -> None:
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--run', type=Path, required=True, metavar='DIR', help='folder of the run')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='image to write (<run>/curves.png)')
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--run', type=Path, nargs='+', action='extend', required=True, metavar='DIR', help='folders of runs')
+    add('--smooth', type=epochs, default=1.0, metavar='W', help='average the training loss over W epochs, 0 not (1)')
+    add('--output', type=Path, metavar='FILE', help='.png, .svg or .pdf to write (of a single run: <run>/curves.png)')
     args = parser.parse_args()
-    output = args.output or args.run / 'curves.png'
+    if args.output is None and len(args.run) > 1:
+        parser.error('several runs need an --output')
+    output = args.output or args.run[0] / 'curves.png'
     with exit_on_user_error():
-        plot(args.run, output)
+        runs = read_runs(args.run)
+        prepare_figure(output)
+        save_figure(plot(runs, args.smooth), output, dpi=120)
     print(output)
 
 

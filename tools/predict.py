@@ -1,101 +1,205 @@
-"""Classify images with a trained network, print the predictions and draw them on one sheet.
+"""Classify images with a trained network: a line per image, a table, a contact sheet.
 
-    python -m tools.predict --resume <checkpoint> --output sheet.png <images>
+    python -m tools.predict --resume <checkpoint> <images>
+    python -m tools.predict --resume <checkpoint> 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
 
-IMAGES are files or folders; in a tree of class folders, an image's folder is taken for its class.
+IMAGES are files, folders, quoted patterns, or - for a list of them on standard input. In a tree of class folders, an
+image's folder is taken for its class.
 """
 
+import argparse
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
 
 from config import TREE
-from data.images import ReadableImages, choose_images, find_images, load_image, report_other_files
-from data.transforms import build_transform, image_mode
+from data.build import build_sample_transform
+from data.images import choose_images, find_images, report_other_files
+from data.inference import InferenceLoader, print_above_bar
+from data.preprocess import Preprocess
+from data.transforms import image_mode
+from engine.class_names import with_words
 from engine.inference import Predictor, load_predictor, prediction_parser
-from engine.trainer import chunked
 from models import build_model
-from utils import exit_on_user_error
+from tools.contact_sheet import MAX_IMAGES, ContactSheet
+from tools.output_files import prepare_figure, prepare_output, save_figure, write_text
+from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line
+from utils import OutputError, UserError, exit_on_user_error, positive_int
+
+STDOUT = Path('-')
+EPILOG = """
+example:
+  python -m tools.predict --resume ckpt_best.pth 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
+
+exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images that cannot be read
+"""
 
 
-class Prediction(NamedTuple):
-    """An image, its most likely class with its probability, and the class its folder names, if any."""
+class EvalTransform:
+    """From an encoded image to the tensor that evaluation reads, for processes of any start method.
 
-    path: Path
-    name: str
-    probability: float
-    label: str | None
+    Args:
+        config: the config tree.
+    """
+
+    def __init__(self, config: CfgNode):
+        self.transform = build_sample_transform(config, is_train=False)
+
+    def __call__(self, data: bytes, name: str) -> Tensor:
+        """The image as in `data.dataset.Sample`."""
+        return self.transform(data, name)[0]
+
+
+def image_loader(
+    predictor: Predictor, paths: Sequence[Path], batch_size: int = 64, workers: int = 0
+) -> InferenceLoader:
+    """The loader of image files as evaluation reads them, but upright.
+
+    Args:
+        predictor: their network.
+        paths: the files.
+        batch_size: images at a time.
+        workers: loader processes.
+    """
+    config = predictor.config
+    return InferenceLoader(config, paths, EvalTransform(config), image_mode(config), batch_size, workers)
 
 
 @torch.inference_mode()
-def predict(predictor: Predictor, images: Iterable[tuple[Path, Image.Image]], batch_size: int = 64) -> list[Prediction]:
-    """Classify images, prepared as in evaluation.
+def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Iterator[Prediction]:
+    """Classify image files, in order.
 
     Args:
         predictor: the network.
-        images: files with their images, in the network's mode.
-        batch_size: images at a time.
+        images: from `image_loader`.
+        topk: number of classes.
+
+    Raises:
+        UserError: the network's outputs are not finite.
     """
     config, model, class_names, device = predictor
-    transform = build_transform(config, is_train=False)
-    predictions = []
-    for samples in chunked(((path, transform(image)) for path, image in images), batch_size):
-        paths, inputs = zip(*samples, strict=True)
-        probabilities, labels = model(torch.stack(inputs).to(device)).softmax(dim=1).max(dim=1)
-        for path, probability, index in zip(paths, probabilities.tolist(), labels.tolist(), strict=True):
-            label = path.parent.name if path.parent.name in class_names else None
-            predictions.append(Prediction(path, class_names[index], probability, label))
-    return predictions
+    preprocess, labels = Preprocess(config, device), {name: index for index, name in enumerate(class_names)}
+    for batch in images:
+        classes: dict[int, tuple[list[int], list[float]]] = {}
+        if batch.images is not None:
+            probabilities = model(preprocess.prepare(batch.images)).softmax(dim=1)  # (B, classes)
+            if not probabilities.isfinite().all():
+                raise UserError('the outputs of the network are not finite: give the checkpoint of another epoch')
+            values, indices = (x.tolist() for x in probabilities.topk(topk))
+            classes = dict(zip(batch.indices, zip(indices, values, strict=True), strict=True))
+        for number in sorted(classes | batch.errors):
+            path = images.paths[number]
+            label = labels.get(path.parent.name)
+            yield Prediction(path, *classes.get(number, ([], [])), label, batch.errors.get(number, ''))
 
 
-def draw_sheet(predictions: list[Prediction], output: Path, columns: int = 8) -> None:
-    """Draw images with their predictions: green where right, red where wrong, black without a label."""
-    rows = -(-len(predictions) // columns)
-    figure = Figure(figsize=(1.4 * columns, 1.7 * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis('off')
-    for axes, prediction in zip(grid.flat, predictions, strict=False):
-        axes.imshow(load_image(prediction.path, upright=True))
-        is_wrong = prediction.label not in (None, prediction.name)
-        axes.set_title(
-            f'{prediction.name} ({prediction.probability:.0%})' + (f'\nis {prediction.label}' if is_wrong else ''),
-            color='black' if prediction.label is None else 'firebrick' if is_wrong else 'darkgreen',
-            fontsize=9,
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[Prediction]:
+    """The predictions, each printed on its way unless its image cannot be read."""
+    for prediction in predictions:
+        if not prediction.error:
+            print_above_bar(text_line(prediction, class_names))
+        yield prediction
+
+
+def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+    """The predictions as they are; at the end, say on stderr how many have the class that the image's folder names."""
+    right = labelled = 0
+    for prediction in predictions:
+        if prediction.label is not None and not prediction.error:
+            labelled += 1
+            right += prediction.label == prediction.indices[0]
+        yield prediction
+    if labelled:
+        print(f'{right} of {labelled} right', file=sys.stderr)
+
+
+def parse_option() -> argparse.Namespace:
+    """Read the command line."""
+    parser = prediction_parser(__doc__.splitlines()[0], EPILOG)
+    add = parser.add_argument
+    add('--batch-size', type=positive_int, default=64, metavar='N', help='images at a time (64)')
+    add('--topk', type=positive_int, default=1, metavar='K', help='the K most likely classes, at most all (1)')
+    add('--words', action='store_true', help="add words to ImageNet's WordNet ids: n01440764 tench")
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument('--csv', type=Path, metavar='FILE', help='CSV to write; - for standard output')
+    table.add_argument('--json', type=Path, metavar='FILE', help='JSON to write; - for standard output')
+    add('--output', type=Path, metavar='FILE', help=f'contact sheet to draw, of at most {MAX_IMAGES} images')
+    return parser.parse_intermixed_args()
+
+
+def check_outputs(args: argparse.Namespace, images: Sequence[Path] = ()) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises:
+        OutputError: they cannot, or one of the images would be overwritten.
+    """
+    if args.output:
+        prepare_figure(args.output)
+    table = args.csv or args.json
+    if table and table != STDOUT:
+        prepare_output(table)
+    for path in (table, args.output):
+        if path and path.exists() and any(x.name == path.name and x.exists() and x.samefile(path) for x in images):
+            raise OutputError(f'{path} is one of the images and would be overwritten: write to another file')
+
+
+def run(args: argparse.Namespace) -> InferenceLoader:
+    """Classify the images and write the results as they come.
+
+    Returns:
+        The loader, which knows how many of them could not be read.
+
+    Raises:
+        UserError: something cannot be used or written.
+    """
+    check_outputs(args)
+    predictor = load_predictor(args, TREE, build_model, first_label=0)
+    names = with_words(predictor.class_names) if args.words else predictor.class_names
+    if not names:
+        raise UserError(f'{args.resume}: the network has no classes')
+    paths = choose_images(find_images(args.images), args.limit)
+    check_outputs(args, paths)
+    report_other_files(args.images)
+
+    images, sheet = image_loader(predictor, paths, args.batch_size, args.workers), ContactSheet(len(paths), names)
+    topk = min(args.topk, len(names))
+    predictions = sheet.collect(count_right(predict(predictor, images, topk)))
+    table = args.csv or args.json
+    if table != STDOUT:
+        predictions = print_lines(predictions, names)
+    parts = csv_rows(predictions, names, topk) if args.csv else json_parts(predictions, names)
+    if table is None:
+        for _ in predictions:
+            pass
+    elif table == STDOUT:
+        for part in parts:
+            print_above_bar(part, end='')
+    else:
+        write_text(table, parts)
+    if args.output and sheet.predictions:
+        save_figure(sheet.draw(), args.output, dpi=100)
+        print(': '.join(filter(None, (str(args.output), sheet.note))), file=sys.stderr)
+    return images
 
 
 def main() -> None:
-    """Read the command line, print one line per image and draw the sheet."""
-    parser = prediction_parser(__doc__.splitlines()[0])
-    parser.add_argument('--output', type=Path, metavar='FILE', help='sheet of images and predictions to draw')
-    args = parser.parse_intermixed_args()
-    with exit_on_user_error():
-        predictor = load_predictor(args, TREE, build_model, first_label=0)
-        paths = choose_images(find_images(args.images), args.limit)
-        report_other_files(args.images)
-        images = ReadableImages(paths, image_mode(predictor.config))
-        predictions = predict(predictor, images)
-    for prediction in predictions:
-        print(f'{prediction.path}\t{prediction.name}\t{prediction.probability:.3f}')
-    labelled = [prediction for prediction in predictions if prediction.label is not None]
-    if labelled:
-        print(f'{sum(x.name == x.label for x in labelled)} of {len(labelled)} right')
-    if args.output and predictions:
-        try:
-            draw_sheet(predictions, args.output)
-        except (OSError, ValueError) as error:  # a file for a folder, an unknown format
-            sys.exit(f'error: {args.output}: {error}')
-        print(args.output)
-    with exit_on_user_error():
-        images.check()
+    """Classify; the exit code says whether all images could be read."""
+    args = parse_option()
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='surrogateescape')  # names of files need not be Unicode
+    try:
+        with exit_on_user_error():
+            images = run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    images.exit_if_unreadable()
 
 
 if __name__ == '__main__':

@@ -1,11 +1,15 @@
+import codecs
+import io
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data import DataError, build_eval_loader
-from data.images import ReadableImages, find_images, load_image, read_header, report_other_files
+from data.images import decode_image, find_images, load_image, read_header, report_other_files, turn_upright
 from tests.helpers.images import damage, noise, set_orientation, write_images
 
 
@@ -103,18 +107,44 @@ def test_find_images_ignores_hidden_ones_and_follows_links(image_tree, tmp_path)
     assert images == [*(folder / f'{i}.png' for i in range(4)), *(folder / 'linked' / f'{i}.png' for i in range(8))]
 
 
-def test_unreadable_images_are_reported_and_the_others_read(image_tree, capsys):
-    folder = image_tree / 'val' / 'class_0'
-    damage(folder / '1.png', 'truncated')
-    set_orientation(folder / '2.png', 6)
-    images = ReadableImages(find_images([folder]), 'L')
-    read = list(images)
-    assert [path.name for path, _ in read] == ['0.png', '2.png', '3.png']
-    assert {image.mode for _, image in read} == {'L'}
-    assert capsys.readouterr().err.startswith(f'error: image {folder / "1.png"} cannot be read')
-    with pytest.raises(DataError, match='1 of 4 images cannot be read'):
-        images.check()
-    ReadableImages(find_images([image_tree / 'train'])).check()
+def test_patterns_are_expanded_where_no_such_file_exists(image_tree, monkeypatch):
+    monkeypatch.chdir(image_tree)
+    folder = Path('val/class_1')
+    (folder / 'notes.txt').write_text('not an image')
+    (folder / '[0].png').write_bytes((folder / '3.png').read_bytes())
+    numbered = [folder / f'{i}.png' for i in range(4)]
+    assert find_images([folder / '?.png']) == numbered
+    assert find_images([folder / '[0-2].png', folder / '[0].png']) == [*numbered[:3], folder / '[0].png']
+    assert find_images([Path('val/*_1')]) == find_images([Path('val/class_1/*')]) == find_images([folder])
+    assert find_images([Path('val/**')]) == sorted(Path('val').rglob('*.png'))  # each once
+    with pytest.raises(DataError, match=r'val/\*.jpg does not exist'):
+        find_images([Path('val/*.jpg')])
+    with pytest.raises(DataError, match=r'no images in val/\*/\*.txt'):
+        find_images([Path('val/*/*.txt')])
+
+
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_paths_are_read_from_standard_input(image_tree, monkeypatch, end):
+    folder, odd = image_tree / 'val' / 'class_0', f'{image_tree}/ name \udcff [0].png'
+    listed = [str(folder), '', '  ', f'{folder}/missing.png', odd]
+    data = codecs.BOM_UTF8 + os.fsencode(end.join(listed))
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(data)))
+    images, first = [folder / f'{i}.png' for i in range(4)], image_tree / 'val' / 'class_1' / '0.png'
+    assert find_images([first, Path('-')]) == [first, *images, folder / 'missing.png', Path(odd)]
+    with pytest.raises(DataError, match='no images in standard input'):  # all of it has been read
+        find_images([Path('-')])
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif'])
+def test_images_are_turned_upright_without_loss(tmp_path, suffix):
+    path = tmp_path / f'image.{suffix}'
+    noise(40, 30).save(path)
+    assert turn_upright(path.read_bytes(), path) == path.read_bytes()
+    set_orientation(path, 6)
+    for mode in ('RGB', 'L'):
+        turned = decode_image(turn_upright(path.read_bytes(), path, mode), path, mode)
+        assert turned.size == (30, 40)
+        assert np.array_equal(turned, load_image(path, mode, upright=True))
 
 
 def test_files_of_other_kinds_are_counted(image_tree, capsys):

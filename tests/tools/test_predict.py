@@ -1,59 +1,106 @@
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
 import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from config import TREE
-from data.images import ReadableImages, choose_images, find_images
+from data import Preprocess, build_eval_loader
+from data.images import choose_images, find_images
+from data.inference import SOME_UNREADABLE
 from engine.checkpoint import CheckpointError
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from tests.helpers.golden import fill_
-from tests.helpers.images import damage
-from tests.helpers.paths import TINY
-from tests.helpers.processes import run_here
+from tests.helpers.images import damage, set_orientation
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.processes import environment
 from tests.helpers.runs import CPU
-from tools.predict import draw_sheet, main, predict
+from tools.contact_sheet import MAX_IMAGES, ContactSheet
+from tools.predict import image_loader, main, predict
+from tools.prediction_formats import Prediction
+
+NAMES = ['class_0', 'class_1', 'class_2']
 
 
-def test_predictions(tiny_config, image_tree, tmp_path):
+@pytest.fixture
+def predictor(tiny_config):
     config = tiny_config()
-    predictor = Predictor(config, fill_(build_model(config)).eval(), ['class_0', 'class_1', 'class_2'], CPU)
-    images = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
-    assert len(images) == 13
-    predictions = predict(predictor, ReadableImages(images), batch_size=5)
-    assert [prediction.label for prediction in predictions] == ['class_0'] * 4 + ['class_1'] * 4 + ['class_2'] * 4 + [
-        'class_0'
-    ]
-    assert all(1 / 3 <= prediction.probability <= 1 for prediction in predictions)
-    (single,) = predict(predictor._replace(class_names=['a', 'b', 'c']), ReadableImages(images[4:5]))
+    return Predictor(config, fill_(build_model(config)).eval(), NAMES, CPU)
+
+
+@pytest.fixture
+def call(tiny_config, tmp_path, monkeypatch, capsys):
+    """A function that runs the program, and returns its exit code, the lines on stdout and those on stderr."""
+    config = tiny_config()
+    checkpoint = {'model': fill_(build_model(config)).state_dict(), 'classes': NAMES}
+    torch.save(checkpoint | {'config': yaml.safe_load(config.dump())}, tmp_path / 'w.pth')
+
+    def run(*arguments):
+        argv = ['predict', '--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '0', *arguments]
+        monkeypatch.setattr('sys.argv', list(map(str, argv)))
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def test_predictions(predictor, image_tree):
+    paths = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
+    assert len(paths) == 13
+    predictions = list(predict(predictor, image_loader(predictor, paths, batch_size=5), topk=3))
+    assert [prediction.path for prediction in predictions] == paths
+    assert [prediction.label for prediction in predictions] == [0] * 4 + [1] * 4 + [2] * 4 + [0]
+    for prediction in predictions:
+        assert sorted(prediction.indices) == [0, 1, 2]
+        assert sum(prediction.probabilities) == pytest.approx(1)
+        assert prediction.probabilities == sorted(prediction.probabilities, reverse=True)
+    others = predictor._replace(class_names=['a', 'b', 'c'])
+    (single,) = predict(others, image_loader(others, paths[4:5]))
     assert single.label is None
-    assert single.probability == pytest.approx(predictions[4].probability, rel=1e-5)
-    draw_sheet(predictions, tmp_path / 'sheet.png')
-    assert cv2.imread(str(tmp_path / 'sheet.png')).shape == (340, 1120, 3)
+    assert single.probabilities == pytest.approx(predictions[4].probabilities[:1], rel=1e-5)
+    assert list(predict(predictor, image_loader(predictor, paths, batch_size=5, workers=2), topk=3)) == predictions
 
 
-def test_chosen_images_are_random_but_fixed():
-    images = list(range(100))
-    chosen = choose_images(images, 10)
-    assert chosen == choose_images(images, 10) == sorted(set(chosen))
-    assert chosen != images[:10]
-    assert choose_images(images, 100) == choose_images(images, None) == images
+@pytest.mark.parametrize('pipeline', ['fast', 'published'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_upright_images_are_classified_as_in_evaluation(tiny_config, image_tree, pipeline, channels):
+    config = tiny_config(DATA__PIPELINE=pipeline, MODEL__MSG__IN_CHANS=channels, DATA__DATA_PATH=str(image_tree))
+    model = fill_(build_model(config)).eval()
+    with torch.inference_mode():
+        evaluated = [model(Preprocess(config, CPU)(batch)[0]).softmax(dim=1) for batch in build_eval_loader(config)]
+    predictor = Predictor(config, model, NAMES, CPU)
+    images = image_loader(predictor, find_images([image_tree / 'val']), config.DATA.BATCH_SIZE)
+    for prediction, expected in zip(predict(predictor, images, topk=3), torch.cat(evaluated), strict=True):
+        assert prediction.probabilities == expected[prediction.indices].tolist()
 
 
-def test_predict_prints_and_draws(tiny_config, image_tree, tmp_path):
-    names = ['class_0', 'class_1', 'class_2']
-    torch.save({'model': build_model(tiny_config()).state_dict(), 'classes': names}, tmp_path / 'w.pth')
-    done = run_here(
-        '-m', 'tools.predict', image_tree / 'val', '--limit', '6', '--cfg', TINY,
-        '--resume', tmp_path / 'w.pth', '--output', tmp_path / 'sheet.png',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 8
-    assert all(line.split('\t')[1] in names for line in lines[:6])
-    assert lines[6].endswith('of 6 right')
-    assert (tmp_path / 'sheet.png').exists()
+def test_images_are_classified_upright(predictor, image_tree):
+    upright, turned = (image_tree / 'val' / 'class_0' / f'{i}.png' for i in (0, 1))
+    pixels = cv2.imread(str(upright))
+    cv2.imwrite(str(turned), np.rot90(pixels))
+    stored, _ = predict(predictor, image_loader(predictor, [turned, upright]))
+    set_orientation(turned, 6)  # turned clockwise, it is the other
+    first, second = predict(predictor, image_loader(predictor, [turned, upright]))
+    assert first.probabilities == second.probabilities != stored.probabilities
+
+
+def test_outputs_that_are_not_finite_are_an_error(predictor, image_tree):
+    predictor.model.head.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match='outputs of the network are not finite'):
+        list(predict(predictor, image_loader(predictor, find_images([image_tree / 'val']))))
 
 
 def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, capsys):
@@ -96,20 +143,152 @@ def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, 
         load()
 
 
-def test_a_damaged_image_is_reported_and_the_others_are_classified(
-    tiny_config, image_tree, tmp_path, monkeypatch, capsys
-):
-    folder, sheet = image_tree / 'val' / 'class_0', tmp_path / 'sheet.png'
+def test_chosen_images_are_random_but_fixed():
+    images = list(range(100))[::-1]
+    chosen = choose_images(images, 10)
+    assert chosen == choose_images(images, 10) == sorted(set(chosen), reverse=True)
+    assert chosen != images[:10]
+    assert choose_images(images, 100) == choose_images(images, None) == images
+
+
+def test_lines_hold_path_and_most_likely_classes(call, image_tree):
+    code, lines, errors = call(image_tree / 'val', '--limit', '6', '--topk', '2')
+    assert code == 0
+    assert errors[1].endswith('of 6 right')
+    assert len(lines) == 6
+    for line in lines:
+        path, name, probability, second, less = line.split('\t')
+        assert path.startswith(f'{image_tree}/val/class_')
+        assert {name, second} < {*NAMES}
+        assert float(probability) >= float(less)
+    right = sum(line.split('\t')[1] == line.split('/')[-2] for line in lines)
+    assert errors[1] == f'{right} of 6 right'
+
+
+def test_csv_and_json_have_every_image_with_its_error(call, image_tree, tmp_path):
+    folder = image_tree / 'val' / 'class_0'
     damage(folder / '1.png', 'truncated')
-    (folder / 'notes.txt').write_text('not an image')
-    torch.save({'model': build_model(tiny_config()).state_dict()}, tmp_path / 'w.pth')
-    flags = ['--cfg', TINY, '--resume', tmp_path / 'w.pth', '--output', sheet]
-    monkeypatch.setattr('sys.argv', ['predict', str(folder), *map(str, flags)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 'error: 1 of 4 images cannot be read: see above'
-    captured = capsys.readouterr()
-    assert [line.split('\t')[0] for line in captured.out.splitlines()[:3]] == [f'{folder}/{i}.png' for i in (0, 2, 3)]
-    assert captured.err.splitlines()[1] == '1 file(s) of other kinds left out'
-    assert captured.err.splitlines()[2].startswith(f'error: image {folder}/1.png cannot be read')
-    assert sheet.exists()
+    (folder / '2.png').rename(folder / 'a,"b" é\t.png')
+    csv_file, json_file = tmp_path / 'new' / 'p.csv', tmp_path / 'p.json'
+    for table in (['--csv', csv_file], ['--json', json_file]):
+        code, lines, errors = call(folder, '--topk', '5', *table)
+        assert code == SOME_UNREADABLE
+        assert len(lines) == 3
+        assert errors[-1] == 'error: 1 of 4 images cannot be read: see above'
+        assert errors[1].startswith(f'error: image {folder}/1.png cannot be read')
+    with csv_file.open(newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    records = json.loads(json_file.read_text())
+    assert [*rows[0]] == ['path', 'error'] + [
+        f'{column}{suffix}' for suffix in ('', '_2', '_3') for column in ('class', 'index', 'probability')
+    ]
+    assert (
+        [row['path'] for row in rows] == [record['path'] for record in records] == list(map(str, find_images([folder])))
+    )
+    for row, record in zip(rows, records, strict=True):
+        assert row['error'] == (record['error'] or '')
+        assert len(record['predictions']) == (0 if record['error'] else 3)
+        for suffix, top in zip(('', '_2', '_3'), record['predictions'], strict=False):
+            assert (row[f'class{suffix}'], int(row[f'index{suffix}'])) == (top['class'], top['index'])
+            assert float(row[f'probability{suffix}']) == top['probability']
+            assert top['class'] == NAMES[top['index']]
+    assert [bool(record['error']) for record in records] == [False, True, False, False]
+    assert rows[1]['class'] == ''
+
+
+@pytest.mark.parametrize('kind', ['csv', 'json'])
+def test_a_table_on_standard_output_replaces_the_lines(call, image_tree, tmp_path, kind):
+    code, lines, _ = call(image_tree / 'val', f'--{kind}', '-')
+    assert code == 0
+    call(image_tree / 'val', f'--{kind}', tmp_path / 'table')
+    assert lines == (tmp_path / 'table').read_text().splitlines()
+    assert not (tmp_path / '-').exists()
+
+
+def test_words_are_added_to_wordnet_ids(call, image_tree, tmp_path):
+    checkpoint = torch.load(tmp_path / 'w.pth')
+    torch.save(checkpoint | {'classes': ['n01440764', 'n02099712', 'mine']}, tmp_path / 'w.pth')
+    _, lines, _ = call(image_tree / 'val', '--topk', '3', '--words')
+    assert {lines[0].split('\t')[i] for i in (1, 3, 5)} == {'n01440764 tench', 'n02099712 Labrador retriever', 'mine'}
+
+
+def test_sheet_is_drawn(call, image_tree, tmp_path):
+    sheet = tmp_path / 'new' / 'sheet.png'
+    code, lines, errors = call(image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png', '--output', sheet)
+    assert (code, len(lines), errors[-1]) == (0, 13, str(sheet))
+    drawn = cv2.imread(str(sheet))
+    assert drawn.shape == (340, 1120, 3)
+    assert (drawn < 128).mean() > 0.1
+    damage(image_tree / 'val' / 'class_0' / '0.png', 'empty')
+    code, _, errors = call(image_tree / 'val' / 'class_0' / '0.png', '--output', tmp_path / 'none.png')
+    assert code == SOME_UNREADABLE
+    assert not (tmp_path / 'none.png').exists()
+
+
+def test_sheet_has_a_choice_of_many_images(image_tree):
+    path = image_tree / 'val' / 'class_0' / '0.png'
+    sheet = ContactSheet(
+        3000, [r'$\frac$', 'a class with a name that is too long for any line on a contact sheet', 'c']
+    )
+    predictions = [Prediction(path, [i % 2], [0.5], None if i % 3 == 2 else i % 3, '') for i in range(3000)]
+    assert list(sheet.collect(predictions)) == predictions
+    assert len(sheet.predictions) == MAX_IMAGES
+    assert sheet.predictions != predictions[:MAX_IMAGES]
+    sheet.predictions = predictions[:5]
+    figure = sheet.draw()
+    assert figure.get_suptitle() == '96 of 3,000 images, a random choice'
+    titles = [(axes.get_title().splitlines(), axes.title.get_color()) for axes in figure.axes[:5]]
+    assert titles[0] == ([r'$\frac$ (50%)'], 'darkgreen')
+    assert titles[2] == ([r'$\frac$ (50%)'], 'black')
+    assert titles[3] == (['a class with a name', 'that is too long fo…', '(50%)', r'is $\frac$'], 'firebrick')
+    figure.draw_without_rendering()  # $ is no formula
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'message'),
+    [
+        (['nowhere'], 1, 'error: nowhere does not exist: give image files or folders'),
+        (['{val}', '--output', 'sheet.txt'], 1, 'error: sheet.txt has no suffix of a picture: write .png or .svg'),
+        (['{val}', '--output', 'sheet'], 1, 'error: sheet has no suffix of a picture: write .png or .svg'),
+        (['{val}', '--output', '{val}'], 1, 'has no suffix of a picture'),
+        (['{val}', '--csv', '{val}'], 1, 'is a folder: give the name of a file'),
+        (['{val}', '--json', '/dev/null'], 1, 'error: /dev/null is a device: give the name of a file'),
+        (['{val}', '--json', '{val}/class_0/0.png/x'], 1, 'File exists: write to another folder'),
+        (['{val}', '--output', '{val}/class_0/0.png'], 1, '0.png is one of the images and would be overwritten'),
+        (['{val}', '--csv', 'a', '--json', 'b'], 2, 'not allowed with argument'),
+        (['{val}', '--topk', '0'], 2, '0 is not a positive integer'),
+        (['{val}', '--workers', '-1'], 2, '-1 is not an integer from 0 on'),
+        (['{val}', '--cfg', 'nowhere'], 1, 'error: config file nowhere: No such file'),
+    ],
+)
+def test_mistakes_are_reported_before_the_work(call, image_tree, arguments, code, message):
+    before = (image_tree / 'val' / 'class_0' / '0.png').read_bytes()
+    actual, lines, errors = call(*(argument.replace('{val}', f'{image_tree}/val') for argument in arguments))
+    text = actual if isinstance(actual, str) else errors[-1]
+    assert message in text
+    assert '\n' not in text
+    assert (1 if isinstance(actual, str) else actual) == code
+    assert not lines
+    assert (image_tree / 'val' / 'class_0' / '0.png').read_bytes() == before
+
+
+def test_names_need_not_be_unicode(call, image_tree, tmp_path, monkeypatch):
+    odd = image_tree / os.fsdecode(b'\xff.png')
+    (image_tree / 'val' / 'class_0' / '0.png').rename(odd)
+    output = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(output, encoding='utf-8'))
+    assert call(odd, '--csv', tmp_path / 'p.csv', '--output', tmp_path / 'sheet.png')[0] == 0
+    assert output.getvalue().split(b'\t')[0] == os.fsencode(odd)
+    assert (tmp_path / 'p.csv').read_bytes().splitlines()[1].split(b',')[0] == os.fsencode(odd)
+
+
+def test_a_reader_of_the_lines_may_stop(call, image_tree, tmp_path):
+    """In a process of its own, with loader processes, into a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ['--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '2', '--batch-size', '2']
+    command = [sys.executable, '-m', 'tools.predict', f'{image_tree}/val/**/*.png', *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr  # which weights

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data import DataError
+from data.inference import SOME_UNREADABLE
 from detection.config import load_config
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco
@@ -75,12 +76,9 @@ def test_detections_are_printed_and_drawn(images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('config', 'message'),
-    [('nowhere', 'error: config file nowhere: No such file'), (CONFIG, 'error: checkpoint x does not exist')],
-)
-def test_mistakes_are_reported_in_one_line(config, message):
-    assert message in error_line(*PROGRAM, 'nowhere', '--cfg', config, '--resume', 'x', '--output', 'output')
+def test_mistakes_are_reported_in_one_line():
+    line = error_line(*PROGRAM, 'nowhere', '--cfg', CONFIG, '--resume', 'x', '--output', 'output')
+    assert 'error: checkpoint x does not exist' in line
 
 
 def test_a_damaged_image_is_reported_and_the_others_are_drawn(images, tmp_path, monkeypatch, capsys):
@@ -92,8 +90,9 @@ def test_a_damaged_image_is_reported_and_the_others_are_drawn(images, tmp_path, 
     monkeypatch.setattr('sys.argv', list(map(str, ['predict', images, *flags, *opts])))
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 'error: 1 of 6 images cannot be read: see above'
+    assert exit_.value.code == SOME_UNREADABLE
     captured = capsys.readouterr()
+    assert captured.err.endswith('error: 1 of 6 images cannot be read: see above\n')
     assert '2 file(s) of other kinds left out' in captured.err  # the annotations
     assert f'error: image {images}/val/000002.jpg cannot be read' in captured.err
     drawn = {str(path.relative_to(tmp_path / 'drawn')) for path in (tmp_path / 'drawn').rglob('*.jpg')}

@@ -1,0 +1,122 @@
+"""Images of inference: files in batches, decoded and prepared in loader processes; bad ones are reported."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from data.build import build_loader
+from data.images import DataError, read_file, turn_upright
+from data.samples import NameList
+
+# Exit code of a program that is done, but for images that cannot be read
+SOME_UNREADABLE = 3
+
+
+def print_above_bar(text: str, end: str = '\n') -> None:
+    """Print a result on stdout, above the loader's progress bar where they share a terminal."""
+    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
+
+
+class LoadedImage(NamedTuple):
+    """An image file by its index: what its transform gives, or the error instead."""
+
+    index: int
+    image: Tensor | None
+    error: str
+
+
+class ImageBatch(NamedTuple):
+    """Consecutive image files.
+
+    Attributes:
+        indices: of those that could be read, in order.
+        images: what the transform gives for them, (B, ...); None where none could be read.
+        errors: of the others, by index.
+    """
+
+    indices: list[int]
+    images: Tensor | None
+    errors: dict[int, str]
+
+
+class ImageFiles(Dataset):
+    """Image files by index, upright.
+
+    Args:
+        paths: the files.
+        transform: from an encoded image and its name to a tensor.
+        mode: PIL mode of the images: RGB or L.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: Callable[[bytes, str], Tensor], mode: str):
+        self.paths, self.transform, self.mode = NameList.of(map(str, paths)), transform, mode
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> LoadedImage:
+        path = self.paths[index]
+        try:
+            return LoadedImage(index, self.transform(turn_upright(read_file(path), path, self.mode), path), '')
+        except DataError as error:
+            return LoadedImage(index, None, str(error))
+
+
+def collate(samples: Sequence[LoadedImage]) -> ImageBatch:
+    """A batch of images of one shape; a loader process stacks them, as each tensor it sends costs an open file."""
+    good = [sample for sample in samples if not sample.error]
+    images = torch.stack([sample.image for sample in good]) if good else None
+    errors = {sample.index: sample.error for sample in samples if sample.error}
+    return ImageBatch([sample.index for sample in good], images, errors)
+
+
+class InferenceLoader:
+    """Iterates over batches of image files, in order, with a progress bar where stderr is a terminal.
+
+    Files that cannot be read are reported on stderr and counted.
+
+    Args:
+        config: the config tree of any task.
+        paths: the files.
+        transform: from an encoded image and its name to a tensor; of one shape, unless `batch_size` is 1.
+        mode: PIL mode of the images: RGB or L.
+        batch_size: images per batch.
+        workers: loader processes; 0 loads in this one, which a single batch does in any case.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        paths: Sequence[Path],
+        transform: Callable[[bytes, str], Tensor],
+        mode: str = 'RGB',
+        batch_size: int = 1,
+        workers: int = 0,
+    ):
+        self.paths, self.unreadable = paths, 0
+        workers = workers if len(paths) > batch_size else 0
+        files = ImageFiles(paths, transform, mode)
+        self._loader = build_loader(config, files, range(len(paths)), batch_size, collate, workers=workers)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        self.unreadable = 0
+        with tqdm(total=len(self.paths), unit=' images', leave=False, disable=None) as bar:
+            for batch in self._loader:
+                for error in batch.errors.values():
+                    tqdm.write(f'error: {error}', file=sys.stderr)
+                self.unreadable += len(batch.errors)
+                yield batch
+                bar.update(len(batch.indices) + len(batch.errors))
+
+    def exit_if_unreadable(self) -> None:
+        """At the end, exit with the code `SOME_UNREADABLE` if files could not be read."""
+        if self.unreadable:
+            print(f'error: {self.unreadable} of {len(self.paths)} images cannot be read: see above', file=sys.stderr)
+            sys.exit(SOME_UNREADABLE)

@@ -1,0 +1,67 @@
+"""A prediction as a line of text, a row of CSV and an object of JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Prediction(NamedTuple):
+    """An image with its most likely classes, or with the reason why it cannot be read.
+
+    Attributes:
+        path: the image.
+        indices: of the classes, most likely first; empty where the image cannot be read.
+        probabilities: of these classes.
+        label: index of the class that has the name of the image's folder, if there is one.
+        error: empty where the image can be read.
+    """
+
+    path: Path
+    indices: list[int]
+    probabilities: list[float]
+    label: int | None
+    error: str
+
+    def top(self, class_names: Sequence[str]) -> Iterator[tuple[str, int, float]]:
+        """Name, index and probability of each class."""
+        for index, probability in zip(self.indices, self.probabilities, strict=True):
+            yield class_names[index], index, probability
+
+
+def text_line(prediction: Prediction, class_names: Sequence[str]) -> str:
+    """The path, then name and probability of each class, with tabs between them."""
+    return '\t'.join([str(prediction.path), *(f'{name}\t{p:.3f}' for name, _, p in prediction.top(class_names))])
+
+
+def csv_rows(predictions: Iterable[Prediction], class_names: Sequence[str], topk: int) -> Iterator[str]:
+    """A header, and a row per image; the columns of the second class are class_2, index_2, probability_2, and so on."""
+    suffixes = ['', *(f'_{rank}' for rank in range(2, topk + 1))]
+    columns = ('class', 'index', 'probability')
+    yield _csv_row(['path', 'error', *(f'{column}{suffix}' for suffix in suffixes for column in columns)])
+    for prediction in predictions:
+        top = [(name, index, f'{p:.6f}') for name, index, p in prediction.top(class_names)] or [[''] * 3] * topk
+        yield _csv_row([prediction.path, prediction.error, *(cell for cells in top for cell in cells)])
+
+
+def _csv_row(cells: Sequence[Any]) -> str:
+    row = io.StringIO()
+    csv.writer(row, lineterminator='\n').writerow(cells)
+    return row.getvalue()
+
+
+def json_parts(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[str]:
+    """A list with an object per image, each on a line of its own."""
+    separator = '[\n'
+    for prediction in predictions:
+        top = prediction.top(class_names)
+        record = {
+            'path': str(prediction.path),
+            'predictions': [{'class': name, 'index': index, 'probability': round(p, 6)} for name, index, p in top],
+            'error': prediction.error or None,
+        }
+        yield separator + json.dumps(record)
+        separator = ',\n'
+    yield '\n]\n'
