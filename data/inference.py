@@ -116,7 +116,12 @@ class InferenceLoader:
                 bar.update(len(batch.indices) + len(batch.errors))
 
     def exit_if_unreadable(self) -> None:
-        """At the end, exit with the code `SOME_UNREADABLE` if files could not be read."""
-        if self.unreadable:
-            print(f'error: {self.unreadable} of {len(self.paths)} images cannot be read: see above', file=sys.stderr)
-            sys.exit(SOME_UNREADABLE)
+        """See the function `exit_if_unreadable`."""
+        exit_if_unreadable(self.unreadable, len(self.paths))
+
+
+def exit_if_unreadable(unreadable: int, images: int) -> None:
+    """At the end of a program, exit with the code `SOME_UNREADABLE` if files could not be read."""
+    if unreadable:
+        print(f'error: {unreadable} of {images} images cannot be read: see above', file=sys.stderr)
+        sys.exit(SOME_UNREADABLE)

@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from config import TREE
-from data.images import ReadableImages, find_images, report_other_files
+from data.images import DataError, find_images, load_image, report_other_files
+from data.inference import exit_if_unreadable
 from data.transforms import image_mode
 from engine.inference import add_network_flags, load_predictor
 from models import build_model
+from tools.output_files import prepare_output, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
-from tools.visualize.view import VisualizeError, find_class, prepare, random_predictor
-from utils import atomic_write, exit_on_user_error, positive_int, report_write_errors
+from tools.visualize.view import NarrowImageError, VisualizeError, find_class, prepare, random_predictor
+from utils import exit_on_user_error, positive_int
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 EXAMPLES = """examples:
@@ -108,25 +108,21 @@ def main() -> None:
         choice = Choice(args.stage, args.block, args.window and tuple(args.window), class_index, args.within_stage)
         chosen_blocks(predictor.model, choice)
         checkpoint = None if args.random_weights else '/'.join(Path(args.resume).parts[-2:])
-        readable = ReadableImages(images, image_mode(predictor.config))
-        for path, image in readable:
-            sheets = draw_kinds(predictor, prepare(predictor, image, args.size), kinds, choice, path.name, checkpoint)
+        unreadable = 0
+        for path in images:
+            try:
+                image = load_image(path, image_mode(predictor.config), upright=True)
+                view = prepare(predictor, image, args.size)
+            except (DataError, NarrowImageError) as error:
+                print(f'error: {error}', file=sys.stderr)
+                unreadable += 1
+                continue
+            sheets = draw_kinds(predictor, view, kinds, choice, path.name, checkpoint)
             for kind, figure in sheets.items():
-                save_figure(figure, outputs[path][kind])
+                prepare_output(outputs[path][kind])
+                save_figure(figure, outputs[path][kind], dpi=100)
                 print(outputs[path][kind])
-        readable.check()
-
-
-def save_figure(figure: Figure, output: Path) -> None:
-    """Write a figure, in the format of its suffix.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    suffix = output.suffix[1:].lower()
-    with report_write_errors(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(output, lambda file: figure.savefig(file, format=suffix, dpi=100))
+    exit_if_unreadable(unreadable, len(images))
 
 
 if __name__ == '__main__':

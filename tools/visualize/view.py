@@ -25,6 +25,10 @@ class VisualizeError(UserError):
     """Something that cannot be drawn."""
 
 
+class NarrowImageError(VisualizeError):
+    """An image that is too narrow."""
+
+
 class View(NamedTuple):
     """An image as a network sees it.
 
@@ -59,7 +63,7 @@ def prepare(predictor: Predictor, image: Image.Image, size: int | None = None) -
     """
     config = predictor.config
     if max(image.size) > MAX_RATIO * min(image.size):
-        raise VisualizeError(
+        raise NarrowImageError(
             f'an image of {image.width} x {image.height} pixels is too narrow: crop it to {MAX_RATIO} : 1 or less'
         )
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in mean_and_std(config))

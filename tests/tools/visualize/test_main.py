@@ -100,9 +100,13 @@ def test_a_damaged_image_is_reported_and_the_others_are_drawn(photo, tmp_path, m
     damage(tmp_path / 'bad.jpg', 'truncated')
     Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16).save(tmp_path / 'grey16.png')
     Image.new('RGBA', (1, 1), (255, 0, 0, 128)).save(tmp_path / 'dot.png')
+    Image.new('RGB', (300, 2)).save(tmp_path / 'strip.png')
     flags = [tmp_path, '--output', tmp_path / 'out', *RANDOM, '--kind', 'attention']
-    assert visualize(monkeypatch, *flags) == 'error: 1 of 4 images cannot be read: see above'
-    assert f'error: image {tmp_path}/bad.jpg cannot be read' in capsys.readouterr().err
+    assert visualize(monkeypatch, *flags) == 3
+    err = capsys.readouterr().err
+    assert f'error: image {tmp_path}/bad.jpg cannot be read' in err
+    assert 'error: an image of 300 x 2 pixels is too narrow' in err
+    assert 'error: 2 of 5 images cannot be read: see above' in err
     assert len(list((tmp_path / 'out').iterdir())) == 3
 
 
@@ -119,7 +123,7 @@ def test_images_of_the_same_name_get_sheets_of_their_own(tmp_path):
         (['--output', 'a.png'], '--output a.png is one file for 3 sheets: give a folder, or one image and one --kind'),
         (['--output', 'a.bmpp'], '--output a.bmpp: no pictures of type .bmpp: write .png'),
         (['--output', 'Makefile'], '--output Makefile is a file without a suffix: give a folder'),
-        (['--output', 'Makefile/a.png', '--kind', 'gradcam'], 'output folder Makefile: '),
+        (['--output', 'Makefile/a.png', '--kind', 'gradcam'], 'Makefile/a.png: '),
         (['--output', 'x', '--stage', '3'], 'the network has no stage 3: write one from 1 to 2'),
         (['--output', 'x', '--block', '2'], 'no block 2 in the chosen stages: write one from 1 to 1'),
         (['--output', 'x', '--window', '3', '1'], 'no window at row 3, column 1: this image has 2 rows and 2 columns'),
