@@ -1,14 +1,18 @@
-"""`make demo` and `make demo-detection`: minutes, so slow."""
+"""`make demo`, the tutorial that goes on from it, and `make demo-detection`: minutes, so slow."""
 
+import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import cv2
 import pytest
 
+from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT
+from tests.helpers.photographs import write_photographs
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +43,35 @@ def test_demo_classifies_at_least_97_percent_of_the_held_out_digits(output):
     assert f'Accuracy of the network on the 360 test images: {accuracy:.1f}%' in again
     assert 'main.py' not in again
     assert {path: path.stat().st_mtime_ns for path in output.rglob('*')} == before
+
+
+def test_tutorial_runs_as_written(output, tmp_path):
+    make_demo(output)  # which the tutorial begins with; done, unless this test runs alone
+    tree, tutorial = tmp_path / 'tree', (ROOT / 'docs' / 'tutorial.md').read_text()
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', '*.egg-info'))
+    (tree / '.venv').symlink_to(sys.prefix)
+    (tree / 'output').symlink_to(output)
+    write_photographs(tree / 'pictures', 40)
+    done = subprocess.run(
+        ['bash', '-euxo', 'pipefail', '-c', ''.join(code_blocks(tutorial, 'bash'))],
+        cwd=tree, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'ckpt_best.pth has other classes: the head starts from scratch' in tutorial
+    assert 'ckpt_best.pth has other classes: the head starts from scratch' in done.stdout
+    with (output / 'predictions.csv').open() as file:
+        predicted = {row['path']: row['class'] for row in csv.DictReader(file)}
+    assert len(predicted) == 16
+    assert sum(path.split('/')[-2] == name for path, name in predicted.items()) >= 14
+    for name in ('curves.png', 'sheet.png'):
+        assert cv2.imread(str(output / name)) is not None
+    assert len(list((output / 'inside').iterdir())) == 16
+    assert json.loads((output / 'pictures.onnx.json').read_text())['max_abs_difference'] <= 1e-4
+    [code] = code_blocks(tutorial, 'py')
+    printed = subprocess.run([sys.executable, '-c', code], cwd=tree, capture_output=True, text=True, check=True).stdout
+    exported = dict(line.rsplit(' ', 1) for line in printed.splitlines())
+    assert exported.keys() == predicted.keys()
+    assert sum(exported[path] == predicted[path] for path in predicted) >= 15  # resized by Pillow alone
 
 
 def test_detection_demo_reaches_90_ap50_on_held_out_images(output):
