@@ -14,6 +14,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor
 
+from models.layers import OverlapPatchMerging
 from models.pyramid import Size
 from tools.export.network import ExportError, Network, as_list
 
@@ -57,10 +58,12 @@ def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
     Raises:
         ExportError: `torch.export` refuses.
     """
-    graph, ranges = network.graph, open_axes(network, size)
+    graph, ranges = copy.deepcopy(network.graph), open_axes(network, size)
     shapes = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in ranges.items()}
+    for module in graph.modules():
+        if isinstance(module, OverlapPatchMerging):  # its convolution asks for the batch size
+            module.always_pad = True
     if size is None:
-        graph = copy.deepcopy(graph)
         graph.set_always_pad()
         tile = network.patch_size * 2 ** (len(graph.layers) - 1) * graph.window_size
         size = Size(2 * tile, 3 * tile)  # only an example
