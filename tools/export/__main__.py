@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from tools.export.check import TOLERANCE, check_sizes, compare, load_images, mak
 from tools.export.formats import FORMATS, GRAPHS, OPSET, Runner
 from tools.export.network import ExportError, Network, load_network
 from utils import atomic_write, environment, exit_on_user_error, positive_int, report_write_errors
+
+SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,9 +60,6 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
-
-
 def main() -> None:
     """Export, check, write."""
     args = parse_option()
@@ -71,7 +70,7 @@ def main() -> None:
         network = load_network(args)
         if network.kind == 'detector' and args.format in GRAPHS:
             print("the detector's backbone is exported: no format here holds a whole detector", file=sys.stderr)
-        is_open = args.always_pad or (args.format not in GRAPHS)
+        is_open = args.always_pad or args.format not in GRAPHS
         sizes = check_sizes(network, args.size, is_open)
         images = load_images(args.images, network.normalization[0])
         with TemporaryDirectory() as folder:
@@ -103,8 +102,7 @@ def check_output(args: argparse.Namespace) -> None:
         raise ExportError(f'{output} is the checkpoint: write another --output')
     with report_write_errors(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(output.with_name(f'{output.name}.test'), lambda file: None)
-        output.with_name(f'{output.name}.test').unlink()
+        NamedTemporaryFile(dir=output.parent).close()
 
 
 def write(network: Network, args: argparse.Namespace, size: Size | None, file: Path) -> Runner:

@@ -16,7 +16,7 @@ from engine.timing import Quartiles, time_interleaved
 from models.pyramid import Size
 from tools.benchmark.timing import ratio
 from tools.export.formats import MAX_SIDE, Runner
-from tools.export.network import ExportError, Network
+from tools.export.network import ExportError, Network, first_line
 
 TOLERANCE = 1e-4
 BATCHES = (1, 3)
@@ -93,7 +93,9 @@ def compare(network: Network, run: Runner, images: Sequence[Image.Image], sizes:
             try:
                 outputs = run(inputs)
             except Exception as error:  # of whatever runs the file
-                raise ExportError(f'the file fails at {size}, batch {batch}, and is not kept: {error}') from error
+                raise ExportError(
+                    f'the file fails at {size}, batch {batch}, and is not kept: {first_line(error)}'
+                ) from error
             difference = largest_difference(outputs, expected)
             if not difference <= TOLERANCE:  # nor NaN
                 raise ExportError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.layers import OverlapPatchMerging
 from models.pyramid import Size
-from tools.export.network import ExportError, Network, as_list
+from tools.export.network import ExportError, Network, as_list, first_line
 
 FORMATS = {'onnx': '.onnx', 'torch_export': '.pt2', 'safetensors': '.safetensors'}  # with the suffixes of their files
 GRAPHS = ('onnx', 'torch_export')
@@ -72,7 +72,7 @@ def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
         with torch.no_grad(), symbolic_shapes_config.patch(backed_size_oblivious=True):
             return torch.export.export(graph, (example,), dynamic_shapes=(shapes,))
     except Exception as error:  # documents no exceptions of its own
-        raise ExportError(f'torch.export refuses this network: {_first_line(error)}') from error
+        raise ExportError(f'torch.export refuses this network: {first_line(error)}') from error
 
 
 def write_torch_export(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -121,7 +121,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[
                 verbose=False,
             )
     except Exception as error:  # documents no exceptions of its own
-        raise ExportError(f'torch.onnx refuses this network: {_first_line(error)}') from error
+        raise ExportError(f'torch.onnx refuses this network: {first_line(error)}') from error
     onnx_program.save(path, external_data=False)
 
 
@@ -133,7 +133,3 @@ def run_onnx(path: Path) -> Runner:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

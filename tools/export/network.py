@@ -1,7 +1,6 @@
 """The network that is exported, as it runs eagerly, and what its input is."""
 
 import argparse
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,6 @@ class Network(NamedTuple):
     Attributes:
         kind: `classifier` or `detector`.
         config: the config tree.
-        trained: what the checkpoint holds.
         graph: what is exported as a graph: the classifier itself, or the detector's backbone.
         outputs: names of the graph's outputs.
         class_names: of the checkpoint.
@@ -41,7 +39,6 @@ class Network(NamedTuple):
 
     kind: str
     config: CfgNode
-    trained: nn.Module
     graph: nn.Module
     outputs: list[str]
     class_names: list[str]
@@ -93,9 +90,9 @@ class Network(NamedTuple):
     def with_weights(self, path: Path) -> Callable[[Tensor], list[Tensor]]:
         """Like `run`, of a network built anew, with the weights of another checkpoint."""
         build = build_detector if self.kind == 'detector' else build_model
-        trained = build(self.config)
-        load_weights(trained, load_checkpoint(path), path)
-        graph = _graph(trained.eval())
+        model = build(self.config)
+        load_weights(model, load_checkpoint(path), path)
+        graph = _graph(model.eval())
         return lambda images: as_list(graph(images))
 
 
@@ -109,14 +106,13 @@ def load_network(args: argparse.Namespace) -> Network:
     is_detector = any(name.startswith('backbone.body.') for name in weights)
     tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_model)
     predictor = load_predictor(args, tree, build, first_label=int(is_detector))
-    trained = copy.deepcopy(predictor.model).cpu().requires_grad_(False)
-    graph = _graph(trained)
+    graph = _graph(predictor.model).cpu().requires_grad_(False)
     if is_detector:
         outputs = [str(i) for i in range(len(graph.out_channels))]
     else:
         outputs = ['logits' if graph.num_classes else 'features']
     kind = 'detector' if is_detector else 'classifier'
-    return Network(kind, predictor.config, trained, graph, outputs, predictor.class_names)
+    return Network(kind, predictor.config, graph, outputs, predictor.class_names)
 
 
 def as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
@@ -124,5 +120,10 @@ def as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
 
 
-def _graph(trained: nn.Module) -> nn.Module:
-    return trained.backbone.body if hasattr(trained, 'backbone') else trained
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _graph(model: nn.Module) -> nn.Module:
+    return model.backbone.body if hasattr(model, 'backbone') else model
