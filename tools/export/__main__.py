@@ -69,7 +69,7 @@ def main() -> None:
             formats.require_onnx()
         network = load_network(args)
         if network.kind == 'detector' and args.format in GRAPHS:
-            print("the detector's backbone is exported: no format here holds a whole detector", file=sys.stderr)
+            print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
         is_open = args.always_pad or args.format not in GRAPHS
         sizes = check_sizes(network, args.size, is_open)
         images = load_images(args.images, network.normalization[0])

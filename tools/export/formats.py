@@ -131,5 +131,6 @@ def run_onnx(path: Path) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # idle threads would slow PyTorch's
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
