@@ -26,6 +26,7 @@ from .msg_block import MSGBlock, MSGStage
 from .pyramid import Size, patch_grids, plan_pyramid
 from .resize import resize_grid
 from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
+from .windows import crop
 
 MANIP_TYPES = ('shuf', 'none')
 EMBED_TYPES = ('patch', 'overlap')
@@ -192,12 +193,14 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         w, s = block.window_size, block.drop_path.region_size
         nH, nW = -(-H // w), -(-W // w)
         region = self.msg_tokens.view(1, s, s, C)
-        msg = region.repeat(1, -(-nH // s), -(-nW // s), 1)[:, :nH, :nW].expand(B, -1, -1, -1)  # (B, nH, nW, C)
+        regions = region.repeat(1, -(-nH // s), -(-nW // s), 1)
+        msg = crop(regions, (nH, nW), self.patch_embed.always_pad).expand(B, -1, -1, -1)  # (B, nH, nW, C)
         return self.pos_drop(patches), msg
 
     def _position_embedding(self, H: int, W: int) -> Tensor:
         """The absolute position embedding, resized to a patch grid, (1, H, W, C)."""
-        return resize_grid(self.absolute_pos_embed.unflatten(1, self.patch_grid), (H, W))
+        embedding = self.absolute_pos_embed.unflatten(1, self.patch_grid)
+        return resize_grid(embedding, (H, W), always_resize=self.patch_embed.always_pad)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to the last stage's normed MSG tokens (B, nH, nW, C)."""

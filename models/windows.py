@@ -4,6 +4,10 @@ Letters: B images, H x W the patch grid, w window size in patches, nH x nW = cei
 the grid of MSG tokens: one per window), s size of a shuffle region in windows, G = s^2 windows in a region,
 N = w^2 + 1 tokens in a window, C channels.
 
+With `always_pad`, no branch depends on a size: everything is padded, if only by nothing, and masked. The result is the
+same, in more time, and a graph that `torch.export` traces serves all sizes. Its shapes stay simple enough for that as a
+side is padded to a multiple of its ceiling, and a copy is made without asking whether the strides need one.
+
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
 
@@ -14,39 +18,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: Tensor, multiple: int, always_pad: bool = False) -> Tensor:
     """Pad a token grid (B, H, W, C) with zeros, right and bottom, to multiples of `multiple`."""
     H, W = x.shape[1:3]
-    if H % multiple == 0 and W % multiple == 0:
+    if not always_pad and H % multiple == 0 and W % multiple == 0:
         return x
-    return F.pad(x, (0, 0, 0, -W % multiple, 0, -H % multiple))
+    return F.pad(x, (0, 0, 0, missing(W, multiple), 0, missing(H, multiple)))
 
 
-def join_windows(patches: Tensor, msg: Tensor, window_size: int) -> Tensor:
+def missing(side: int, multiple: int) -> int:
+    """What a side lacks to the next multiple."""
+    return -(-side // multiple) * multiple - side
+
+
+def crop(x: Tensor, grid: tuple[int, int], always_pad: bool = False) -> Tensor:
+    """The upper left part (B, H, W, C) of a token grid."""
+    H, W = grid
+    if not always_pad:
+        return x[:, :H, :W]
+    # A slice asks whether the grid is large enough.
+    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    return x.index_select(1, rows).index_select(2, columns)
+
+
+def join_windows(patches: Tensor, msg: Tensor, window_size: int, always_pad: bool = False) -> Tensor:
     """Cut the patch grid into windows, each headed by its MSG token; a grid that does not tile is padded with zeros.
 
     Args:
         patches: patch tokens (B, H, W, C).
         msg: MSG tokens (B, nH, nW, C).
         window_size: window size w, in patches.
+        always_pad: see above.
 
     Returns:
         Windows (B, nH, nW, N, C): the MSG token, then the patches in row-major order.
     """
     B, nH, nW, C = msg.shape
     w = window_size
-    x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
-    x = x.transpose(2, 3).reshape(B, nH, nW, w * w, C)
+    x = pad_to_multiple(patches, w, always_pad).view(B, nH, w, nW, w, C)
+    x = _swapped(x, 2, 3).view(B, nH, nW, w * w, C)
     return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
 
 
-def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def split_windows(
+    windows: Tensor, window_size: int, grid: tuple[int, int], always_pad: bool = False
+) -> tuple[Tensor, Tensor]:
     """Undo `join_windows`.
 
     Args:
         windows: (B, nH, nW, N, C).
         window_size: window size w, in patches.
         grid: patch grid (H, W), without padding.
+        always_pad: see above.
 
     Returns:
         Patch tokens (B, H, W, C) and MSG tokens (B, nH, nW, C).
@@ -54,8 +77,8 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
     B, nH, nW, _, C = windows.shape
     w, (H, W) = window_size, grid
     x = windows[:, :, :, 1:].view(B, nH, nW, w, w, C)
-    patches = x.transpose(2, 3).reshape(B, nH * w, nW * w, C)
-    return patches[:, :H, :W], windows[:, :, :, 0]
+    patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
+    return crop(patches, (H, W), always_pad), windows[:, :, :, 0]
 
 
 class WindowPadding(NamedTuple):
@@ -63,11 +86,11 @@ class WindowPadding(NamedTuple):
 
     Attributes:
         is_padding: (nH, nW, N, 1) boolean.
-        real_index: positions of the other tokens among the nH * nW * N of an image, (L,).
+        real_index: positions of the other tokens among the nH * nW * N of an image, (L,); None to remove no padding.
     """
 
     is_padding: Tensor
-    real_index: Tensor
+    real_index: Tensor | None
 
     def zero(self, windows: Tensor) -> Tensor:
         """Windows (B, nH, nW, N, C) with zeros for padding."""
@@ -75,32 +98,45 @@ class WindowPadding(NamedTuple):
 
     def remove(self, windows: Tensor) -> Tensor:
         """The real tokens (B, L, C) of windows (B, nH, nW, N, C)."""
+        if self.real_index is None:
+            return windows
         return windows.flatten(1, 3).index_select(1, self.real_index)
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Undo `remove`, with zeros for padding."""
+        if self.real_index is None:
+            return tokens
         nH, nW, N, _ = self.is_padding.shape
         B, _, C = tokens.shape
         windows = tokens.new_zeros(B, nH * nW * N, C).index_copy(1, self.real_index, tokens)
         return windows.view(B, nH, nW, N, C)
 
 
-def window_padding(grid: tuple[int, int], window_size: int, device: torch.device) -> WindowPadding | None:
-    """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it."""
+def window_padding(
+    grid: tuple[int, int], window_size: int, device: torch.device, always_pad: bool = False
+) -> WindowPadding | None:
+    """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it.
+
+    With `always_pad`, there is always one, which is masked and never removed.
+    """
     (H, W), w = grid, window_size
-    if H % w == 0 and W % w == 0:
+    if not always_pad and H % w == 0 and W % w == 0:
         return None
     nH, nW, N = -(-H // w), -(-W // w), w * w + 1
+    is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
+    is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
+    is_padding = F.pad(is_padding.view(nH, nW, w * w), (1, 0)).unsqueeze(3)  # MSG tokens are none
+    if always_pad:
+        return WindowPadding(is_padding, None)
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
     token = 1 + rows % w * w + columns % w  # (H, W)
     msg_index = torch.arange(nH * nW, device=device) * N
     real_index = torch.cat((msg_index, (window * N + token).flatten()))
-    is_padding = torch.ones(nH * nW * N, dtype=torch.bool, device=device).index_fill(0, real_index, False)
-    return WindowPadding(is_padding.view(nH, nW, N, 1), real_index)
+    return WindowPadding(is_padding, real_index)
 
 
-def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
+def shuffle_msg_tokens(msg: Tensor, region_size: int, always_pad: bool = False) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
     Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
@@ -110,29 +146,36 @@ def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
     Args:
         msg: MSG tokens (B, nH, nW, C); C is a multiple of G.
         region_size: region size s, in windows; 1 leaves the tokens as they are.
+        always_pad: see above.
 
     Returns:
         Shuffled MSG tokens (B, nH, nW, C).
     """
     if region_size == 1:
         return msg
-    padded = pad_to_multiple(msg, region_size)
+    padded = pad_to_multiple(msg, region_size, always_pad)
     shuffled = _transpose_chunks(padded, region_size)
     if padded is msg:
         return shuffled
     nH, nW, C = msg.shape[1:]
-    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), region_size)
+    is_token = torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device)
+    is_token = pad_to_multiple(is_token, region_size, always_pad)
     from_token = _transpose_chunks(is_token, region_size)
-    return torch.where(from_token, shuffled, padded)[:, :nH, :nW]
+    return crop(torch.where(from_token, shuffled, padded), (nH, nW), always_pad)
 
 
 def _transpose_chunks(msg: Tensor, region_size: int) -> Tensor:
     B, nH, nW, C = msg.shape
     s, G = region_size, region_size**2
-    x = msg.view(B, nH // s, s, nW // s, s, C).transpose(2, 3)  # (B, nH/s, nW/s, s, s, C)
-    x = x.reshape(B, nH // s, nW // s, G, G, C // G)  # (B, nH/s, nW/s, token, chunk, C/G)
-    x = x.transpose(3, 4).reshape(B, nH // s, nW // s, s, s, C)
-    return x.transpose(2, 3).reshape(B, nH, nW, C)
+    x = _swapped(msg.view(B, nH // s, s, nW // s, s, C), 2, 3)  # (B, nH/s, nW/s, s, s, C)
+    x = x.view(B, nH // s, nW // s, G, G, C // G)  # (B, nH/s, nW/s, token, chunk, C/G)
+    x = _swapped(x, 3, 4).view(B, nH // s, nW // s, s, s, C)
+    return _swapped(x, 2, 3).view(B, nH, nW, C)
+
+
+def _swapped(x: Tensor, one: int, two: int) -> Tensor:
+    """A copy with two axes exchanged; `reshape` or `contiguous` would ask whether the strides need one."""
+    return x.transpose(one, two).clone(memory_format=torch.contiguous_format)
 
 
 def relative_position_index(window_size: int) -> Tensor:

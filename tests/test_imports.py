@@ -89,7 +89,10 @@ def test_files_are_short():
 
 
 # Switches of the compiler that have no public name.
-PRIVATE = {'tools.benchmark.cases': {'torch._dynamo.config', 'torch._inductor.config'}}
+PRIVATE = {
+    'tools.benchmark.cases': {'torch._dynamo.config', 'torch._inductor.config'},
+    'tools.export.formats': {'torch.fx.experimental._config'},
+}
 
 
 def private_names(path, library):

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models import MSGTransformer
@@ -26,4 +27,6 @@ class MSGBackbone(MSGTransformer):
         """Images (B, 3, height, width) to feature maps (B, C, H, W), finest first, named '0', '1', ..."""
         feature_maps = self.forward_intermediates(images, output_fmt='NHWC', intermediates_only=True)
         normed = [norm(x) for norm, x in zip((*self.out_norms, self.norm), feature_maps, strict=True)]
-        return OrderedDict((str(i), x.permute(0, 3, 1, 2).contiguous()) for i, x in enumerate(normed))
+        # A copy in any case: `contiguous` would ask for the size, which an exported graph may leave open.
+        copies = (x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for x in normed)
+        return OrderedDict((str(i), x) for i, x in enumerate(copies))

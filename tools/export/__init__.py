@@ -1,0 +1,1 @@
+"""Export of trained networks, checked against eager execution: `python -m tools.export`."""

@@ -1,0 +1,185 @@
+"""Export a trained network as ONNX, for torch.export, or as safetensors, and prove it against eager execution.
+
+    python -m tools.export --resume ckpt.pth --format onnx --output msg.onnx --always-pad --latency
+    python -m tools.export --resume ckpt.pth --format torch_export --output msg.pt2 --size 480 640
+
+A classifier is exported whole, of a detector its backbone (safetensors: all weights). The batch size is open. So are
+height and width with --always-pad: each from one patch to 4096 pixels. Without, a file has one size. The file is run on
+real images at several sizes, and kept only if no output differs by more than 1e-4; FILE.json has the differences, the
+range, versions, classes, preprocessing and config.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any
+
+import torch
+
+from engine.inference import add_network_flags
+from models.pyramid import Size
+from tools.convert_checkpoint import convert
+from tools.export import formats
+from tools.export.check import TOLERANCE, check_sizes, compare, load_images, make_batch, measure_latency
+from tools.export.formats import FORMATS, GRAPHS, OPSET, Runner
+from tools.export.network import ExportError, Network, load_network
+from utils import atomic_write, environment, exit_on_user_error, positive_int, report_write_errors
+
+SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
+
+
+def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        'python -m tools.export',
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split('\n\n', 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_network_flags(parser)
+    add = parser.add_argument
+    add('--format', required=True, choices=FORMATS, help='torch_export: a .pt2 file for torch.export.load')
+    add('--output', required=True, type=Path, metavar='FILE', help='file to write: .onnx, .pt2 or .safetensors')
+    add('--always-pad', action='store_true', help='leave height and width open, each from one patch to 4096 pixels')
+    add('--size', type=positive_int, nargs='+', action='append', default=[], metavar='N', help=SIZE_HELP)
+    add('--images', nargs='+', type=Path, default=[], metavar='IMAGES', help='to check with (default: two photographs)')
+    add('--latency', action='store_true', help='time the file against eager and compiled execution: minutes')
+    add('--rounds', type=positive_int, default=20, metavar='N', help='how often each is timed (20)')
+    args = parser.parse_args(argv)
+    if any(len(size) > 2 for size in args.size):
+        parser.error('--size takes one number, or height and width: write --size again for another')
+    if args.format not in GRAPHS and (args.always_pad or args.latency):
+        parser.error('safetensors holds weights, for any size: leave out --always-pad and --latency')
+    args.size = [Size.of(size[0] if len(size) == 1 else size) for size in args.size]
+    return args
+
+
+def main() -> None:
+    """Export, check, write."""
+    args = parse_option()
+    with exit_on_user_error():
+        check_output(args)
+        if args.format == 'onnx':
+            formats.require_onnx()
+        network = load_network(args)
+        if network.kind == 'detector' and args.format in GRAPHS:
+            print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
+        is_open = args.always_pad or args.format not in GRAPHS
+        sizes = check_sizes(network, args.size, is_open)
+        images = load_images(args.images, network.normalization[0])
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / args.output.name
+            run = write(network, args, None if is_open else sizes[0], file)
+            comparisons = compare(network, run, images, sizes)
+            report = describe(network, args, is_open, sizes)
+            report['checked'] = [comparison._asdict() for comparison in comparisons]
+            report['max_abs_difference'] = max(comparison.difference for comparison in comparisons)
+            if args.latency:
+                report['latency'] = measure_latency(network, run, make_batch(network, images, sizes[0], 1), args.rounds)
+            save(file, args.output, report)
+    print_report(args.output, report)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Refuse an output that cannot be written, before minutes of work.
+
+    Raises:
+        ExportError: an unknown suffix, a folder, or the checkpoint itself.
+        OutputError: its folder cannot be made.
+    """
+    output, suffix = args.output, FORMATS[args.format]
+    if output.suffix != suffix:
+        raise ExportError(f'{output} has another suffix: write {suffix} for {args.format}')
+    if output.is_dir():
+        raise ExportError(f'{output} is a folder: name a file in it')
+    if output.exists() and Path(args.resume).exists() and output.samefile(args.resume):
+        raise ExportError(f'{output} is the checkpoint: write another --output')
+    with report_write_errors(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        NamedTemporaryFile(dir=output.parent).close()
+
+
+def write(network: Network, args: argparse.Namespace, size: Size | None, file: Path) -> Runner:
+    """Write a network to a file.
+
+    Args:
+        network: the network.
+        args: the command line.
+        size: of the images; None for any.
+        file: the file.
+
+    Returns:
+        What runs the file.
+
+    Raises:
+        ExportError: the network cannot be exported so.
+    """
+    if args.format == 'safetensors':
+        convert(Path(args.resume), file, args.weights)
+        return network.with_weights(file)
+    print('tracing', file=sys.stderr)
+    program = formats.trace(network, size)
+    print('writing', file=sys.stderr)
+    if args.format == 'torch_export':
+        formats.write_torch_export(program, file)
+        return formats.run_torch_export(file)
+    axes = {axis: name for axis, (name, _, _) in formats.open_axes(network, size).items()}
+    formats.write_onnx(program, file, network.outputs, axes)
+    return formats.run_onnx(file)
+
+
+def describe(network: Network, args: argparse.Namespace, is_open: bool, sizes: Sequence[Size]) -> dict[str, Any]:
+    """What the file is, as plain data."""
+    size = None if is_open else sizes[0]
+    shape: list[int | str] = [0, network.channels, *(size or (0, 0))]
+    ranges = {}
+    for axis, (name, low, high) in formats.open_axes(network, size).items():
+        shape[axis], ranges[name] = name, [low, high]
+    packages = ('onnx', 'onnxscript', 'onnxruntime') if args.format == 'onnx' else ()
+    return {
+        'format': args.format,
+        'network': 'classifier' if network.kind == 'classifier' else "detector's backbone",
+        'input': {'name': 'images', 'dtype': 'float32', 'shape': shape, 'range': ranges},
+        'outputs': network.outputs,
+        'opset': OPSET if args.format == 'onnx' else None,
+        'preprocessing': network.preprocessing,
+        'classes': network.class_names,
+        'tolerance': TOLERANCE,
+        'environment': environment(torch.device('cpu')) | {name: version(name) for name in packages},
+        'config': network.plain_config,
+    }
+
+
+def save(file: Path, output: Path, report: dict[str, Any]) -> None:
+    """Put a file that passed its check, and its report, in place.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    text = json.dumps(report, indent=2)
+    with report_write_errors(output.parent), file.open('rb') as source:
+        atomic_write(output, lambda target: shutil.copyfileobj(source, target))
+        atomic_write(Path(f'{output}.json'), lambda target: target.write(text.encode()))
+
+
+def print_report(output: Path, report: dict[str, Any]) -> None:
+    """Print the differences and the latency."""
+    for size, batch, difference in (comparison.values() for comparison in report['checked']):
+        print(f'{size}, batch {batch}: differs by {difference:.1e}')
+    print(f'largest difference from eager execution: {report["max_abs_difference"]:.1e}')
+    if latency := report.get('latency'):
+        batch, _, height, width = latency['shape']
+        ms = ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in latency['median_seconds'].items())
+        times = ', '.join(f'{x["median"]:.2f} x {name}' for name, x in latency['time_relative_to'].items())
+        print(f'latency at {height} x {width}, batch {batch}: {ms}; the file takes {times}')
+    print(f'{output}, {output}.json')
+
+
+if __name__ == '__main__':
+    main()

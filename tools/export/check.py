@@ -1,0 +1,138 @@
+"""The proof of an exported file: its outputs against eager ones on real images, and its latency."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms.functional import normalize, to_tensor
+
+from data.images import choose_images, find_images, load_image
+from engine.timing import Quartiles, time_interleaved
+from models.pyramid import Size
+from tools.benchmark.timing import ratio
+from tools.export.formats import MAX_SIDE, Runner
+from tools.export.network import ExportError, Network, first_line
+
+TOLERANCE = 1e-4
+BATCHES = (1, 3)
+ODD_SIZES = (Size(33, 57), Size(97, 130), Size(224, 224), Size(480, 640))
+
+
+class Comparison(NamedTuple):
+    """Largest absolute difference between a file's outputs and eager ones, at one size and batch."""
+
+    size: Size
+    batch: int
+    difference: float
+
+
+def check_sizes(network: Network, asked: Sequence[Size], is_open: bool) -> list[Size]:
+    """Sizes to compare at: those asked for, or the network's; of an open graph, also odd ones and its corners.
+
+    Raises:
+        ExportError: there is none, one is out of range, or a graph of one size is asked for several.
+    """
+    p = network.patch_size
+    for size in asked:
+        if min(size) < p or max(size) > MAX_SIDE:
+            raise ExportError(f'--size {size}: sides are from {p} (one patch) to {MAX_SIDE} pixels')
+    own = [network.default_size] if network.default_size else []
+    if is_open:
+        corners = [Size(p, p), Size(p, MAX_SIDE), Size(MAX_SIDE, p)]
+        fitting = [size for size in ODD_SIZES if min(size) >= p]
+        return list(dict.fromkeys(chain(asked, own, fitting, corners)))
+    sizes = list(dict.fromkeys(asked or own))
+    if not sizes:
+        raise ExportError("a detector's backbone has no size of its own: give --size, or --always-pad for all sizes")
+    if len(sizes) > 1:
+        raise ExportError(f'{len(sizes)} sizes: export one file for each, or one for all with --always-pad')
+    return sizes
+
+
+def load_images(paths: Sequence[Path], mode: str) -> list[Image.Image]:
+    """Images among files and below folders, a few of them; scikit-learn's photographs without any path.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    if paths:
+        return [load_image(path, mode, upright=True) for path in choose_images(find_images(paths), max(BATCHES))]
+    return [Image.fromarray(photograph).convert(mode) for photograph in load_sample_images().images]
+
+
+def make_batch(network: Network, images: Iterable[Image.Image], size: Size, batch: int) -> Tensor:
+    """Images resized to `size` and normalised, (batch, channels, height, width); they repeat where there are fewer."""
+    _, mean, std = network.normalization
+    resized = (image.resize((size.width, size.height), Image.Resampling.BICUBIC) for image in cycle(images))
+    return torch.stack([normalize(to_tensor(image), mean, std) for image in islice(resized, batch)])
+
+
+@torch.inference_mode()
+def compare(network: Network, run: Runner, images: Sequence[Image.Image], sizes: Sequence[Size]) -> list[Comparison]:
+    """Compare a file with eager execution at sizes and batches.
+
+    Args:
+        network: the network.
+        run: runs the file.
+        images: to feed.
+        sizes: to resize them to.
+
+    Raises:
+        ExportError: the file fails, or an output differs by more than `TOLERANCE`.
+    """
+    comparisons = []
+    for size in sizes:
+        for batch in BATCHES:
+            inputs = make_batch(network, images, size, batch)
+            expected = network.run(inputs)
+            try:
+                outputs = run(inputs)
+            except Exception as error:  # of whatever runs the file
+                raise ExportError(
+                    f'the file fails at {size}, batch {batch}, and is not kept: {first_line(error)}'
+                ) from error
+            difference = largest_difference(outputs, expected)
+            if not difference <= TOLERANCE:  # nor NaN
+                raise ExportError(
+                    f'the file differs by {difference:.2g} at {size}, batch {batch}, '
+                    f'more than {TOLERANCE:g}, and is not kept'
+                )
+            comparisons.append(Comparison(size, batch, difference))
+    return comparisons
+
+
+def largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest absolute difference of outputs; infinite where shapes differ, NaN where a value is."""
+    if [x.shape for x in outputs] != [x.shape for x in expected]:
+        return float('inf')
+    return torch.stack([(x - y).abs().max() for x, y in zip(outputs, expected, strict=True)]).max().item()
+
+
+@torch.inference_mode()
+def measure_latency(network: Network, run: Runner, inputs: Tensor, rounds: int) -> dict[str, Any]:
+    """Seconds of the file, of eager and of compiled execution, interleaved, and the file's time relative to both.
+
+    Args:
+        network: the network.
+        run: runs the file.
+        inputs: the images of a call.
+        rounds: how often each is timed.
+    """
+    compiled = torch.compile(network.graph)
+    callables: dict[str, Callable[[], object]] = {
+        'exported': lambda: run(inputs),
+        'eager': lambda: network.run(inputs),
+        'compiled': lambda: compiled(inputs),
+    }
+    for function in callables.values():
+        function()
+        function()
+    times = time_interleaved(callables, rounds, inputs.device)
+    seconds = {name: Quartiles.from_values(values).median for name, values in times.items()}
+    relative = {name: ratio(times['exported'], times[name])._asdict() for name in ('eager', 'compiled')}
+    return {'shape': list(inputs.shape), 'rounds': rounds, 'median_seconds': seconds, 'time_relative_to': relative}

@@ -1,0 +1,136 @@
+"""The formats: writing a network to a file, and running the file.
+
+Sizes are left open with `models`' `set_always_pad`. PyTorch decides many branches by whether a size is 1, which it must
+not ask of an open one; a switch of the exporter, which has no public name, lets it take the general branch.
+"""
+
+import copy
+import operator
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.fx.experimental._config as symbolic_shapes_config
+from torch import Tensor
+
+from models.layers import OverlapPatchMerging
+from models.pyramid import Size
+from tools.export.network import ExportError, Network, as_list, first_line
+
+FORMATS = {'onnx': '.onnx', 'torch_export': '.pt2', 'safetensors': '.safetensors'}  # with the suffixes of their files
+GRAPHS = ('onnx', 'torch_export')
+OPSET = 20
+MAX_SIDE = 4096
+
+Runner = Callable[[Tensor], list[Tensor]]
+
+
+def require_onnx() -> None:
+    """Check that the packages for ONNX are installed.
+
+    Raises:
+        ExportError: one is not.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f'{error.name} is not installed: pip install -r requirements-export.txt') from error
+
+
+def open_axes(network: Network, size: Size | None) -> dict[int, tuple[str, int, int | None]]:
+    """Axes of the images that a graph leaves open, with name, minimum and maximum; see `trace`."""
+    axes: dict[int, tuple[str, int, int | None]] = {0: ('batch', 1, None)}
+    if size is None:
+        axes |= {axis: (name, network.patch_size, MAX_SIDE) for axis, name in ((2, 'height'), (3, 'width'))}
+    return axes
+
+
+def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
+    """The network as a graph for any batch size.
+
+    Args:
+        network: the network.
+        size: of the images, in pixels; None for any from one patch to `MAX_SIDE`.
+
+    Raises:
+        ExportError: `torch.export` refuses.
+    """
+    graph, ranges = copy.deepcopy(network.graph), open_axes(network, size)
+    shapes = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in ranges.items()}
+    for module in graph.modules():
+        if isinstance(module, OverlapPatchMerging):  # its convolution asks for the batch size
+            module.always_pad = True
+    if size is None:
+        graph.set_always_pad()
+        tile = network.patch_size * 2 ** (len(graph.layers) - 1) * graph.window_size
+        size = Size(2 * tile, 3 * tile)  # only an example
+    example = torch.zeros(2, network.channels, *size)
+    try:
+        with torch.no_grad(), symbolic_shapes_config.patch(backed_size_oblivious=True):
+            return torch.export.export(graph, (example,), dynamic_shapes=(shapes,))
+    except Exception as error:  # documents no exceptions of its own
+        raise ExportError(f'torch.export refuses this network: {first_line(error)}') from error
+
+
+def write_torch_export(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a graph for `torch.export.load`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.export.save(program, path)
+
+
+def run_torch_export(path: Path) -> Runner:
+    """Run a graph of `torch.export`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of a buffer that is not writable
+        module = torch.export.load(path).module()
+    return lambda images: as_list(module(images))
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[str], axes: dict[int, str]) -> None:
+    """Write a graph as ONNX.
+
+    Args:
+        program: the graph.
+        path: the file.
+        outputs: names of the outputs.
+        axes: names of the open axes.
+
+    Raises:
+        ExportError: `torch.onnx` refuses.
+    """
+    from onnxscript import opset20 as op
+
+    def floordiv(a, b):  # PyTorch's own rounds towards zero, and sides are divided as -(-side // multiple)
+        return op.Div(op.Sub(a, op.Mod(a, b)), b)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            onnx_program = torch.onnx.export(
+                program,
+                input_names=['images'],
+                output_names=outputs,
+                dynamic_shapes=(axes,),
+                opset_version=OPSET,
+                custom_translation_table={operator.floordiv: floordiv},
+                dynamo=True,
+                verbose=False,
+            )
+    except Exception as error:  # documents no exceptions of its own
+        raise ExportError(f'torch.onnx refuses this network: {first_line(error)}') from error
+    onnx_program.save(path, external_data=False)
+
+
+def run_onnx(path: Path) -> Runner:
+    """Run a graph with onnxruntime, on as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # idle threads would slow PyTorch's
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]

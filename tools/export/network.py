@@ -1,0 +1,129 @@
+"""The network that is exported, as it runs eagerly, and what its input is."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+import config as classification
+import detection.config
+from data.transforms import image_mode, mean_and_std, resized_side
+from detection.models import build_detector
+from engine.checkpoint import load_checkpoint, load_weights
+from engine.inference import load_predictor
+from models import build_model
+from models.pyramid import Size
+from utils import UserError
+
+
+class ExportError(UserError):
+    """A network or format that cannot be exported as asked; the message says what can."""
+
+
+class Network(NamedTuple):
+    """A trained network on the CPU, in evaluation mode.
+
+    Attributes:
+        kind: `classifier` or `detector`.
+        config: the config tree.
+        graph: what is exported as a graph: the classifier itself, or the detector's backbone.
+        outputs: names of the graph's outputs.
+        class_names: of the checkpoint.
+    """
+
+    kind: str
+    config: CfgNode
+    graph: nn.Module
+    outputs: list[str]
+    class_names: list[str]
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.graph.in_chans
+
+    @property
+    def patch_size(self) -> int:
+        """Patch size, in pixels: the smallest side of an image."""
+        return self.graph.patch_embed.patch_size
+
+    @property
+    def default_size(self) -> Size | None:
+        """The classifier's image size, in pixels; a detector has none."""
+        return self.graph.img_size
+
+    @property
+    def normalization(self) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+        """PIL mode of the images, and mean and standard deviation per channel of pixels in [0, 1]."""
+        if self.kind == 'detector':
+            return 'RGB', IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        return image_mode(self.config), *mean_and_std(self.config)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """From an image to the input, as in evaluation, as plain data."""
+        mode, mean, std = self.normalization
+        if self.kind == 'detector':
+            resize = {'shorter_side': self.config.INPUT.TEST_SHORT, 'max_longer_side': self.config.INPUT.MAX_LONG}
+            resize |= {'interpolation': 'bilinear', 'pad_to_multiple': self.patch_size * 2 ** (len(self.outputs) - 1)}
+        else:
+            size, crop = self.config.DATA.IMG_SIZE, self.config.TEST.CROP
+            resize = {'shorter_side': resized_side(self.config), 'center_crop': size} if crop else {'size': size}
+            resize['interpolation'] = self.config.DATA.INTERPOLATION
+        return {'mode': mode, 'resize': resize, 'scale': 1 / 255, 'mean': list(mean), 'std': list(std)}
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """The config as plain data."""
+        return yaml.safe_load(self.config.dump())
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        """Outputs for images (B, channels, height, width), computed eagerly."""
+        return as_list(self.graph(images))
+
+    def with_weights(self, path: Path) -> Callable[[Tensor], list[Tensor]]:
+        """Like `run`, of a network built anew, with the weights of another checkpoint."""
+        build = build_detector if self.kind == 'detector' else build_model
+        model = build(self.config)
+        load_weights(model, load_checkpoint(path), path)
+        graph = _graph(model.eval())
+        return lambda images: as_list(graph(images))
+
+
+def load_network(args: argparse.Namespace) -> Network:
+    """Load the network that the command line names: a classifier or, where the weights are a detector's, that.
+
+    Raises:
+        UserError: a config or checkpoint that cannot be used.
+    """
+    weights = load_checkpoint(args.resume)['model']
+    is_detector = any(name.startswith('backbone.body.') for name in weights)
+    tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_model)
+    predictor = load_predictor(args, tree, build, first_label=int(is_detector))
+    graph = _graph(predictor.model).cpu().requires_grad_(False)
+    if is_detector:
+        outputs = [str(i) for i in range(len(graph.out_channels))]
+    else:
+        outputs = ['logits' if graph.num_classes else 'features']
+    kind = 'detector' if is_detector else 'classifier'
+    return Network(kind, predictor.config, graph, outputs, predictor.class_names)
+
+
+def as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
+    """Outputs of a network in their order."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _graph(model: nn.Module) -> nn.Module:
+    return model.backbone.body if hasattr(model, 'backbone') else model
