@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .windows import missing, pad_to_multiple
+from .windows import is_open, missing, pad_to_multiple
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -89,7 +89,6 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         self.patch_size = patch_size
-        self.always_pad = False
         kernel_size, padding = patch_size, 0
         if overlap:
             # Published for patch size 4: padding 2. Below 3, H / patch_size tokens per side need padding 3.
@@ -107,7 +106,7 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         if height < p or width < p:
             raise ValueError(f'images of {height} x {width} pixels are smaller than one patch of {p} x {p}')
-        if self.always_pad or height % p or width % p:
+        if is_open(height, width) or height % p or width % p:
             images = F.pad(images, (0, missing(width, p), 0, missing(height, p)))
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
 
@@ -132,13 +131,12 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, norm_layer: NormLayer):
         super().__init__()
-        self.always_pad = False
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge tokens (B, H, W, C) into (B, ceil(H/2), ceil(W/2), 2C); an odd grid is padded with zeros."""
-        x = pad_to_multiple(x, 2, self.always_pad)
+        x = pad_to_multiple(x, 2)
         B, H, W, C = x.shape
         x = x.view(B, H // 2, 2, W // 2, 2, C)  # (B, H/2, row, W/2, column, C)
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)  # neighbours (0,0), (1,0), (0,1), (1,1)
@@ -159,18 +157,16 @@ class OverlapPatchMerging(nn.Module):
 
     def __init__(self, dim: int, norm_layer: NormLayer):
         super().__init__()
-        self.always_pad = False
         self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
         self.norm = norm_layer(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge tokens (B, H, W, C) into (B, ceil(H/2), ceil(W/2), 2C)."""
-        if self.always_pad:
-            x = pad_to_multiple(x, 2, always_pad=True)
-            # Where channels come last in memory, a convolution asks for the batch size.
-            x = x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        else:
-            x = x.permute(0, 3, 1, 2)
+        if is_open(*x.shape[1:3]):
+            x = pad_to_multiple(x, 2)
+        x = x.permute(0, 3, 1, 2)
+        if is_open(*x.shape):  # a convolution would ask for the batch size where channels come last in memory
+            x = x.clone(memory_format=torch.contiguous_format)
         x = self.reduction(x)  # (B, 2C, H/2, W/2)
         return self.norm(x.permute(0, 2, 3, 1))
 

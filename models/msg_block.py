@@ -142,7 +142,6 @@ class MSGBlock(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.shuffle = shuffle
-        self.always_pad = False
         self.shuffle_size = region_size if shuffle else 1
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop)
@@ -171,7 +170,7 @@ class MSGBlock(nn.Module):
         """
         x = x[:, :, :, : 1 if msg_only else None] + self.drop_path(self._attend(x, padding, msg_only))
         if self.shuffle_size > 1:
-            msg = shuffle_msg_tokens(x[:, :, :, 0], self.shuffle_size, self.always_pad)
+            msg = shuffle_msg_tokens(x[:, :, :, 0], self.shuffle_size)
             x = torch.cat((msg.unsqueeze(3), x[:, :, :, 1:]), dim=3)
         return x + self.drop_path(self._transform(x, None if msg_only else padding))
 
@@ -209,7 +208,6 @@ class MSGStage(nn.Module):
         super().__init__()
         self.window_size = blocks[0].window_size
         self.use_checkpoint = use_checkpoint
-        self.always_pad = False
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
@@ -231,17 +229,15 @@ class MSGStage(nn.Module):
             Patches (B, H, W, C), or None with `msg_only`, and MSG tokens (B, nH, nW, C).
         """
         grid = patches.shape[1:3]
-        padding = window_padding(grid, self.window_size, patches.device, self.always_pad)
-        x = join_windows(patches, msg, self.window_size, self.always_pad)  # (B, nH, nW, N, C)
+        padding = window_padding(grid, self.window_size, patches.device)
+        x = join_windows(patches, msg, self.window_size)  # (B, nH, nW, N, C)
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, padding, msg_only and is_last, use_reentrant=False)
             else:
                 x = block(x, padding, msg_only and is_last)
-        if msg_only:
-            return None, x.squeeze(3)
-        return split_windows(x, self.window_size, grid, self.always_pad)
+        return (None, x.squeeze(3)) if msg_only else split_windows(x, self.window_size, grid)
 
     def merge(self, patches: Tensor, msg: Tensor) -> tuple[Tensor, Tensor]:
         """Merge both grids into (B, ceil(H/2), ceil(W/2), 2C) and (B, ceil(nH/2), ceil(nW/2), 2C)."""

@@ -194,13 +194,12 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         nH, nW = -(-H // w), -(-W // w)
         region = self.msg_tokens.view(1, s, s, C)
         regions = region.repeat(1, -(-nH // s), -(-nW // s), 1)
-        msg = crop(regions, (nH, nW), self.patch_embed.always_pad).expand(B, -1, -1, -1)  # (B, nH, nW, C)
+        msg = crop(regions, (nH, nW)).expand(B, -1, -1, -1)  # (B, nH, nW, C)
         return self.pos_drop(patches), msg
 
     def _position_embedding(self, H: int, W: int) -> Tensor:
         """The absolute position embedding, resized to a patch grid, (1, H, W, C)."""
-        embedding = self.absolute_pos_embed.unflatten(1, self.patch_grid)
-        return resize_grid(embedding, (H, W), always_resize=self.patch_embed.always_pad)
+        return resize_grid(self.absolute_pos_embed.unflatten(1, self.patch_grid), (H, W))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to the last stage's normed MSG tokens (B, nH, nW, C)."""

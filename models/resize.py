@@ -8,13 +8,12 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from .windows import is_open
 
-def resize_grid(x: Tensor, grid: tuple[int, int], always_resize: bool = False) -> Tensor:
-    """Interpolate a grid of values (1, rows, columns, C) to other rows and columns, bicubically.
 
-    With `always_resize`, also to the same ones, which changes values by rounding.
-    """
-    if not always_resize and x.shape[1:3] == tuple(grid):
+def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Interpolate a grid of values (1, rows, columns, C) to other rows and columns, bicubically."""
+    if not is_open(*grid) and x.shape[1:3] == tuple(grid):
         return x
     resized = F.interpolate(x.permute(0, 3, 1, 2), grid, mode='bicubic', antialias=True)
     return resized.permute(0, 2, 3, 1)

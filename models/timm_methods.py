@@ -79,12 +79,6 @@ class TimmMethods:
         for stage in self.layers:
             stage.use_checkpoint = enable
 
-    def set_always_pad(self, enable: bool = True) -> None:
-        """Compute without any branch on the image size, so that one exported graph serves all sizes: see `windows`."""
-        for module in self.modules():
-            if hasattr(module, 'always_pad'):
-                module.always_pad = enable
-
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

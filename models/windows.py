@@ -4,9 +4,9 @@ Letters: B images, H x W the patch grid, w window size in patches, nH x nW = cei
 the grid of MSG tokens: one per window), s size of a shuffle region in windows, G = s^2 windows in a region,
 N = w^2 + 1 tokens in a window, C channels.
 
-With `always_pad`, no branch depends on a size: everything is padded, if only by nothing, and masked. The result is the
-same, in more time, and a graph that `torch.export` traces serves all sizes. Its shapes stay simple enough for that as a
-side is padded to a multiple of its ceiling, and a copy is made without asking whether the strides need one.
+Where `torch.export` leaves the image size open, no branch depends on it: everything is padded, if only by nothing, and
+masked. The result is the same, in more time, and one graph serves all sizes. Its shapes stay simple enough for that, as
+a side is padded to a multiple of its ceiling, and a copy is made without asking whether the strides need one.
 
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
@@ -18,10 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_to_multiple(x: Tensor, multiple: int, always_pad: bool = False) -> Tensor:
+def is_open(*sides: int) -> bool:
+    """Whether `torch.export` leaves one of these sides open."""
+    return any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Pad a token grid (B, H, W, C) with zeros, right and bottom, to multiples of `multiple`."""
     H, W = x.shape[1:3]
-    if not always_pad and H % multiple == 0 and W % multiple == 0:
+    if not is_open(H, W) and H % multiple == 0 and W % multiple == 0:
         return x
     return F.pad(x, (0, 0, 0, missing(W, multiple), 0, missing(H, multiple)))
 
@@ -31,45 +36,41 @@ def missing(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple - side
 
 
-def crop(x: Tensor, grid: tuple[int, int], always_pad: bool = False) -> Tensor:
+def crop(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """The upper left part (B, H, W, C) of a token grid."""
     H, W = grid
-    if not always_pad:
+    if not is_open(H, W):
         return x[:, :H, :W]
-    # A slice asks whether the grid is large enough.
+    # A slice would ask whether the grid is large enough.
     rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     return x.index_select(1, rows).index_select(2, columns)
 
 
-def join_windows(patches: Tensor, msg: Tensor, window_size: int, always_pad: bool = False) -> Tensor:
+def join_windows(patches: Tensor, msg: Tensor, window_size: int) -> Tensor:
     """Cut the patch grid into windows, each headed by its MSG token; a grid that does not tile is padded with zeros.
 
     Args:
         patches: patch tokens (B, H, W, C).
         msg: MSG tokens (B, nH, nW, C).
         window_size: window size w, in patches.
-        always_pad: see above.
 
     Returns:
         Windows (B, nH, nW, N, C): the MSG token, then the patches in row-major order.
     """
     B, nH, nW, C = msg.shape
     w = window_size
-    x = pad_to_multiple(patches, w, always_pad).view(B, nH, w, nW, w, C)
+    x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
     x = _swapped(x, 2, 3).view(B, nH, nW, w * w, C)
     return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
 
 
-def split_windows(
-    windows: Tensor, window_size: int, grid: tuple[int, int], always_pad: bool = False
-) -> tuple[Tensor, Tensor]:
+def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Undo `join_windows`.
 
     Args:
         windows: (B, nH, nW, N, C).
         window_size: window size w, in patches.
         grid: patch grid (H, W), without padding.
-        always_pad: see above.
 
     Returns:
         Patch tokens (B, H, W, C) and MSG tokens (B, nH, nW, C).
@@ -78,7 +79,7 @@ def split_windows(
     w, (H, W) = window_size, grid
     x = windows[:, :, :, 1:].view(B, nH, nW, w, w, C)
     patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W), always_pad), windows[:, :, :, 0]
+    return crop(patches, (H, W)), windows[:, :, :, 0]
 
 
 class WindowPadding(NamedTuple):
@@ -112,21 +113,19 @@ class WindowPadding(NamedTuple):
         return windows.view(B, nH, nW, N, C)
 
 
-def window_padding(
-    grid: tuple[int, int], window_size: int, device: torch.device, always_pad: bool = False
-) -> WindowPadding | None:
+def window_padding(grid: tuple[int, int], window_size: int, device: torch.device) -> WindowPadding | None:
     """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it.
 
-    With `always_pad`, there is always one, which is masked and never removed.
+    That of an open grid is masked and never removed.
     """
     (H, W), w = grid, window_size
-    if not always_pad and H % w == 0 and W % w == 0:
+    if not is_open(H, W) and H % w == 0 and W % w == 0:
         return None
     nH, nW, N = -(-H // w), -(-W // w), w * w + 1
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
     is_padding = F.pad(is_padding.view(nH, nW, w * w), (1, 0)).unsqueeze(3)  # MSG tokens are none
-    if always_pad:
+    if is_open(H, W):
         return WindowPadding(is_padding, None)
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
@@ -136,7 +135,7 @@ def window_padding(
     return WindowPadding(is_padding, real_index)
 
 
-def shuffle_msg_tokens(msg: Tensor, region_size: int, always_pad: bool = False) -> Tensor:
+def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
     Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
@@ -146,22 +145,20 @@ def shuffle_msg_tokens(msg: Tensor, region_size: int, always_pad: bool = False) 
     Args:
         msg: MSG tokens (B, nH, nW, C); C is a multiple of G.
         region_size: region size s, in windows; 1 leaves the tokens as they are.
-        always_pad: see above.
 
     Returns:
         Shuffled MSG tokens (B, nH, nW, C).
     """
     if region_size == 1:
         return msg
-    padded = pad_to_multiple(msg, region_size, always_pad)
+    padded = pad_to_multiple(msg, region_size)
     shuffled = _transpose_chunks(padded, region_size)
     if padded is msg:
         return shuffled
     nH, nW, C = msg.shape[1:]
-    is_token = torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device)
-    is_token = pad_to_multiple(is_token, region_size, always_pad)
+    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), region_size)
     from_token = _transpose_chunks(is_token, region_size)
-    return crop(torch.where(from_token, shuffled, padded), (nH, nW), always_pad)
+    return crop(torch.where(from_token, shuffled, padded), (nH, nW))
 
 
 def _transpose_chunks(msg: Tensor, region_size: int) -> Tensor:

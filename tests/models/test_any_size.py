@@ -1,6 +1,5 @@
 """Images of any size, feature maps, and the head."""
 
-import copy
 import re
 from math import ceil
 
@@ -32,22 +31,6 @@ def test_images_of_any_size(version, size):
     assert features.shape == (1, *(ceil(side / 224) for side in size), 128)
     torch.testing.assert_close(model.forward_features(batch), features, rtol=1e-4, atol=1e-5)
     assert model(batch).shape == (1, 5)
-
-
-@pytest.mark.parametrize('options', [{}, V2, {'ape': True}, {'manip_type': 'none'}], ids=['v1', 'v2', 'ape', 'none'])
-@torch.no_grad()
-def test_padding_always_changes_nothing(options):
-    model = fill_(MSGTransformer(**SMALL, **options)).eval()
-    always = copy.deepcopy(model)
-    always.set_always_pad()
-    for size in ((224, 224), (33, 57), (8, 300), (4, 4), (225, 230)):
-        batch = images_of(*size, n=2)
-        torch.testing.assert_close(always(batch), model(batch), rtol=1e-5, atol=1e-5)
-        maps = always.forward_intermediates(batch, intermediates_only=True)
-        for one, two in zip(maps, model.forward_intermediates(batch, intermediates_only=True), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
-    always.set_always_pad(False)
-    assert torch.equal(always(batch), model(batch))
 
 
 @pytest.mark.parametrize('size', [(3, 57), (57, 3)])

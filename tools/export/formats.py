@@ -1,10 +1,10 @@
 """The formats: writing a network to a file, and running the file.
 
-Sizes are left open with `models`' `set_always_pad`. PyTorch decides many branches by whether a size is 1, which it must
-not ask of an open one; a switch of the exporter, which has no public name, lets it take the general branch.
+The network has no branch on a size that is left open: see `models.windows`. PyTorch decides many by whether a size is
+1, which it must not ask of an open one; a switch of the exporter, which has no public name, lets it take the general
+branch.
 """
 
-import copy
 import operator
 import warnings
 from collections.abc import Callable
@@ -14,7 +14,6 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor
 
-from models.layers import OverlapPatchMerging
 from models.pyramid import Size
 from tools.export.network import ExportError, Network, as_list, first_line
 
@@ -58,19 +57,15 @@ def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
     Raises:
         ExportError: `torch.export` refuses.
     """
-    graph, ranges = copy.deepcopy(network.graph), open_axes(network, size)
+    ranges = open_axes(network, size)
     shapes = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in ranges.items()}
-    for module in graph.modules():
-        if isinstance(module, OverlapPatchMerging):  # its convolution asks for the batch size
-            module.always_pad = True
     if size is None:
-        graph.set_always_pad()
-        tile = network.patch_size * 2 ** (len(graph.layers) - 1) * graph.window_size
+        tile = network.patch_size * 2 ** (len(network.graph.layers) - 1) * network.graph.window_size
         size = Size(2 * tile, 3 * tile)  # only an example
     example = torch.zeros(2, network.channels, *size)
     try:
         with torch.no_grad(), symbolic_shapes_config.patch(backed_size_oblivious=True):
-            return torch.export.export(graph, (example,), dynamic_shapes=(shapes,))
+            return torch.export.export(network.graph, (example,), dynamic_shapes=(shapes,))
     except Exception as error:  # documents no exceptions of its own
         raise ExportError(f'torch.export refuses this network: {first_line(error)}') from error
 
