@@ -136,7 +136,7 @@ def check_outputs(args: argparse.Namespace, images: Sequence[Path] = ()) -> None
     """Find out before the work whether its results can be written.
 
     Raises:
-        OutputError: they cannot, or one of the images would be overwritten.
+        OutputError: they cannot, or the checkpoint or one of the images would be overwritten.
     """
     if args.output:
         prepare_figure(args.output)
@@ -144,6 +144,8 @@ def check_outputs(args: argparse.Namespace, images: Sequence[Path] = ()) -> None
     if table and table != STDOUT:
         prepare_output(table)
     for path in (table, args.output):
+        if path and path.exists() and Path(args.resume).exists() and path.samefile(args.resume):
+            raise OutputError(f'{path} is the checkpoint and would be overwritten: write to another file')
         if path and path.exists() and any(x.name == path.name and x.exists() and x.samefile(path) for x in images):
             raise OutputError(f'{path} is one of the images and would be overwritten: write to another file')
 

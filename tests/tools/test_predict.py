@@ -255,6 +255,7 @@ def test_sheet_has_a_choice_of_many_images(image_tree):
         (['{val}', '--json', '/dev/null'], 1, 'error: /dev/null is a device: give the name of a file'),
         (['{val}', '--json', '{val}/class_0/0.png/x'], 1, 'File exists: write to another folder'),
         (['{val}', '--output', '{val}/class_0/0.png'], 1, '0.png is one of the images and would be overwritten'),
+        (['{val}', '--csv', '{val}/../../w.pth'], 1, 'w.pth is the checkpoint and would be overwritten'),
         (['{val}', '--csv', 'a', '--json', 'b'], 2, 'not allowed with argument'),
         (['{val}', '--topk', '0'], 2, '0 is not a positive integer'),
         (['{val}', '--workers', '-1'], 2, '-1 is not an integer from 0 on'),
