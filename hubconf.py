@@ -16,7 +16,11 @@ def _load_package():
     spec = importlib.util.spec_from_file_location('msg_transformer', path)
     package = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = package
-    spec.loader.exec_module(package)
+    try:
+        spec.loader.exec_module(package)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return package
 
 

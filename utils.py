@@ -42,13 +42,13 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """An integer from 0 on, as the `type` of an argument.
+    """A non-negative integer, as the `type` of an argument.
 
     Raises:
         ArgumentTypeError: the text is not one.
     """
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'{text} is not an integer from 0 on')
+        raise argparse.ArgumentTypeError(f'{text} is not a non-negative integer')
     return int(text)
 
 

@@ -171,7 +171,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             below = (image for match in matches for image in _images_at(match) if is_image_file(image.name))
             images += dict.fromkeys(below)  # ** matches folders and what is in them
         else:
-            raise DataError(f'{path} does not exist: give image files or folders')
+            problem = 'matches no file' if glob.has_magic(str(path)) else 'does not exist'
+            raise DataError(f'{path} {problem}: give image files or folders')
     if not images:
         raise DataError(f'no images in {", ".join("standard input" if x == _STDIN else str(x) for x in paths)}')
     return images

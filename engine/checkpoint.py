@@ -87,7 +87,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the loaders document no exceptions of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's message says how to run the file's code
+        # PyTorch's message says how to run the file's code; of a text it is a number.
+        if isinstance(error, pickle.UnpicklingError) or reason.isdigit():
             reason = 'it is not a PyTorch file, or holds more than data'
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {reason}') from error
     weights, ema_weights, entries = _split_weights(checkpoint)

@@ -72,7 +72,7 @@ def load_ema(model: nn.Module, checkpoint: dict[str, Any]) -> nn.Module | None:
         return None
     ema_model = copy.deepcopy(model)  # not the same network: Apex may hold float16 copies of its weights
     name = "the checkpoint's model_ema"
-    weights, _ = fit_weights(ema_model, checkpoint['model_ema'], name)  # as the raw weights, which the log told of
+    weights, _ = fit_weights(ema_model, checkpoint['model_ema'], name)  # as the raw weights were, which is logged
     load_weights(ema_model, {'model': weights}, name)
     return ema_model
 

@@ -190,6 +190,8 @@ class TrainingState:
         try:
             if any((name in theirs['param_groups'][0]) != (name in ours[0]) for name in ('betas', 'momentum')):
                 raise ValueError('AdamW and SGD keep different states')
+            if len(ours) != len(theirs['param_groups']):
+                raise ValueError('another number of parameter groups')
             pairs = zip(ours, theirs['param_groups'], strict=True)
             groups = [{**our, 'params': their['params']} for our, their in pairs]
             self.optimizer.load_state_dict({'state': theirs['state'], 'param_groups': groups})

@@ -77,13 +77,16 @@ def plan_pyramid(
         shuffle: whether MSG tokens are shuffled.
 
     Raises:
-        ValueError: the image is smaller than a patch, the lists differ in length, or channels do not divide.
+        ValueError: the image is smaller than a patch, the lists differ in length, channels do not divide, or the
+            window size is not positive.
     """
     if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
         raise ValueError(
             f'depths {list(depths)}, num_heads {list(num_heads)} and shuffle_size {list(shuffle_size)} differ in '
             f'length, or are empty: write one entry per stage in each'
         )
+    if not isinstance(window_size, int) or window_size < 1:
+        raise ValueError(f'window_size is {window_size!r}: write a positive integer')
     if min(depths) < 1:
         raise ValueError(f'depths {list(depths)} has a stage without blocks: write 1 or more')
     if img_size is not None and min(img_size) < patch_size:

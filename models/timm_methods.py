@@ -1,4 +1,4 @@
-"""Methods of timm's networks beside the forward pass: classifier, image size, checkpointing, pruning, parameter groups.
+"""Methods of timm's networks other than the forward pass: classifier, image size, checkpointing, pruning, groups.
 
 They let timm's public tools work on the network: `create_model`, layer-wise learning rates, `features_only`, export to
 the Hugging Face hub.
@@ -36,12 +36,14 @@ class TimmMethods:
             global_pool: see `MSGTransformer`; None to leave it.
 
         Raises:
-            ValueError: an unknown `global_pool`.
+            ValueError: an unknown `global_pool`, or a negative number of classes.
         """
         if global_pool is not None:
             if global_pool not in GLOBAL_POOLS:
                 raise ValueError(f'global_pool is {global_pool!r}: write one of {", ".join(map(repr, GLOBAL_POOLS))}')
             self.global_pool = global_pool
+        if num_classes < 0:
+            raise ValueError(f'num_classes is {num_classes}: write 0 for no head, or more')
         self.num_classes = num_classes
         weight = self.patch_embed.proj.weight
         head = make_head(self.num_features, num_classes)

@@ -124,7 +124,7 @@ def window_padding(grid: tuple[int, int], window_size: int, device: torch.device
     nH, nW, N = -(-H // w), -(-W // w), w * w + 1
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
-    is_padding = F.pad(is_padding.view(nH, nW, w * w), (1, 0)).unsqueeze(3)  # MSG tokens are none
+    is_padding = F.pad(is_padding.view(nH, nW, w * w), (1, 0)).unsqueeze(3)  # an MSG token is not
     if is_open(H, W):
         return WindowPadding(is_padding, None)
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)

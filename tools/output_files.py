@@ -1,8 +1,8 @@
 """Files that tools write: checked before the work, replaced in one step after it."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from matplotlib.figure import Figure
@@ -14,16 +14,33 @@ def prepare_output(path: Path) -> None:
     """Make the folder of a file that is to be written.
 
     Raises:
-        OutputError: the folder cannot be made, or something that is no file has the name.
+        OutputError: the folder cannot be made or written to, or something that is not a file has the name.
     """
     if path.exists() and not path.is_file():
         raise OutputError(f'{path} is a {"folder" if path.is_dir() else "device"}: give the name of a file')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder') from error
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f'{path}: its folder cannot be written to: write to another one')
+
+
+def refuse_overwriting(outputs: Iterable[Path], checkpoint: str | None, images: Iterable[Path] = ()) -> None:
+    """Check that outputs differ from each other and from what is read.
+
+    Raises:
+        OutputError: one does not.
+    """
+    outputs = list(outputs)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise OutputError(f'two outputs have the name {outputs[0]}: write to another file')
+    existing = {path.resolve(): path for path in outputs if path.exists()}
+    if checkpoint and Path(checkpoint).resolve() in existing:
+        raise OutputError(f'{checkpoint} is the checkpoint and would be overwritten: write to another file')
+    names = {path.name for path in existing}
+    for image in images if existing else ():
+        if image.name in names and image.resolve() in existing:
+            raise OutputError(f'{image} is one of the images and would be overwritten: write to another file')
 
 
 def prepare_figure(path: Path) -> None:

@@ -81,7 +81,7 @@ def read_run(run: Path, name: str) -> RunMetrics:
     """Read the metrics of a run's folder.
 
     Raises:
-        PlotError: they are missing, or are none.
+        PlotError: they are missing, or are not metrics.
     """
     path = run / 'metrics.jsonl'
     try:
@@ -96,7 +96,7 @@ def read_run(run: Path, name: str) -> RunMetrics:
             records[record['kind']][record['epoch' if record['kind'] == 'epoch' else 'updates']] = record
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):  # the last line of a run that was killed may be truncated
-                raise PlotError(f'{path}, line {number} is no record of a run: {error}') from error
+                raise PlotError(f'{path}, line {number} is not a record of a run: {error}') from error
     return RunMetrics(name, *([records[kind][key] for key in sorted(records[kind])] for kind in ('epoch', 'train')))
 
 
@@ -223,7 +223,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add('--run', type=Path, nargs='+', action='extend', required=True, metavar='DIR', help='folders of runs')
-    add('--smooth', type=epochs, default=1.0, metavar='W', help='average the training loss over W epochs, 0 not (1)')
+    add(
+        '--smooth',
+        type=epochs,
+        default=1.0,
+        metavar='W',
+        help='epochs to average the training loss over; 0 for none (1)',
+    )
     add('--output', type=Path, metavar='FILE', help='.png, .svg or .pdf to write (of a single run: <run>/curves.png)')
     args = parser.parse_args()
     if args.output is None and len(args.run) > 1:

@@ -27,9 +27,9 @@ from engine.class_names import with_words
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
-from tools.output_files import prepare_figure, prepare_output, save_figure, write_text
+from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, write_text
 from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line
-from utils import OutputError, UserError, exit_on_user_error, positive_int
+from utils import UserError, exit_on_user_error, positive_int
 
 STDOUT = Path('-')
 EPILOG = """
@@ -136,18 +136,16 @@ def check_outputs(args: argparse.Namespace, images: Sequence[Path] = ()) -> None
     """Find out before the work whether its results can be written.
 
     Raises:
-        OutputError: they cannot, or the checkpoint or one of the images would be overwritten.
+        OutputError: they cannot, or would overwrite the checkpoint, an image or each other.
     """
     if args.output:
         prepare_figure(args.output)
     table = args.csv or args.json
-    if table and table != STDOUT:
+    if table == STDOUT:
+        table = None
+    if table:
         prepare_output(table)
-    for path in (table, args.output):
-        if path and path.exists() and Path(args.resume).exists() and path.samefile(args.resume):
-            raise OutputError(f'{path} is the checkpoint and would be overwritten: write to another file')
-        if path and path.exists() and any(x.name == path.name and x.exists() and x.samefile(path) for x in images):
-            raise OutputError(f'{path} is one of the images and would be overwritten: write to another file')
+    refuse_overwriting(filter(None, (table, args.output)), args.resume, images)
 
 
 def run(args: argparse.Namespace) -> InferenceLoader:

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import random
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def split_dataset(folder: Path, output: Path, fraction: float, seed: int = 0) ->
     """
     folder, output = folder.resolve(), output.resolve()
     if not folder.is_dir():
-        raise DataError(f'{folder} is no folder: give the one that holds a folder of images for each class')
+        raise DataError(f'{folder} is not a folder: give the one that holds a folder of images for each class')
     if folder in (output, *output.parents):
         raise DataError(f'--output {output} is in {folder}, with the pictures: write another')
     if output.exists():
@@ -91,17 +92,19 @@ def split_dataset(folder: Path, output: Path, fraction: float, seed: int = 0) ->
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+    for note in samples.notes:
+        print(note, file=sys.stderr)
     return {split: len(indices) for split, indices in splits.items()}
 
 
 def val_fraction(text: str) -> float:
-    """A number between 0 and 1, both excluded, from the command line."""
+    """A number above 0 and below 1, as the `type` of an argument."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no number between 0 and 1, such as 0.2')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 and below 1, such as 0.2')
     return value
 
 

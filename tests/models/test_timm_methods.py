@@ -78,6 +78,11 @@ def test_the_same_size_changes_nothing():
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match='smaller than one patch'):
         model.set_input_size(3)
+    for window_size in (0, -1, (8, 8)):
+        with pytest.raises(ValueError, match='window_size is .*: write a positive integer'):
+            model.set_input_size(window_size=window_size)
+    with pytest.raises(ValueError, match='num_classes is -3: write 0 for no head, or more'):
+        model.reset_classifier(-3)
     assert (model.img_size, model.window_size) == ((384, 384), 12)
 
 

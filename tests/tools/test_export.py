@@ -252,8 +252,8 @@ def test_onnx_says_what_to_install(classifier, export, monkeypatch):
     ('flags', 'message'),
     [
         (['--format', 'onnx', '--output', 'b.pt'], 'b.pt has another suffix: write .onnx for onnx'),
-        (['--format', 'onnx', '--output', 'folder.onnx'], 'folder.onnx is a folder: name a file in it'),
-        (['--format', 'onnx', '--output', 'a.pth/b.onnx'], 'output folder a.pth: File exists'),
+        (['--format', 'onnx', '--output', 'folder.onnx'], 'folder.onnx is a folder: give the name of a file'),
+        (['--format', 'onnx', '--output', 'a.pth/b.onnx'], ': File exists: write to another folder'),
         (['--format', 'onnx', '--output', 'b.onnx', '--size', '1'], r'--size 1 x 1: sides are from 2 \(one patch\)'),
         (['--format', 'onnx', '--output', 'b.onnx', '--size', '28', '--size', '32'], 'one for all with --always-pad'),
         (['--format', 'onnx', '--output', 'b.onnx', '--images', 'nowhere'], 'nowhere does not exist'),
@@ -281,7 +281,7 @@ def test_the_checkpoint_is_not_overwritten(classifier, tmp_path, export):
     export('safetensors', 'b.safetensors')
     (tmp_path / 'a.pth').write_bytes((tmp_path / 'b.safetensors').read_bytes())
     (tmp_path / 'link.safetensors').symlink_to('a.pth')
-    with pytest.raises(SystemExit, match='link.safetensors is the checkpoint: write another --output'):
+    with pytest.raises(SystemExit, match='a.pth is the checkpoint and would be overwritten'):
         export('safetensors', 'link.safetensors')
 
 

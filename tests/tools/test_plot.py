@@ -144,9 +144,9 @@ def test_names_are_the_shortest_that_differ(folders, names):
         (None, 'No such file.*: give --run the folder of a run'),
         (b'', 'holds no finished epoch yet'),
         (b'\xff\xfe', 'not a text'),
-        (b'{"kind": "ep\n{}\n', 'metrics.jsonl, line 1 is no record of a run'),
-        (b'[]\n{}\n', 'metrics.jsonl, line 1 is no record of a run'),
-        (b'{"kind": "other"}\n{}\n', 'metrics.jsonl, line 1 is no record of a run'),
+        (b'{"kind": "ep\n{}\n', 'metrics.jsonl, line 1 is not a record of a run'),
+        (b'[]\n{}\n', 'metrics.jsonl, line 1 is not a record of a run'),
+        (b'{"kind": "other"}\n{}\n', 'metrics.jsonl, line 1 is not a record of a run'),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, content, message):

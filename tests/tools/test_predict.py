@@ -256,9 +256,11 @@ def test_sheet_has_a_choice_of_many_images(image_tree):
         (['{val}', '--json', '{val}/class_0/0.png/x'], 1, 'File exists: write to another folder'),
         (['{val}', '--output', '{val}/class_0/0.png'], 1, '0.png is one of the images and would be overwritten'),
         (['{val}', '--csv', '{val}/../../w.pth'], 1, 'w.pth is the checkpoint and would be overwritten'),
+        (['{val}', '--csv', 'a.png', '--output', 'a.png'], 1, 'two outputs have the name a.png'),
+        (['{val}/*.gif'], 1, 'matches no file: give image files or folders'),
         (['{val}', '--csv', 'a', '--json', 'b'], 2, 'not allowed with argument'),
         (['{val}', '--topk', '0'], 2, '0 is not a positive integer'),
-        (['{val}', '--workers', '-1'], 2, '-1 is not an integer from 0 on'),
+        (['{val}', '--workers', '-1'], 2, '-1 is not a non-negative integer'),
         (['{val}', '--cfg', 'nowhere'], 1, 'error: config file nowhere: No such file'),
     ],
 )

@@ -62,14 +62,14 @@ def run(monkeypatch, *flags):
 
 
 def test_mistakes(pictures, tmp_path, monkeypatch, capsys):
-    assert 'is no folder: give the one' in run(monkeypatch, tmp_path / 'none', '--output', tmp_path / 'o')
+    assert 'is not a folder: give the one' in run(monkeypatch, tmp_path / 'none', '--output', tmp_path / 'o')
     assert 'in ' in run(monkeypatch, pictures, '--output', pictures / 'o')
     assert 'exists: write another --output' in run(monkeypatch, pictures, '--output', tmp_path)
     (tmp_path / 'file').write_text('')
     assert 'error: ' in run(monkeypatch, pictures, '--output', tmp_path / 'file' / 'o')
     for value in ('0', '1', 'x', 'nan'):
         assert run(monkeypatch, pictures, '--output', tmp_path / 'o', '--val', value) == 2
-        assert 'is no number between 0 and 1, such as 0.2' in capsys.readouterr().err
+        assert 'is not a number above 0 and below 1, such as 0.2' in capsys.readouterr().err
     write_noise(pictures / 'single', 1)
     with pytest.raises(DataError, match=r'class single of .* has 1 different image\(s\): give it two'):
         tool.split_dataset(pictures, tmp_path / 'o', 0.2)

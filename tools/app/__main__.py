@@ -64,6 +64,7 @@ def _port(text: str) -> int:
 def main() -> None:
     """Read the command line and serve the page until interrupted."""
     parser = argparse.ArgumentParser(
+        'python -m tools.app',
         description=__doc__.splitlines()[0],
         epilog='example:\n  python -m tools.app --resume output/msg_digits_p2_win7_56/demo_seed0/ckpt_best.pth '
         '--examples output/digits/val',

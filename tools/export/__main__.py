@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from tools.export import formats
 from tools.export.check import TOLERANCE, check_sizes, compare, load_images, make_batch, measure_latency
 from tools.export.formats import FORMATS, GRAPHS, OPSET, Runner
 from tools.export.network import ExportError, Network, load_network
+from tools.output_files import prepare_output, refuse_overwriting
 from utils import atomic_write, environment, exit_on_user_error, positive_int, report_write_errors
 
 SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
@@ -90,19 +91,14 @@ def check_output(args: argparse.Namespace) -> None:
     """Refuse an output that cannot be written, before minutes of work.
 
     Raises:
-        ExportError: an unknown suffix, a folder, or the checkpoint itself.
-        OutputError: its folder cannot be made.
+        ExportError: an unknown suffix.
+        OutputError: its folder cannot be written to, or it is a folder, or the checkpoint itself.
     """
     output, suffix = args.output, FORMATS[args.format]
     if output.suffix != suffix:
         raise ExportError(f'{output} has another suffix: write {suffix} for {args.format}')
-    if output.is_dir():
-        raise ExportError(f'{output} is a folder: name a file in it')
-    if output.exists() and Path(args.resume).exists() and output.samefile(args.resume):
-        raise ExportError(f'{output} is the checkpoint: write another --output')
-    with report_write_errors(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        NamedTemporaryFile(dir=output.parent).close()
+    prepare_output(output)
+    refuse_overwriting([output], args.resume)
 
 
 def write(network: Network, args: argparse.Namespace, size: Size | None, file: Path) -> Runner:

@@ -18,7 +18,7 @@ from data.inference import exit_if_unreadable
 from data.transforms import image_mode
 from engine.inference import add_network_flags, load_predictor
 from models import build_model
-from tools.output_files import prepare_output, save_figure
+from tools.output_files import prepare_output, refuse_overwriting, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
 from tools.visualize.view import NarrowImageError, VisualizeError, find_class, prepare, random_predictor
 from utils import exit_on_user_error, positive_int
@@ -66,10 +66,13 @@ def _from_one(text: str) -> int:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        'python -m tools.visualize',
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders')
+    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders; first, or after --output')
     add_network_flags(parser, requires_resume=False)
     add('--random-weights', action='store_true', help='take the network of --cfg with random weights, and say so')
     add('--output', type=Path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
@@ -103,6 +106,7 @@ def main() -> None:
             print('no Grad-CAM: the network has no classes', file=sys.stderr)
             kinds = kinds[:2]
         outputs = plan_outputs(images, kinds, args.output)
+        refuse_overwriting((path for sheets in outputs.values() for path in sheets.values()), args.resume, images)
         report_other_files(args.images)
         class_index = None if args.class_ is None else find_class(predictor.class_names, args.class_)
         choice = Choice(args.stage, args.block, args.window and tuple(args.window), class_index, args.within_stage)

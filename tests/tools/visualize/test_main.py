@@ -110,6 +110,15 @@ def test_a_damaged_image_is_reported_and_the_others_are_drawn(photo, tmp_path, m
     assert len(list((tmp_path / 'out').iterdir())) == 3
 
 
+def test_images_and_the_checkpoint_are_not_overwritten(checkpoint, photo, monkeypatch):
+    flags = [photo, '--resume', checkpoint(), '--kind', 'gradcam', '--output']
+    assert 'is one of the images and would be overwritten' in visualize(monkeypatch, *flags, photo)
+    copied = checkpoint().with_suffix('.png')
+    copied.write_bytes(checkpoint().read_bytes())
+    flags[2] = copied
+    assert 'is the checkpoint and would be overwritten' in visualize(monkeypatch, *flags, copied)
+
+
 def test_images_of_the_same_name_get_sheets_of_their_own(tmp_path):
     images = [tmp_path / 'a' / '0.png', tmp_path / 'b' / '0.jpg', tmp_path / '1.png']
     outputs = plan_outputs(images, ['attention', 'gradcam'], tmp_path)
