@@ -15,7 +15,8 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import environment, error_line, run_here
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-quic', '--disable-sync']
+FLAGS += ['--disable-background-networking', '--disable-component-update', '--no-first-run']
 
 
 def free_port():
