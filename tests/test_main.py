@@ -53,6 +53,10 @@ def test_fine_tuning_at_another_size_with_other_windows_and_classes(tiny_config,
     assert 'w.pth: position bias of 2 block(s) interpolated from windows of 7 x 7 to 8 x 8' in out
     assert 'w.pth has other classes: the head starts from scratch' in out
     assert records(config, 'epoch')[-1]['lr'] == records(config, 'train')[-1]['lr']
+    plain = tiny_config(**options, MODEL__PRETRAINED=str(tmp_path / 'w.pth'), TAG='plain')
+    program.main(plain)
+    capsys.readouterr()
+    assert records(config, 'epoch')[-1]['lr'] == records(plain, 'epoch')[-1]['lr']  # the head's
     last = folder_of(config) / 'ckpt_epoch_1.pth'
     groups = load_checkpoint(last)['optimizer']['param_groups']
     assert sorted({group['lr_scale'] for group in groups}) == [0.125, 0.25, 0.5, 1]

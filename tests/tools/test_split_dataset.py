@@ -47,6 +47,18 @@ def test_every_image_is_copied_once_and_copies_stay_together(pictures, tmp_path)
     assert list((tmp_path / 'x').iterdir()) == [tmp_path / 'x' / 'out']
 
 
+def test_copies_stay_together_wherever_they_fall(pictures):
+    samples = tool.ClassFolders(pictures.parent, pictures.name)
+    copies = {index for index, name in enumerate(samples.names) if '3.png' in name}
+    assert len(copies) == 2
+    in_val = set()
+    for seed in range(20):
+        val = copies & set(tool.split_classes(samples, 0.3, seed)['val'])
+        assert val in (set(), copies)
+        in_val.add(bool(val))
+    assert in_val == {False, True}
+
+
 def test_the_choice_is_fixed_by_the_seed(pictures, tmp_path):
     for name, seed in (('first', 0), ('again', 0), ('other', 1)):
         tool.split_dataset(pictures, tmp_path / name, 0.3, seed)
