@@ -57,6 +57,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the program with one line and exit code 1 on a `UserError`; other errors keep their traceback."""

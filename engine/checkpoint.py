@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, first_line
 
 
 class CheckpointError(UserError):
@@ -61,7 +61,7 @@ def _system_message(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # the loaders document no exceptions of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         # PyTorch's message says how to run the file's code; of a text it is a number.
         if isinstance(error, pickle.UnpicklingError) or reason.isdigit():
             reason = 'it is not a PyTorch file, or holds more than data'

@@ -63,7 +63,11 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_predictor(
-    args: argparse.Namespace, tree: ConfigTree, build: Callable[[CfgNode], nn.Module], first_label: int
+    args: argparse.Namespace,
+    tree: ConfigTree,
+    build: Callable[[CfgNode], nn.Module],
+    first_label: int,
+    checkpoint: dict[str, Any] | None = None,
 ) -> Predictor:
     """Load the network that the command line names; say on stderr which of its weights.
 
@@ -72,11 +76,13 @@ def load_predictor(
         tree: the task's keys.
         build: builds the task's network from the config.
         first_label: names classes where the checkpoint has no names: by number from here on.
+        checkpoint: content of `--resume`; None reads it.
 
     Raises:
         UserError: a config or checkpoint that cannot be used.
     """
-    checkpoint: dict[str, Any] = load_checkpoint(args.resume)
+    if checkpoint is None:
+        checkpoint = load_checkpoint(args.resume)
     saved = checkpoint.get('config')
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')

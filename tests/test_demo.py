@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import cv2
 import pytest
 
 from tests.helpers.documents import code_blocks
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, copy_sources
 from tests.helpers.photographs import write_photographs
 
 pytestmark = pytest.mark.slow
@@ -47,8 +46,7 @@ def test_demo_classifies_at_least_97_percent_of_the_held_out_digits(output):
 
 def test_tutorial_runs_as_written(output, tmp_path):
     make_demo(output)  # which the tutorial begins with; done, unless this test runs alone
-    tree, tutorial = tmp_path / 'tree', (ROOT / 'docs' / 'tutorial.md').read_text()
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', '*.egg-info'))
+    tree, tutorial = copy_sources(tmp_path / 'tree'), (ROOT / 'docs' / 'tutorial.md').read_text()
     (tree / '.venv').symlink_to(sys.prefix)
     (tree / 'output').symlink_to(output)
     write_photographs(tree / 'pictures', 40)

@@ -132,20 +132,21 @@ def parse_option() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def check_outputs(args: argparse.Namespace, images: Sequence[Path] = ()) -> None:
-    """Find out before the work whether its results can be written.
+def prepare_outputs(args: argparse.Namespace) -> list[Path]:
+    """The files to write, after finding out before the work whether they can be.
 
     Raises:
-        OutputError: they cannot, or would overwrite the checkpoint, an image or each other.
+        OutputError: one cannot.
     """
+    outputs = []
     if args.output:
         prepare_figure(args.output)
+        outputs.append(args.output)
     table = args.csv or args.json
-    if table == STDOUT:
-        table = None
-    if table:
+    if table and table != STDOUT:
         prepare_output(table)
-    refuse_overwriting(filter(None, (table, args.output)), args.resume, images)
+        outputs.append(table)
+    return outputs
 
 
 def run(args: argparse.Namespace) -> InferenceLoader:
@@ -157,13 +158,13 @@ def run(args: argparse.Namespace) -> InferenceLoader:
     Raises:
         UserError: something cannot be used or written.
     """
-    check_outputs(args)
+    outputs = prepare_outputs(args)
     predictor = load_predictor(args, TREE, build_model, first_label=0)
     names = with_words(predictor.class_names) if args.words else predictor.class_names
     if not names:
         raise UserError(f'{args.resume}: the network has no classes')
     paths = choose_images(find_images(args.images), args.limit)
-    check_outputs(args, paths)
+    refuse_overwriting(outputs, args.resume, paths)
     report_other_files(args.images)
 
     images, sheet = image_loader(predictor, paths, args.batch_size, args.workers), ContactSheet(len(paths), names)

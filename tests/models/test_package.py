@@ -9,7 +9,7 @@ import venv
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, copy_sources
 from tests.helpers.processes import environment
 
 # What a user does from an empty folder: create, run, save, load.
@@ -103,8 +103,7 @@ def test_hub_loads_it_where_the_caller_has_models_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_pip_installs_the_network_alone(tmp_path):
     """`pip install .` into a fresh environment, which borrows this one's torch and timm."""
-    ignored = shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', '*.egg-info')
-    shutil.copytree(ROOT, tmp_path / 'source', ignore=ignored)  # so that no build is left behind
+    copy_sources(tmp_path / 'source')  # so that no build is left behind
     venv.create(tmp_path / 'venv')
     python = tmp_path / 'venv' / 'bin' / 'python'
     pip = [sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', tmp_path / 'source']

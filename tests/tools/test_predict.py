@@ -18,6 +18,7 @@ from data.inference import SOME_UNREADABLE
 from engine.checkpoint import CheckpointError
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage, set_orientation
 from tests.helpers.paths import ROOT, TINY
@@ -39,9 +40,7 @@ def predictor(tiny_config):
 @pytest.fixture
 def call(tiny_config, tmp_path, monkeypatch, capsys):
     """A function that runs the program, and returns its exit code, the lines on stdout and those on stderr."""
-    config = tiny_config()
-    checkpoint = {'model': fill_(build_model(config)).state_dict(), 'classes': NAMES}
-    torch.save(checkpoint | {'config': yaml.safe_load(config.dump())}, tmp_path / 'w.pth')
+    write_checkpoint(tmp_path / 'w.pth', tiny_config(), NAMES)
 
     def run(*arguments):
         argv = ['predict', '--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '0', *arguments]

@@ -16,7 +16,8 @@ from engine.timing import Quartiles, time_interleaved
 from models.pyramid import Size
 from tools.benchmark.timing import ratio
 from tools.export.formats import MAX_SIDE, Runner
-from tools.export.network import ExportError, Network, first_line
+from tools.export.network import ExportError, Network
+from utils import first_line
 
 TOLERANCE = 1e-4
 BATCHES = (1, 3)

@@ -15,7 +15,8 @@ import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor
 
 from models.pyramid import Size
-from tools.export.network import ExportError, Network, as_list, first_line
+from tools.export.network import ExportError, Network, as_list
+from utils import first_line
 
 FORMATS = {'onnx': '.onnx', 'torch_export': '.pt2', 'safetensors': '.safetensors'}  # with the suffixes of their files
 GRAPHS = ('onnx', 'torch_export')

@@ -102,10 +102,10 @@ def load_network(args: argparse.Namespace) -> Network:
     Raises:
         UserError: a config or checkpoint that cannot be used.
     """
-    weights = load_checkpoint(args.resume)['model']
-    is_detector = any(name.startswith('backbone.body.') for name in weights)
+    checkpoint = load_checkpoint(args.resume)
+    is_detector = any(name.startswith('backbone.body.') for name in checkpoint['model'])
     tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_model)
-    predictor = load_predictor(args, tree, build, first_label=int(is_detector))
+    predictor = load_predictor(args, tree, build, int(is_detector), checkpoint)
     graph = _graph(predictor.model).cpu().requires_grad_(False)
     if is_detector:
         outputs = [str(i) for i in range(len(graph.out_channels))]
@@ -118,11 +118,6 @@ def load_network(args: argparse.Namespace) -> Network:
 def as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
     """Outputs of a network in their order."""
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _graph(model: nn.Module) -> nn.Module:
