@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
-from models.msg_transformer import EMBED_TYPES, MANIP_TYPES, MERGE_TYPES
+from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MANIP_TYPES, MERGE_TYPES
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'shared_keys']
 
@@ -149,6 +149,9 @@ def shared_keys() -> KeyGroup:
         [4, 4, 2, 1], 'Size of a shuffle region per stage, in windows', min=1, affects='network'
     )
     c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=MANIP_TYPES, affects='network')
+    c.MODEL.MSG.MSG_TOKENS = Key(
+        True, 'MSG tokens in every window; without them, the head reads patches', affects='network'
+    )
     c.MODEL.MSG.EMBED_TYPE = Key(
         'patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES, affects='network'
     )
@@ -242,6 +245,9 @@ _C.DATA.INTERPOLATION = Key(
 _C.MODEL.TYPE = Key('msg', 'Architecture: msg', choices=('msg',), affects='network')
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, 'Label smoothing', min=0, max=0.999)
 _C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1, affects='network')
+_C.MODEL.MSG.HEAD_TOKENS = Key(
+    'msg', 'Tokens of the last stage whose mean the head reads: msg or patches', choices=HEAD_TOKENS, affects='network'
+)
 _C.MODEL.MSG.APE = Key(False, 'Absolute position embedding', affects='network')
 
 _C.TRAIN.START_EPOCH = Key(0, 'First epoch, unless a checkpoint says otherwise', min=0, affects='nothing')

@@ -25,6 +25,7 @@ def build_model(config: 'CfgNode') -> nn.Module:
         in_chans=msg.IN_CHANS,
         num_classes=config.MODEL.NUM_CLASSES,
         ape=msg.APE,
+        head_tokens=msg.HEAD_TOKENS,
         **network_options(config),
     )
 
@@ -49,6 +50,7 @@ def network_options(config: 'CfgNode') -> dict[str, Any]:
         'manip_type': msg.MANIP_TYPE,
         'embed_type': msg.EMBED_TYPE,
         'merge_type': msg.MERGE_TYPE,
+        'use_msg_tokens': msg.MSG_TOKENS,
         'use_checkpoint': config.TRAIN.USE_CHECKPOINT,
         'recompute_mlp': config.TRAIN.RECOMPUTE_MLP,
     }
@@ -73,5 +75,5 @@ def check_network(config: 'CfgNode', img_size: int | None) -> None:
         msg.DEPTHS,
         msg.NUM_HEADS,
         msg.SHUF_SIZE,
-        msg.MANIP_TYPE == 'shuf',
+        msg.MANIP_TYPE == 'shuf' and msg.MSG_TOKENS,
     )

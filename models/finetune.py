@@ -75,9 +75,9 @@ class FineTuneMethods:
             self.frozen += (self.norm,)
         for module in self.frozen:
             module.requires_grad_(False).eval()
-        self.msg_tokens.requires_grad_(False)
-        if self.absolute_pos_embed is not None:
-            self.absolute_pos_embed.requires_grad_(False)
+        for parameter in (self.msg_tokens, self.absolute_pos_embed):
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'FineTuneMethods':
         """Switch to training mode, but for what is frozen, or to evaluation mode."""

@@ -38,6 +38,7 @@ class WindowAttention(nn.Module):
         qk_scale: factor on q.k; None for d^-0.5.
         attn_drop: dropout rate after the softmax.
         proj_drop: dropout rate after the output projection.
+        has_msg: whether windows have a MSG token.
     """
 
     def __init__(
@@ -49,22 +50,28 @@ class WindowAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        has_msg: bool = True,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
-        # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
-        self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
+        self.has_msg = has_msg
+        if has_msg:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
+            self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
         # Part of published checkpoints; `bias_index` extends it to all N tokens.
         self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.register_buffer('bias_index', attention_bias_index(window_size), persistent=False)
+        self.register_buffer('bias_index', self._make_bias_index(window_size), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
+        if has_msg:
+            nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
+
+    def _make_bias_index(self, window_size: int) -> Tensor:
+        return attention_bias_index(window_size) if self.has_msg else relative_position_index(window_size)
 
     def set_window_size(self, window_size: int) -> None:
         """Change the window size w; the bias table is interpolated."""
@@ -72,11 +79,13 @@ class WindowAttention(nn.Module):
         resized = resize_bias_table(table.detach(), window_size)
         self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.relative_position_index = relative_position_index(window_size).to(table.device)
-        self.bias_index = attention_bias_index(window_size).to(table.device)
+        self.bias_index = self._make_bias_index(window_size).to(table.device)
 
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (1, h, N, N)."""
-        table = torch.cat((self.relative_position_bias_table.T, self.rel_pos_msg.flatten(1)), dim=1)
+        table = self.relative_position_bias_table.T  # (h, (2w - 1)^2)
+        if self.has_msg:
+            table = torch.cat((table, self.rel_pos_msg.flatten(1)), dim=1)
         return table.index_select(1, self.bias_index.flatten()).view(1, self.num_heads, *self.bias_index.shape)
 
     def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
@@ -121,6 +130,7 @@ class MSGBlock(nn.Module):
         norm_layer: called with C.
         shuffle: exchange MSG tokens (`manip_type` 'shuf') or leave them ('none').
         recompute_mlp: see `Mlp`.
+        has_msg: whether windows have a MSG token; without, there is nothing to shuffle.
     """
 
     def __init__(
@@ -138,13 +148,14 @@ class MSGBlock(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         shuffle: bool = True,
         recompute_mlp: bool = False,
+        has_msg: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
-        self.shuffle = shuffle
-        self.shuffle_size = region_size if shuffle else 1
+        self.shuffle = shuffle and has_msg
+        self.shuffle_size = region_size if self.shuffle else 1
         self.norm1 = norm_layer(dim)
-        self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, has_msg)
         self.drop_path = RegionDropPath(drop_path, region_size)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
@@ -189,8 +200,8 @@ class MSGBlock(nn.Module):
         """Multiply-adds for a patch grid (H, W), by the authors' formula: norms, attention with its linears, MLP."""
         (H, W), w = grid, self.window_size
         windows = -(-H // w) * -(-W // w)
-        tokens = H * W + windows
-        C, N = self.mlp.fc1.in_features, w**2 + 1
+        tokens = H * W + windows * self.attn.has_msg
+        C, N = self.mlp.fc1.in_features, w**2 + self.attn.has_msg
         attention = windows * (3 * N * C**2 + 2 * N**2 * C + N * C**2)
         return 2 * C * tokens + attention + 2 * tokens * C * self.mlp.fc1.out_features
 
@@ -217,19 +228,21 @@ class MSGStage(nn.Module):
         for block in self.blocks:
             block.set_windows(window_size, region_size)
 
-    def forward(self, patches: Tensor, msg: Tensor, msg_only: bool = False) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self, patches: Tensor, msg: Tensor | None, msg_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Run the blocks.
 
         Args:
             patches: (B, H, W, C).
-            msg: MSG tokens (B, nH, nW, C).
+            msg: MSG tokens (B, nH, nW, C), or None.
             msg_only: compute the last block's MSG tokens alone, as a classifier reads nothing else.
 
         Returns:
-            Patches (B, H, W, C), or None with `msg_only`, and MSG tokens (B, nH, nW, C).
+            Patches (B, H, W, C), or None with `msg_only`, and MSG tokens (B, nH, nW, C), or None.
         """
         grid = patches.shape[1:3]
-        padding = window_padding(grid, self.window_size, patches.device)
+        padding = window_padding(grid, self.window_size, patches.device, msg is not None)
         x = join_windows(patches, msg, self.window_size)  # (B, nH, nW, N, C)
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
@@ -239,13 +252,15 @@ class MSGStage(nn.Module):
                 x = block(x, padding, msg_only and is_last)
         return (None, x.squeeze(3)) if msg_only else split_windows(x, self.window_size, grid)
 
-    def merge(self, patches: Tensor, msg: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(self, patches: Tensor, msg: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Merge both grids into (B, ceil(H/2), ceil(W/2), 2C) and (B, ceil(nH/2), ceil(nW/2), 2C)."""
-        return self.downsample(patches), self.downsample(msg)
+        return self.downsample(patches), None if msg is None else self.downsample(msg)
 
     def flops(self, grid: Size) -> int:
         """Multiply-adds for a patch grid, by the authors' formula."""
         flops = sum(block.flops(grid) for block in self.blocks)
         if self.downsample is not None:
-            flops += self.downsample.flops(grid) + self.downsample.flops(grid.divided_by(self.window_size))
+            flops += self.downsample.flops(grid)
+            if self.blocks[0].attn.has_msg:
+                flops += self.downsample.flops(grid.divided_by(self.window_size))
         return flops

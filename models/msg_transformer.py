@@ -29,6 +29,7 @@ from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
 from .windows import crop
 
 MANIP_TYPES = ('shuf', 'none')
+HEAD_TOKENS = ('msg', 'patches')
 EMBED_TYPES = ('patch', 'overlap')
 MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
 
@@ -62,7 +63,9 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         merge_type: 'patch' (v1) or 'overlap' (v2).
         use_checkpoint: recompute blocks in the backward pass: less memory, more time.
         recompute_mlp: recompute GELU alone in the backward pass: less memory, more time.
-        global_pool: 'avg' averages the MSG tokens before the head, '' leaves them.
+        global_pool: 'avg' averages the tokens before the head, '' leaves them.
+        use_msg_tokens: False leaves windows without MSG tokens, and the head reads patches.
+        head_tokens: tokens that the head reads: 'msg' or 'patches'.
 
     Raises:
         ValueError: channels do not divide, the lists differ in length, the image is smaller than a patch, or an
@@ -97,6 +100,8 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         use_checkpoint: bool = False,
         recompute_mlp: bool = False,
         global_pool: str = 'avg',
+        use_msg_tokens: bool = True,
+        head_tokens: str = 'msg',
     ):
         super().__init__()
         for name, value, choices in (
@@ -104,6 +109,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             ('embed_type', embed_type, EMBED_TYPES),
             ('merge_type', merge_type, tuple(MERGE_TYPES)),
             ('global_pool', global_pool, GLOBAL_POOLS),
+            ('head_tokens', head_tokens, HEAD_TOKENS),
         ):
             if value not in choices:
                 raise ValueError(f'{name} is {value!r}: write one of {", ".join(map(repr, choices))}')
@@ -118,7 +124,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             depths=depths,
             num_heads=num_heads,
             shuffle_size=shuffle_size,
-            shuffle=manip_type == 'shuf',
+            shuffle=manip_type == 'shuf' and use_msg_tokens,
         )
         layouts = self.plan(self.img_size, window_size=window_size)
         self.in_chans = in_chans
@@ -132,9 +138,12 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
 
         overlap = embed_type == 'overlap'
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, overlap)
-        # One token for each window position in a region, in row-major order; all regions start from the same.
-        self.msg_tokens = nn.Parameter(torch.empty(1, layouts[0].region_size ** 2, 1, embed_dim))
-        nn.init.trunc_normal_(self.msg_tokens, std=0.02)
+        self.msg_tokens = None
+        self.head_reads_msg = use_msg_tokens and head_tokens == 'msg'
+        if use_msg_tokens:
+            # One token for each window position in a region, in row-major order; all regions start from the same.
+            self.msg_tokens = nn.Parameter(torch.empty(1, layouts[0].region_size ** 2, 1, embed_dim))
+            nn.init.trunc_normal_(self.msg_tokens, std=0.02)
         self.absolute_pos_embed = None
         if ape:
             H, W = self.patch_grid
@@ -160,6 +169,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
                     norm_layer=norm_layer,
                     shuffle=manip_type == 'shuf',
                     recompute_mlp=recompute_mlp and not use_checkpoint,
+                    has_msg=use_msg_tokens,
                 )
                 for _ in range(layout.depth)
             ]
@@ -177,18 +187,20 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
 
     @property
     def pool_size(self) -> tuple[int, int] | None:
-        """The grid of MSG tokens that `forward_head` averages at `img_size`; None without one."""
+        """The grid of tokens that `forward_head` averages at `img_size`; None without one."""
         if self.img_size is None:
             return None
         last_grid = patch_grids(self.img_size, self.patch_embed.patch_size, len(self.layers))[-1]
-        return tuple(last_grid.divided_by(self.layers[-1].window_size))
+        return tuple(last_grid.divided_by(self.layers[-1].window_size) if self.head_reads_msg else last_grid)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, in_chans, height, width) to patches (B, H, W, C) and MSG tokens (B, nH, nW, C)."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, in_chans, height, width) to patches (B, H, W, C) and MSG tokens (B, nH, nW, C), if any."""
         patches = self.patch_embed(images)
         B, H, W, C = patches.shape
         if self.absolute_pos_embed is not None:
             patches = patches + self._position_embedding(H, W)
+        if self.msg_tokens is None:
+            return self.pos_drop(patches), None
         block = self.layers[0].blocks[0]
         w, s = block.window_size, block.drop_path.region_size
         nH, nW = -(-H // w), -(-W // w)
@@ -202,17 +214,17 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         return resize_grid(self.absolute_pos_embed.unflatten(1, self.patch_grid), (H, W))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to the last stage's normed MSG tokens (B, nH, nW, C)."""
+        """Images (B, in_chans, height, width) to the last stage's normed tokens: MSG (B, nH, nW, C), or patches."""
         patches, msg = self.embed(images)
         *stages, last = self.layers
         for stage in stages:
             patches, msg = stage(patches, msg)
             patches, msg = stage.merge(patches, msg)
-        _, msg = last(patches, msg, msg_only=True)
-        return self.norm(msg)
+        patches, msg = last(patches, msg, msg_only=self.head_reads_msg)
+        return self.norm(msg if self.head_reads_msg else patches)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """MSG tokens (B, nH, nW, C) to logits (B, num_classes), or to pooled features (B, C) with `pre_logits`."""
+        """Tokens of `forward_features` to logits (B, num_classes), or to pooled features (B, C) with `pre_logits`."""
         if self.global_pool == 'avg':
             features = features.mean(dim=(1, 2))
         return features if pre_logits else self.head(features)
@@ -261,7 +273,8 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
                 feature_maps.append(x.permute(0, 3, 1, 2).contiguous() if output_fmt == 'NCHW' else x)
         if intermediates_only:
             return feature_maps
-        return (self.norm(msg) if i == count - 1 else msg), feature_maps
+        features = msg if self.head_reads_msg else patches
+        return (self.norm(features) if i == count - 1 else features), feature_maps
 
     def flops(self, img_size: tuple[int, int] | None = None) -> int:
         """Multiply-adds for one image, by the authors' formula.

@@ -46,25 +46,28 @@ def crop(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.index_select(1, rows).index_select(2, columns)
 
 
-def join_windows(patches: Tensor, msg: Tensor, window_size: int) -> Tensor:
+def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tensor:
     """Cut the patch grid into windows, each headed by its MSG token; a grid that does not tile is padded with zeros.
 
     Args:
         patches: patch tokens (B, H, W, C).
-        msg: MSG tokens (B, nH, nW, C).
+        msg: MSG tokens (B, nH, nW, C); None for windows of patches alone.
         window_size: window size w, in patches.
 
     Returns:
         Windows (B, nH, nW, N, C): the MSG token, then the patches in row-major order.
     """
-    B, nH, nW, C = msg.shape
+    B, H, W, C = patches.shape
     w = window_size
+    nH, nW = -(-H // w), -(-W // w)
     x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
     x = _swapped(x, 2, 3).view(B, nH, nW, w * w, C)
+    if msg is None:
+        return x
     return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
 
 
-def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Undo `join_windows`.
 
     Args:
@@ -73,13 +76,14 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
         grid: patch grid (H, W), without padding.
 
     Returns:
-        Patch tokens (B, H, W, C) and MSG tokens (B, nH, nW, C).
+        Patch tokens (B, H, W, C), and MSG tokens (B, nH, nW, C) or None.
     """
-    B, nH, nW, _, C = windows.shape
+    B, nH, nW, N, C = windows.shape
     w, (H, W) = window_size, grid
-    x = windows[:, :, :, 1:].view(B, nH, nW, w, w, C)
+    has_msg = w * w < N
+    x = windows[:, :, :, has_msg:].view(B, nH, nW, w, w, C)
     patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W)), windows[:, :, :, 0]
+    return crop(patches, (H, W)), windows[:, :, :, 0] if has_msg else None
 
 
 class WindowPadding(NamedTuple):
@@ -113,7 +117,9 @@ class WindowPadding(NamedTuple):
         return windows.view(B, nH, nW, N, C)
 
 
-def window_padding(grid: tuple[int, int], window_size: int, device: torch.device) -> WindowPadding | None:
+def window_padding(
+    grid: tuple[int, int], window_size: int, device: torch.device, has_msg: bool = True
+) -> WindowPadding | None:
     """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it.
 
     That of an open grid is masked and never removed.
@@ -121,17 +127,18 @@ def window_padding(grid: tuple[int, int], window_size: int, device: torch.device
     (H, W), w = grid, window_size
     if not is_open(H, W) and H % w == 0 and W % w == 0:
         return None
-    nH, nW, N = -(-H // w), -(-W // w), w * w + 1
+    nH, nW, N = -(-H // w), -(-W // w), w * w + has_msg
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
-    is_padding = F.pad(is_padding.view(nH, nW, w * w), (1, 0)).unsqueeze(3)  # an MSG token is not
+    is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(has_msg), 0)).unsqueeze(3)  # an MSG token is not
     if is_open(H, W):
         return WindowPadding(is_padding, None)
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
-    token = 1 + rows % w * w + columns % w  # (H, W)
-    msg_index = torch.arange(nH * nW, device=device) * N
-    real_index = torch.cat((msg_index, (window * N + token).flatten()))
+    token = has_msg + rows % w * w + columns % w  # (H, W)
+    real_index = (window * N + token).flatten()
+    if has_msg:
+        real_index = torch.cat((torch.arange(nH * nW, device=device) * N, real_index))
     return WindowPadding(is_padding, real_index)
 
 

@@ -81,7 +81,7 @@ def test_checkpointing_runs_every_block_again_in_the_backward_pass(use_checkpoin
 def test_build_model_uses_every_key(tiny_config, monkeypatch):
     keys = 'PATCH_SIZE 1 IN_CHANS 2 EMBED_DIM 15 DEPTHS (4,) NUM_HEADS (5,) WINDOW_SIZE 6 MLP_RATIO 7.0 '
     keys += 'QKV_BIAS False QK_SCALE 8.0 APE True PATCH_NORM False SHUF_SIZE (9,) '
-    keys += 'MANIP_TYPE none EMBED_TYPE overlap MERGE_TYPE overlap'
+    keys += 'MANIP_TYPE none EMBED_TYPE overlap MERGE_TYPE overlap MSG_TOKENS False HEAD_TOKENS patches'
     words = keys.split()
     options = {f'MODEL__MSG__{key}': value for key, value in zip(words[::2], words[1::2], strict=True)}
     options |= {'MODEL__DROP_RATE': '.1', 'MODEL__ATTN_DROP_RATE': '.2', 'MODEL__DROP_PATH_RATE': '.3'}
@@ -111,6 +111,8 @@ def test_build_model_uses_every_key(tiny_config, monkeypatch):
         'merge_type': 'overlap',
         'use_checkpoint': True,
         'recompute_mlp': True,
+        'use_msg_tokens': False,
+        'head_tokens': 'patches',
     }
 
 
