@@ -16,6 +16,7 @@ from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MANIP_TYPES, MERGE_TYPES
+from models.timm_networks import PREFIX as TIMM
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'shared_keys']
 
@@ -242,7 +243,15 @@ _C.DATA.INTERPOLATION = Key(
     'Interpolation of resized images: nearest, bilinear or bicubic',
     choices=('nearest', 'bilinear', 'bicubic'),
 )
-_C.MODEL.TYPE = Key('msg', 'Architecture: msg', choices=('msg',), affects='network')
+_C.MODEL.TYPE = Key(
+    'msg',
+    'Architecture: msg, or a network of timm by name, for which MODEL.MSG but IN_CHANS is not read',
+    choices=('msg', f'{TIMM}<name>'),
+    affects='network',
+)
+_C.MODEL.TIMM_ARGS = Key(
+    '', "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)", affects='network'
+)
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, 'Label smoothing', min=0, max=0.999)
 _C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1, affects='network')
 _C.MODEL.MSG.HEAD_TOKENS = Key(
@@ -341,7 +350,8 @@ def check_run(config: CfgNode, img_size: int | None) -> None:
     try:
         check_network(config, img_size)
     except ValueError as error:
-        raise ConfigError(f'MODEL.MSG: {error}') from error
+        prefix = 'MODEL.MSG: ' if config.MODEL.TYPE == 'msg' else ''
+        raise ConfigError(f'{prefix}{error}') from error
 
 
 def _check(config: CfgNode) -> None:

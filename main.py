@@ -39,14 +39,12 @@ from engine.timing import Quartiles, seconds_per_batch, time_callable
 from engine.trainer import Trainer
 from lr_scheduler import build_scheduler
 from models import build_model
+from models.build import class_weights
 from optimizer import build_optimizer
 from utils import exit_on_user_error
 
 # Images per update that the config's learning rates are for.
 BASE_BATCH = 512
-
-# Names of the weights that depend on the classes.
-HEAD = r'head\.'
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,12 +64,13 @@ def main(config: CfgNode) -> None:
         start = find_start(run, TREE)
         model = build_model(config).to(run.process.device)
         parameters = sum(p.numel() for p in model.parameters())
-        run.logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters, {model.flops():,} multiply-adds')
+        multiply_adds = f', {model.flops():,} multiply-adds' if config.MODEL.TYPE == 'msg' else ''
+        run.logger.info(f'{config.MODEL.NAME}: {parameters:,} parameters{multiply_adds}')
         if is_training_run:
             train(run, model, start)
             return
         if start is not None:
-            start.load_weights(run, model, HEAD)
+            start.load_weights(run, model, class_weights(model))
         model, _ = run.precision.prepare(model)
         if config.EVAL_MODE:
             evaluate(run, model, start)
@@ -91,10 +90,11 @@ def train(run: Run, model: nn.Module, start: Start | None) -> None:
 
     # Weights
     if start is not None:
-        start.load_weights(run, model, HEAD, classes)
+        start.load_weights(run, model, class_weights(model), classes)
     elif config.TRAIN.FROZEN_STAGES >= 0:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
-    model.freeze_stages(config.TRAIN.FROZEN_STAGES)
+    if config.TRAIN.FROZEN_STAGES >= 0:
+        model.freeze_stages(config.TRAIN.FROZEN_STAGES)
 
     # Optimizer, schedule
     lr_scale = run.images_per_update / BASE_BATCH

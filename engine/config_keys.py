@@ -11,7 +11,7 @@ class Key:
     Attributes:
         default: its default, whose type is the key's.
         help: what it means, for readers of the tree, of `--help` and of docs/configuration.md.
-        choices: its values, where they are few.
+        choices: its values, where they are few; `timm:<name>` is any text that starts so.
         min, max: bounds of a number, or of every number in a list; None for none.
         optional: type of its values where None is one of them.
         flag: its command-line flag, if any; several spellings are separated by spaces. `--raw=raw` is a flag that
@@ -43,6 +43,11 @@ class Key:
     def value_before(self) -> Any:
         """Its value in runs from before there was the key."""
         return self.default if self.before is None else self.before
+
+    def is_choice(self, value: Any) -> bool:
+        """Whether a value is among the choices; any is where there are none."""
+        prefixes = tuple(choice.partition('<')[0] for choice in self.choices if choice.endswith('>'))
+        return not self.choices or value in self.choices or bool(prefixes and value.startswith(prefixes))
 
     @property
     def allowed(self) -> str:

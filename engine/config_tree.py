@@ -191,7 +191,7 @@ class ConfigTree:
         values = value if isinstance(value, list | tuple) else [value]
         low, high = (-float('inf') if key.min is None else key.min), (float('inf') if key.max is None else key.max)
         is_outside = any(isinstance(x, int | float) and not low <= x <= high for x in values)
-        if is_outside or (key.choices and value not in key.choices):
+        if is_outside or not key.is_choice(value):
             raise ConfigError(f'{name} is {value!r}: write {key.allowed} (in {source})')
 
 

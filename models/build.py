@@ -1,11 +1,13 @@
 """The network from the config tree."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .msg_transformer import MSGTransformer
 from .pyramid import Size, plan_pyramid
+from .timm_networks import PREFIX, build_timm_network, check_timm_network
 
 if TYPE_CHECKING:  # the installed package does without yacs
     from yacs.config import CfgNode
@@ -15,10 +17,10 @@ def build_model(config: 'CfgNode') -> nn.Module:
     """Build the network described by `config.MODEL`, `DATA.IMG_SIZE` and `TRAIN`.
 
     Raises:
-        ValueError: see `MSGTransformer`.
+        ValueError: see `MSGTransformer` and `build_timm_network`.
     """
-    if config.MODEL.TYPE != 'msg':
-        raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write msg')
+    if config.MODEL.TYPE.startswith(PREFIX):
+        return build_timm_network(config)
     msg = config.MODEL.MSG
     return MSGTransformer(
         img_size=config.DATA.IMG_SIZE,
@@ -57,15 +59,18 @@ def network_options(config: 'CfgNode') -> dict[str, Any]:
 
 
 def check_network(config: 'CfgNode', img_size: int | None) -> None:
-    """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
+    """Refuse `config.MODEL` where no such network can be built, without its weights.
 
     Args:
         config: the config tree.
         img_size: image size in pixels; None for no size in particular.
 
     Raises:
-        ValueError: see `plan_pyramid`.
+        ValueError: see `plan_pyramid` and `build_timm_network`.
     """
+    if config.MODEL.TYPE.startswith(PREFIX):
+        check_timm_network(config)
+        return
     msg = config.MODEL.MSG
     plan_pyramid(
         None if img_size is None else Size(img_size, img_size),
@@ -77,3 +82,9 @@ def check_network(config: 'CfgNode', img_size: int | None) -> None:
         msg.SHUF_SIZE,
         msg.MANIP_TYPE == 'shuf' and msg.MSG_TOKENS,
     )
+
+
+def class_weights(model: nn.Module) -> str:
+    """Regular expression that matches the start of the names of the weights that depend on the classes."""
+    names = getattr(model, 'pretrained_cfg', {}).get('classifier', 'head')
+    return '|'.join(rf'{re.escape(name)}\.' for name in ([names] if isinstance(names, str) else names))

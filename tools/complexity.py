@@ -8,6 +8,7 @@ norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800 
 """
 
 import argparse
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,14 +34,20 @@ class Complexity(NamedTuple):
 
 
 def classifier_complexity(config: CfgNode) -> Complexity:
-    """Count a classifier, with every token of every stage, as published; training computes fewer in the last block."""
+    """Count a classifier; of an MSG-Transformer every token of every stage, as published.
+
+    Training computes fewer tokens in the last block.
+    """
     size = config.DATA.IMG_SIZE
     with torch.device('meta'):
         model = build_model(config)
         image = torch.empty(1, config.MODEL.MSG.IN_CHANS, size, size)
-        measured = count_multiply_adds(lambda: model.forward_head(model.forward_intermediates(image)[0]))
-    parameters = sum(p.numel() for p in model.parameters())
-    return Complexity(config.MODEL.NAME, f'{size} x {size}', parameters, model.flops(), measured)
+        if config.MODEL.TYPE == 'msg':
+            measured = count_multiply_adds(lambda: model.forward_head(model.forward_intermediates(image)[0]))
+        else:
+            measured = count_multiply_adds(partial(model.eval(), image))
+    parameters, formula = sum(p.numel() for p in model.parameters()), getattr(model, 'flops', lambda: None)()
+    return Complexity(config.MODEL.NAME, f'{size} x {size}', parameters, formula, measured)
 
 
 def detector_complexity(

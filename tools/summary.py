@@ -20,9 +20,10 @@ from config import load_config
 from engine.config_tree import ConfigError
 from engine.distributed import choose_device
 from engine.timing import time_interleaved
-from models import MSGTransformer, build_model
+from models import MSGTransformer
 from models.msg_block import MSGStage
 from models.pyramid import Size, patch_grids
+from tools.msg_network import build_msg_network
 from utils import exit_on_user_error, positive_int
 
 EPILOG = """
@@ -37,7 +38,7 @@ class Part(NamedTuple):
     Attributes:
         name: of the part.
         patches: the patch grid; None where the part has no tokens of its own, as for what follows.
-        windows: the window grid, which is that of the MSG tokens.
+        windows: the window grid, which is also that of the MSG tokens.
         window: window size, in patches.
         region: size of a shuffle region, in windows; 1 where nothing is shuffled.
         channels: of a token that goes into the blocks, or of what the head reads.
@@ -45,6 +46,7 @@ class Part(NamedTuple):
         blocks: number of them.
         parameters: number of them.
         flops: multiply-adds for one image.
+        has_msg: whether its windows have MSG tokens.
     """
 
     name: str
@@ -57,13 +59,15 @@ class Part(NamedTuple):
     blocks: int | None
     parameters: int
     flops: int
+    has_msg: bool = True
 
     @property
     def tokens(self) -> int | None:
         """Patches and MSG tokens."""
         if self.patches is None or self.windows is None:
             return None
-        return self.patches.height * self.patches.width + self.windows.height * self.windows.width
+        patches, windows = (size.height * size.width for size in (self.patches, self.windows))
+        return patches + windows * self.has_msg
 
 
 def summarise(model: MSGTransformer) -> list[Part]:
@@ -74,15 +78,15 @@ def summarise(model: MSGTransformer) -> list[Part]:
         top, *rest = name.split('.')
         index = 1 + int(rest[0]) if top == 'layers' else -1 if top in ('norm', 'head') else 0
         parameters[index] += parameter.numel()
-    parts = []
+    parts, has_msg = [], model.msg_tokens is not None
     for i, (stage, grid) in enumerate(zip(model.layers, grids, strict=True)):
         block, w = stage.blocks[0], stage.window_size
         layout = grid, grid.divided_by(w), w, block.shuffle_size
         sizes = model.feature_info[i]['num_chs'], block.attn.num_heads, len(stage.blocks)
-        parts.append(Part(f'stage {i + 1}', *layout, *sizes, parameters[i + 1], stage.flops(grid)))
+        parts.append(Part(f'stage {i + 1}', *layout, *sizes, parameters[i + 1], stage.flops(grid), has_msg))
     first, total = parts[0], model.flops()
     flops = model.patch_embed.flops(grids[0])
-    embedding = Part('embedding', *first[1:3], None, None, first.channels, None, None, parameters[0], flops)
+    embedding = Part('embedding', *first[1:3], None, None, first.channels, None, None, parameters[0], flops, has_msg)
     rest = total - flops - sum(part.flops for part in parts)
     head = Part('head', None, None, None, None, model.num_features, None, None, parameters[-1], rest)
     blocks = sum(part.blocks for part in parts)
@@ -97,16 +101,16 @@ def forward_parts(model: MSGTransformer, images: Tensor) -> list[Callable[[], An
         images: (B, in_chans, height, width).
     """
     calls: list[Callable[[], Any]] = [partial(model.embed, images)]
-    for stage in model.layers:
-        calls.append(partial(_run_stage, stage, *calls[-1]()))
-    _, msg = calls[-1]()
-    return [*calls, lambda: model.forward_head(model.norm(msg)), partial(model, images)]
+    *stages, last = model.layers
+    for stage in stages:
+        calls.append(partial(_run_and_merge, stage, *calls[-1]()))
+    calls.append(partial(last, *calls[-1](), msg_only=model.head_reads_msg))  # as in `forward_features`
+    patches, msg = calls[-1]()
+    tokens = msg if model.head_reads_msg else patches
+    return [*calls, lambda: model.forward_head(model.norm(tokens)), partial(model, images)]
 
 
-def _run_stage(stage: MSGStage, patches: Tensor, msg: Tensor) -> tuple[Tensor | None, Tensor]:
-    """A stage and its merging; of the last one, the MSG tokens alone, as in `forward_features`."""
-    if stage.downsample is None:
-        return stage(patches, msg, msg_only=True)
+def _run_and_merge(stage: MSGStage, patches: Tensor, msg: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return stage.merge(*stage(patches, msg))
 
 
@@ -155,11 +159,11 @@ def build(args: argparse.Namespace) -> tuple[MSGTransformer, torch.device]:
     try:
         config = load_config(args.config, args.opts)
     except ConfigError as error:
-        if 'MODEL.TYPE' not in str(error):
+        if 'write one of msg' not in str(error):  # a detector's MODEL.TYPE
             raise
         raise ConfigError(f'{args.config} is not of a classifier; tools.complexity counts detectors too') from error
     device = choose_device(config.DEVICE)
-    model = build_model(config).to(device)
+    model = build_msg_network(config).to(device)
     if args.img_size:
         try:
             model.set_input_size(args.img_size * 2 if len(args.img_size) == 1 else args.img_size)

@@ -16,9 +16,9 @@ from types import ModuleType
 from config import TREE
 from data.images import choose_images, find_images
 from engine.inference import add_network_flags, load_predictor
-from models import build_model
 from tools.app.explainer import Explainer
 from tools.app.page import build_page
+from tools.msg_network import build_with_msg_tokens
 from utils import UserError, exit_on_user_error
 
 MAX_UPLOAD = '64mb'
@@ -80,7 +80,7 @@ def main() -> None:
         gradio = import_gradio()
         check_port(args.host, args.port)
         examples = choose_images(find_images(args.examples), EXAMPLES) if args.examples else []
-        predictor = load_predictor(args, TREE, build_model, first_label=0)
+        predictor = load_predictor(args, TREE, build_with_msg_tokens, first_label=0)
     title = f'{predictor.config.MODEL.NAME}, {"/".join(Path(args.resume).parts[-2:])}'
     page = build_page(gradio, Explainer(predictor), title, examples)
     try:

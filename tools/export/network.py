@@ -17,8 +17,8 @@ from data.transforms import image_mode, mean_and_std, resized_side
 from detection.models import build_detector
 from engine.checkpoint import load_checkpoint, load_weights
 from engine.inference import load_predictor
-from models import build_model
 from models.pyramid import Size
+from tools.msg_network import build_msg_network
 from utils import UserError
 
 
@@ -89,7 +89,7 @@ class Network(NamedTuple):
 
     def with_weights(self, path: Path) -> Callable[[Tensor], list[Tensor]]:
         """Like `run`, of a network built anew, with the weights of another checkpoint."""
-        build = build_detector if self.kind == 'detector' else build_model
+        build = build_detector if self.kind == 'detector' else build_msg_network
         model = build(self.config)
         load_weights(model, load_checkpoint(path), path)
         graph = _graph(model.eval())
@@ -104,7 +104,7 @@ def load_network(args: argparse.Namespace) -> Network:
     """
     checkpoint = load_checkpoint(args.resume)
     is_detector = any(name.startswith('backbone.body.') for name in checkpoint['model'])
-    tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_model)
+    tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_msg_network)
     predictor = load_predictor(args, tree, build, int(is_detector), checkpoint)
     graph = _graph(predictor.model).cpu().requires_grad_(False)
     if is_detector:

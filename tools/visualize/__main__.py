@@ -17,7 +17,7 @@ from data.images import DataError, find_images, load_image, report_other_files
 from data.inference import exit_if_unreadable
 from data.transforms import image_mode
 from engine.inference import add_network_flags, load_predictor
-from models import build_model
+from tools.msg_network import build_with_msg_tokens
 from tools.output_files import prepare_output, refuse_overwriting, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
 from tools.visualize.view import NarrowImageError, VisualizeError, find_class, prepare, random_predictor
@@ -99,9 +99,10 @@ def main() -> None:
     kinds = KINDS if args.kind == 'all' else (args.kind,)
     with exit_on_user_error():
         images = find_images(args.images)
-        predictor = (
-            random_predictor(args.cfg, args.opts) if args.random_weights else load_predictor(args, TREE, build_model, 0)
-        )
+        if args.random_weights:
+            predictor = random_predictor(args.cfg, args.opts)
+        else:
+            predictor = load_predictor(args, TREE, build_with_msg_tokens, 0)
         if args.kind == 'all' and not predictor.class_names:
             print('no Grad-CAM: the network has no classes', file=sys.stderr)
             kinds = kinds[:2]

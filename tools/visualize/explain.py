@@ -72,7 +72,9 @@ def trace_blocks(model: MSGTransformer, image: Tensor) -> list[StageTrace]:
 @torch.enable_grad()
 def traced_logits(model: MSGTransformer, stages: Sequence[StageTrace]) -> Tensor:
     """The logits (1, num_classes) of a trace; the pooled features without classes."""
-    return model.forward_head(model.norm(stages[-1].windows[-1][:, :, :, 0]))
+    last = stages[-1]
+    patches, msg = split_windows(last.windows[-1], last.window_size, last.grid)
+    return model.forward_head(model.norm(msg if model.head_reads_msg else patches))
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def grad_cam(model: MSGTransformer, stages: Sequence[StageTrace], class_index: i
     """Where a stage's patches speak for a class: Grad-CAM (Selvaraju et al., arXiv:1610.02391).
 
     The feature map is that of the patches that enter the stage's last block. The patches that leave the last stage's
-    last block would not do: the head reads MSG tokens alone, so their gradient is zero.
+    last block would not do: where the head reads MSG tokens alone, their gradient is zero.
 
     Args:
         model: the network, with classes.

@@ -14,7 +14,7 @@ from config import TREE
 from data.transforms import build_transform, mean_and_std
 from engine.distributed import choose_device
 from engine.inference import Predictor
-from models import build_model
+from tools.msg_network import build_with_msg_tokens
 from utils import UserError, set_seed
 
 MAX_RATIO = 100  # of an image's sides; resizing the shorter one would make the longer one enormous
@@ -47,7 +47,7 @@ def random_predictor(cfg_file: str | None, opts: list[str]) -> Predictor:
     set_seed(0)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
     names = [str(number) for number in range(config.MODEL.NUM_CLASSES)]
-    return Predictor(config, build_model(config).to(device).eval(), names, device)
+    return Predictor(config, build_with_msg_tokens(config).to(device).eval(), names, device)
 
 
 def prepare(predictor: Predictor, image: Image.Image, size: int | None = None) -> View:
