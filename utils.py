@@ -169,11 +169,22 @@ def environment(device: torch.device) -> dict[str, str]:
         'cuda': str(torch.version.cuda),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'cpu': torch.backends.cpu.get_cpu_capability(),
+        'processor': f'{processor_name()}, {available_cores()} cores',
         'threads': str(torch.get_num_threads()),
         'host': platform.node(),
         'system': platform.platform(),
         'command': ' '.join(sys.argv),
     }
+
+
+def processor_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        lines = (line.partition(':') for line in Path('/proc/cpuinfo').read_text().splitlines())
+        for name, _, value in lines:
+            if name.strip() == 'model name':
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def git_revision(folder: Path) -> str:
