@@ -1,0 +1,247 @@
+"""`tools.study`: runs through main.py, where it goes on from, and the arithmetic of its table."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.processes import environment
+from tools.make_digits import make_digits
+from tools.study.__main__ import read_results
+from tools.study.plan import StudyError, read_study
+from tools.study.report import table
+from tools.study.statistics import paired_difference, summarise
+
+SHORT = ['--opts', 'TRAIN.EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0', 'MODEL.NUM_CLASSES', '2', 'LOCK_WAIT', '0']
+
+
+def write_study(folder, **changes):
+    content = {
+        'config': str(TINY),
+        'reference': 'msg',
+        'seeds': [0, 1],
+        'variants': {
+            'msg': {'label': 'MSG tokens'},
+            'bare': {'label': 'no MSG tokens', 'options': {'MODEL.MSG.MSG_TOKENS': False}},
+        },
+    }
+    path = folder / 'two.yaml'
+    path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+    return path
+
+
+def start_study(*arguments, **options):
+    command = [sys.executable, '-m', 'tools.study', *map(str, arguments)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment(**options), **pipes)
+
+
+def study(*arguments):
+    process = start_study(*arguments)
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """Forty training and twenty validation images of two digits."""
+    folder = tmp_path_factory.mktemp('digits')
+    make_digits(folder)
+    for split, count in (('train', 20), ('val', 10)):
+        for path in (folder / split).iterdir():
+            if path.name not in '01':
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+            else:
+                for file in sorted(path.iterdir())[count:]:
+                    file.unlink()
+    return folder
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory, digits):
+    """A whole study in small: two variants, two seeds, one epoch."""
+    folder = tmp_path_factory.mktemp('study')
+    flags = ['--study', write_study(folder), '--data-path', digits, '--output', folder / 'out', '--jobs', '2', *SHORT]
+    code, out, errors = study(*flags)
+    assert code == 0, errors
+    return folder / 'out', flags, out
+
+
+def test_table_and_chart_are_those_of_the_runs(small):
+    output, _, printed = small
+    results = json.loads((output / 'study.json').read_text())
+    assert [(run['variant'], run['seed']) for run in results['runs']] == [
+        ('msg', 0), ('msg', 1), ('bare', 0), ('bare', 1)
+    ]  # fmt: skip
+    final = {'msg': [], 'bare': []}
+    for run in results['runs']:
+        lines = (output / run['variant'] / f'seed{run["seed"]}' / 'metrics.jsonl').read_text().splitlines()
+        (epoch,) = [record for record in map(json.loads, lines) if record['kind'] == 'epoch']
+        assert run['epochs'] == [pytest.approx({key: epoch[key] for key in run['epochs'][0]}, abs=1e-5)]
+        assert run['config']['SEED'] == run['seed']
+        assert run['config']['MODEL']['MSG']['MSG_TOKENS'] == (run['variant'] == 'msg')
+        assert run['data']['train']['images'] == 40
+        assert run['starts'][0].keys() >= {'revision', 'processor', 'torch', 'command'}
+        assert run['train_seconds'] > 0
+        final[run['variant']].append(epoch['acc1'])
+    rows = re.findall(
+        r'^\| (no MSG tokens|MSG tokens) \| ([\d,]+) \|.*\| (.+?) \| (.+?) \|(.*)\|$', printed, re.MULTILINE
+    )
+    assert len(rows) == 2
+    for (_, parameters, by_seed, spread, difference), (name, values) in zip(rows, final.items(), strict=True):
+        assert by_seed == ', '.join(f'{value:.1f}' for value in values)
+        assert spread == f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}'
+        if name == 'msg':
+            assert not difference.strip()
+        else:
+            assert difference.split()[0] == f'{np.mean(np.subtract(values, final["msg"])):+.1f}'
+        assert int(parameters.replace(',', '')) == results['runs'][0 if name == 'msg' else 2]['parameters']
+    assert cv2.imread(str(output / 'study.png')) is not None
+
+
+def test_the_same_command_again_trains_nothing_and_results_print_the_same(small, tmp_path):
+    output, flags, printed = small
+    files = {path: path.stat().st_mtime_ns for path in output.glob('*/*/*')}
+    code, again, errors = study(*flags)
+    assert code == 0, errors
+    assert again.count(' already') == 4
+    assert {path: path.stat().st_mtime_ns for path in output.glob('*/*/*')} == files
+    code, reprinted, _ = study('--results', output / 'study.json', '--chart', tmp_path / 'chart.png')
+    assert code == 0
+    assert reprinted.strip() == (output / 'study.md').read_text().strip()
+    assert reprinted.strip() in again
+    assert reprinted.strip() in printed
+    assert (tmp_path / 'chart.png').read_bytes() == (output / 'study.png').read_bytes()
+
+
+def test_other_settings_in_the_same_folder_are_refused(small):
+    _, flags, _ = small
+    code, _, errors = study(*flags, 'TRAIN.BASE_LR', '0.2')
+    assert code == 1
+    assert re.fullmatch(
+        r'error: .*msg/seed0 holds a run with other settings \(TRAIN.BASE_LR has changed from 0.1 to 0.2\): '
+        r'write another --output\n',
+        errors,
+    )
+
+
+def test_a_stopped_study_goes_on_where_it_was(tmp_path, digits):
+    flags = ['--study', write_study(tmp_path), '--data-path', digits, '--output', tmp_path, '--variants', 'msg']
+    flags += ['--seeds', '0', '--opts', 'TRAIN.EPOCHS', '60', 'MODEL.NUM_CLASSES', '2']
+    metrics = tmp_path / 'msg' / 'seed0' / 'metrics.jsonl'
+    process = start_study(*flags)
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count('"kind": "epoch"') > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, 'stopped: the same command goes on from here\n')
+    done = metrics.read_text().count('"kind": "epoch"')
+    assert 2 < done < 60
+    code, out, errors = study(*flags)
+    assert code == 0, errors
+    assert 'msg, seed 0: ' in out
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record['epoch'] for record in records if record['kind'] == 'epoch'] == list(range(60))
+    starts = [record for record in records if record['kind'] == 'start']
+    assert starts[0]['updates'] == 0
+    assert len(starts) == 2
+    (run,) = json.loads((tmp_path / 'study.json').read_text())['runs']
+    assert [start['epoch'] for start in run['starts']] == [start['epoch'] for start in starts]
+
+
+def test_a_run_that_fails_says_why_in_a_line(tmp_path, digits):
+    flags = ['--study', write_study(tmp_path), '--output', tmp_path, *SHORT]
+    code, _, errors = study(*flags, '--data-path', tmp_path / 'nowhere')
+    assert code == 1
+    assert re.fullmatch(r'error: msg, seed 0 failed: data folder .*nowhere.*\n', errors)
+    code, _, errors = study(*flags, 'MODEL.MSG.EMBED_DIM', '7', '--data-path', digits)
+    assert code == 1
+    assert 'error: MODEL.MSG: ' in errors
+
+
+def test_paired_difference_is_that_of_numpy():
+    values, reference = [74.0, 75.5, 73.1, 76.0], [70.0, 72.5, 70.6, 70.9]
+    difference = paired_difference(values, reference)
+    differences = np.array(values) - np.array(reference)
+    assert difference.mean == pytest.approx(differences.mean())
+    # All 4^4 resamples, rather than a sample of them
+    means = np.array(np.meshgrid(*[differences] * 4)).reshape(4, -1).mean(axis=0)
+    assert [difference.low, difference.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.15)
+    assert paired_difference(values, reference) == difference
+    assert paired_difference([5.0], [3.0]) == (2.0, 2.0, 2.0)
+
+
+def results_of(accuracies):
+    runs = [
+        {'variant': name, 'seed': seed, 'parameters': 1, 'multiply_adds': 2, 'epochs': [{'acc1': 1.0}, epoch]}
+        for name, seeds in accuracies.items()
+        for seed, epoch in seeds.items()
+    ]
+    return {'study': 's', 'reference': 'a', 'labels': {'a': 'A', 'b': 'B', 'c': 'C'}, 'runs': runs}
+
+
+def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
+    accuracies = {'a': {0: 10.0, 1: 20.0, 2: 40.0}, 'b': {1: 25.0, 2: 41.0, 7: 90.0}}
+    epochs = {name: {seed: {'acc1': x} for seed, x in seeds.items()} for name, seeds in accuracies.items()}
+    epochs['b'][1] = {'acc1': 3.0, 'ema_acc1': 25.0}
+    a, b = summarise(results_of(epochs))
+    assert (a.mean, a.deviation, a.difference) == (
+        pytest.approx(70 / 3),
+        pytest.approx(np.std([10, 20, 40], ddof=1)),
+        None,
+    )
+    assert b.accuracies == accuracies['b']
+    assert b.difference.mean == pytest.approx(3.0)
+    assert b.curves.tolist() == [[1.0, 25.0], [1.0, 41.0], [1.0, 90.0]]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'reference': 'none'}, 'reference none is none of its variants'),
+        ({'seeds': 3}, r'seeds is 3: write a list such as \[0, 1, 2\]'),
+        ({'variants': {'msg': {'options': {}}}}, 'variant msg: write its label'),
+        ({'extra': 1}, 'write the keys config, reference, seeds, variants'),
+    ],
+)
+def test_a_study_file_that_cannot_work_says_what_to_write(tmp_path, changes, message):
+    with pytest.raises(StudyError, match=message):
+        read_study(write_study(tmp_path, **changes))
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('configs/studies/*.yaml')), ids=lambda path: path.stem)
+def test_studies_of_the_project_can_run(path):
+    project = read_study(path)
+    for variant in project.variants:
+        assert variant == project.config(variant, 0).MODEL.NAME
+    with pytest.raises(StudyError, match='no variant nothing in the study: write one of '):
+        project.chosen(['nothing'])
+
+
+def test_a_file_without_results_is_refused(tmp_path):
+    path = tmp_path / 'study.json'
+    for content, message in (('{}', 'no results of a study'), ('{"runs": []}', 'no finished run'), ('{', 'no results')):
+        path.write_text(content)
+        with pytest.raises(StudyError, match=message):
+            read_results(path)
+    with pytest.raises(StudyError, match='No such file'):
+        read_results(tmp_path / 'none.json')
+
+
+def test_a_variant_without_common_seeds_has_no_difference():
+    results = results_of({'a': {0: {'acc1': 10.0}}, 'c': {1: {'acc1': 20.0}}})
+    assert [summary.difference for summary in summarise(results)] == [None, None]
+    with pytest.raises(KeyError):
+        table(results)  # such results have no data

@@ -1,0 +1,156 @@
+"""Train variants of a network with several seeds through main.py, and compare their accuracy.
+
+    python -m tools.study --data-path <imagenette>
+    python -m tools.study --results docs/study.json
+
+A study file names the config, the variants and the seeds. The same command again goes on where it stopped. Results go
+to `<output>/study.json` (every run: config, revision, hardware, time, metrics), `study.md` and `study.png` as runs end;
+`--results` prints the table and draws the chart of such a JSON file. See docs/study.md.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tools.output_files import prepare_figure, prepare_output, save_figure, write_text
+from tools.study.plan import Study, StudyError, read_study
+from tools.study.report import chart, table
+from tools.study.runs import Runner, collect, finished_run
+from tools.study.statistics import accuracy_curve
+from utils import UserError, exit_on_user_error, non_negative_int, positive_int
+
+STUDY = Path('configs/studies/msg_tokens.yaml')
+EPILOG = """examples:
+  python -m tools.study --data-path imagenette --jobs 2
+  python -m tools.study --data-path imagenette --variants msg no_shuffle --seeds 0 --opts TRAIN.EPOCHS 5
+  python -m tools.study --results docs/study.json --chart docs/study.png
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        'python -m tools.study',
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('--data-path', type=Path, metavar='DIR', help='dataset to train and evaluate on, as of main.py')
+    source.add_argument('--results', type=Path, metavar='FILE', help='print the table of a study.json; train nothing')
+    add('--study', type=Path, default=STUDY, metavar='FILE', help=f'study file ({STUDY})')
+    add('--variants', nargs='+', metavar='NAME', help='variants of the study file to train (all)')
+    add('--seeds', nargs='+', type=non_negative_int, metavar='N', help="seeds to train (the study file's)")
+    add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share cores and GPU (1)')
+    add('--output', type=Path, metavar='DIR', help='folder of runs and results (output/studies/<study>)')
+    add('--chart', type=Path, metavar='FILE', help='with --results: chart to draw')
+    add(
+        '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values of all runs'
+    )
+    args = parser.parse_args()
+    if args.chart and not args.results:
+        parser.error('--chart goes with --results; a study draws study.png')
+    return args
+
+
+def report(results: dict[str, Any], output: Path) -> None:
+    """Write `study.json`, `study.md` and `study.png`."""
+    runs = [json.dumps(run) for run in results['runs']]  # a line each
+    head = json.dumps(results | {'runs': []}, indent=1)[: -len('[]\n}')]
+    write_text(output / 'study.json', [head, '[\n  ', ',\n  '.join(runs), '\n ]\n}\n'])
+    if runs:
+        write_text(output / 'study.md', [table(results), '\n'])
+        save_figure(chart(results), output / 'study.png', dpi=100)
+
+
+def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], jobs: int) -> None:
+    """Train what is not trained yet, seed by seed, and report after each run.
+
+    Raises:
+        StudyError: a run failed; those that ran with it have been stopped, and go on with the next command.
+    """
+    pending = []
+    for seed in seeds:
+        for variant in variants:
+            done = finished_run(study, runner.output, variant, seed, runner.opts)
+            if done:
+                print(_line(done), 'already', flush=True)
+            else:
+                pending.append((variant, seed))
+    report(collect(study, runner.output, runner.opts), runner.output)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(runner.train, *run) for run in pending]
+        try:
+            for future in as_completed(futures):
+                result = future.result()
+                report(collect(study, runner.output, runner.opts), runner.output)
+                if result:
+                    print(_line(result), flush=True)
+        finally:
+            for future in futures:
+                future.cancel()
+            runner.stop()
+
+
+def _line(run: dict[str, Any]) -> str:
+    seconds = timedelta(seconds=round(run['train_seconds']))
+    return f'{run["variant"]}, seed {run["seed"]}: {accuracy_curve(run)[-1]:.2f} %, trained in {seconds}'
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a `study.json`.
+
+    Raises:
+        StudyError: it is none, or holds no run.
+    """
+    try:
+        results = json.loads(path.read_text())
+        if not results['runs']:
+            raise StudyError(f'{path} holds no finished run yet')
+        table(results)
+    except OSError as error:
+        raise StudyError(f'{path}: {error.strerror}') from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise StudyError(f'{path} holds no results of a study') from error
+    return results
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Read the command line; train and report, or print and draw results."""
+    args = parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    with exit_on_user_error():
+        if args.results:
+            results = read_results(args.results)
+            print(table(results))
+            if args.chart:
+                prepare_figure(args.chart)
+                save_figure(chart(results), args.chart, dpi=100)
+            return
+        study = read_study(args.study)
+        variants, seeds = study.chosen(args.variants), list(dict.fromkeys(args.seeds or study.seeds))
+        for variant in variants:
+            study.config(variant, seeds[0], args.opts)  # all can work, before any is trained
+        output = args.output or Path('output/studies') / study.name
+        prepare_output(output / 'study.json')
+        try:
+            train(study, Runner(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
+        except KeyboardInterrupt:
+            sys.exit('stopped: the same command goes on from here')
+        print('\n' + (output / 'study.md').read_text())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,102 @@
+"""What a study trains: variants of one config, and seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from config import load_config
+from utils import UserError
+
+KEYS = {'config', 'reference', 'seeds', 'variants'}
+
+
+class StudyError(UserError):
+    """A study that cannot be run or read; the message says what to write."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network or recipe of a study.
+
+    Attributes:
+        label: what tables and charts call it.
+        options: config keys and values in which it differs from the study's config.
+    """
+
+    label: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file.
+
+    Attributes:
+        name: of the file, without suffix.
+        cfg_file: the config that all variants share.
+        reference: the variant that others are compared with.
+        seeds: those of the file.
+        variants: by name, in the order of tables.
+    """
+
+    name: str
+    cfg_file: Path
+    reference: str
+    seeds: list[int]
+    variants: dict[str, Variant]
+
+    def options(self, variant: str, seed: int, opts: Sequence[str] = ()) -> list[str]:
+        """A run's config keys and values, as for `--opts`; `opts` override those of the variant."""
+        own = self.variants[variant].options
+        pairs = [text for key, value in own.items() for text in (key, str(value))]
+        return [*pairs, *opts, 'MODEL.NAME', variant, 'TAG', f'seed{seed}', 'SEED', str(seed)]
+
+    def config(self, variant: str, seed: int, opts: Sequence[str] = ()) -> CfgNode:
+        """A run's config, checked.
+
+        Raises:
+            ConfigError: it cannot work.
+        """
+        return load_config(self.cfg_file, self.options(variant, seed, opts))
+
+    def chosen(self, names: Sequence[str] | None) -> list[str]:
+        """The variants of these names, or all.
+
+        Raises:
+            StudyError: one does not exist.
+        """
+        for name in names or ():
+            if name not in self.variants:
+                raise StudyError(f'no variant {name} in the study: write one of {", ".join(self.variants)}')
+        return list(dict.fromkeys(names or self.variants))
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        StudyError: it cannot be read, or lacks something.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise StudyError(f'study {path}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f'study {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(content, Mapping) or content.keys() != KEYS or not isinstance(content['variants'], Mapping):
+        raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
+    variants = {}
+    for name, entry in content['variants'].items():
+        if not isinstance(entry, Mapping) or not {'label'} <= entry.keys() <= {'label', 'options'}:
+            raise StudyError(f'study {path}, variant {name}: write its label and, if it has any, its options')
+        variants[str(name)] = Variant(str(entry['label']), dict(entry.get('options') or {}))
+    if content['reference'] not in variants:
+        raise StudyError(f'study {path}: reference {content["reference"]} is none of its variants')
+    seeds = content['seeds']
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise StudyError(f'study {path}: seeds is {seeds!r}: write a list such as [0, 1, 2]')
+    return Study(path.stem, path.parent / content['config'], content['reference'], seeds, variants)

@@ -1,0 +1,91 @@
+"""Results of a study as a Markdown table and a chart."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tools.study.statistics import Summary, summarise
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table of a study's results, and below it how they came about.
+
+    Args:
+        results: see `tools.study.runs.collect`.
+    """
+    summaries = summarise(results)
+    label = results['labels'][results['reference']]
+    lines = [
+        f'| variant | parameters | multiply-adds | top-1 by seed, % | mean ± sd | difference to "{label}" |',
+        '|---|---:|---:|---|---:|---:|',
+    ]
+    for s in summaries:
+        seeds = ', '.join(f'{s.accuracies[seed]:.1f}' for seed in sorted(s.accuracies))
+        spread = '' if math.isnan(s.deviation) else f' ± {s.deviation:.1f}'
+        difference = ''
+        if s.difference is not None:
+            difference = f'{s.difference.mean:+.1f} [{s.difference.low:+.1f}, {s.difference.high:+.1f}]'
+        lines.append(
+            f'| {s.label} | {s.parameters:,} | {s.multiply_adds / 1e6:.1f}M | {seeds} | {s.mean:.1f}{spread} | '
+            f'{difference} |'
+        )
+    return '\n'.join([*lines, '', provenance(results['runs'])])
+
+
+def provenance(runs: Sequence[dict[str, Any]]) -> str:
+    """Data, epochs, time, hardware and revisions of the runs, in one line of text."""
+    data, starts = runs[0]['data'], [start for run in runs for start in run['starts']]
+    epochs = sorted({len(run['epochs']) for run in runs})
+    facts = [
+        f'{len(runs)} runs',
+        f'{data["train"]["images"]:,} training and {data["val"]["images"]:,} validation images',
+        f'epochs: {" or ".join(map(str, epochs))}, top-1 after the last',
+        f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} hours of training',
+        'brackets: 95 % bootstrap interval over seeds, paired',
+    ]
+    for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
+        values = sorted({start[key][:7] if key == 'revision' else start[key] for start in starts if key in start})
+        if values:
+            facts.append(f'{name} {", ".join(values)}')
+    return '; '.join(facts) + '.'
+
+
+def chart(results: dict[str, Any]) -> Figure:
+    """Accuracy over the epochs (mean, and range over seeds) and at the end (a point per seed, a bar for the mean).
+
+    Args:
+        results: see `tools.study.runs.collect`.
+    """
+    summaries = summarise(results)
+    figure = Figure(figsize=(11, 2.2 + 0.42 * len(summaries)), layout='constrained')
+    curves, final = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    colors = colormaps['tab10'].colors
+    for i, s in enumerate(summaries):
+        color = colors[i % len(colors)]
+        _draw_curve(curves, s, color)
+        values = [*s.accuracies.values()]
+        final.plot(values, [i] * len(values), 'o', color=color, markersize=4, alpha=0.7)
+        final.plot([s.mean] * 2, [i - 0.3, i + 0.3], color=color)
+        final.annotate(f'{s.mean:.1f}', (max(values), i), (6, 0), textcoords='offset points', va='center', fontsize=9)
+    curves.set(xlabel='epoch', ylabel='top-1 accuracy, %', title='mean and range over seeds')
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    final.set(xlabel='top-1 accuracy after the last epoch, %', title='seeds, and their mean')
+    final.set_yticks(range(len(summaries)), [s.label for s in summaries])
+    final.invert_yaxis()
+    final.margins(x=0.12)
+    for axes in (curves, final):
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def _draw_curve(axes: Any, summary: Summary, color: Any) -> None:
+    epochs = np.arange(1, summary.curves.shape[1] + 1)
+    marker = 'o' if len(epochs) == 1 else None  # a line needs two points
+    axes.plot(epochs, summary.curves.mean(axis=0), color=color, marker=marker)
+    axes.fill_between(epochs, summary.curves.min(axis=0), summary.curves.max(axis=0), color=color, alpha=0.15, lw=0)

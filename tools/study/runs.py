@@ -1,0 +1,138 @@
+"""Runs of a study: trained by main.py, in folders `<output>/<variant>/seed<n>`, and collected from there."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import yaml
+
+from config import TREE
+from engine.checkpoint import peek_checkpoint
+from tools.complexity import classifier_complexity
+from tools.plot import read_run
+from tools.study.plan import Study, StudyError
+from utils import available_cores
+
+MAIN = Path(__file__).parent.parent.parent / 'main.py'
+
+# Metrics of an epoch that results keep; those of EMA weights where there are any
+METRICS = ('train_loss', 'val_loss', 'acc1', 'acc5', 'ema_val_loss', 'ema_acc1', 'ema_acc5')
+
+
+class Runner:
+    """Trains the runs of a study through main.py.
+
+    Args:
+        study: the study.
+        data_path: the dataset.
+        output: folder of all runs.
+        opts: config keys and values of every run.
+        jobs: runs at a time, which share the cores.
+    """
+
+    def __init__(self, study: Study, data_path: Path, output: Path, opts: Sequence[str], jobs: int):
+        self.study, self.data_path, self.output, self.opts = study, data_path, output, list(opts)
+        threads = str(max(available_cores() // jobs, 1))
+        self.environment = {'OMP_NUM_THREADS': threads} | os.environ
+        self.processes: set[subprocess.Popen] = set()
+        self.lock, self.is_stopped = threading.Lock(), False
+
+    def train(self, variant: str, seed: int) -> dict[str, Any] | None:
+        """Train a run from where it stands to its last epoch.
+
+        Returns:
+            Its result; None if the study was stopped.
+
+        Raises:
+            StudyError: it failed, or its folder holds a run with other settings.
+        """
+        options = self.study.options(variant, seed, self.opts)
+        command = [sys.executable, str(MAIN), '--cfg', str(self.study.cfg_file), '--data-path', str(self.data_path)]
+        command += ['--output', str(self.output), '--opts', *options]
+        with TemporaryFile() as errors:
+            with self.lock:
+                if self.is_stopped:
+                    return None
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=self.environment)
+                self.processes.add(process)
+            code = process.wait()
+            self.processes.discard(process)
+            if self.is_stopped:
+                return None
+            if code:
+                errors.seek(0)
+                lines = errors.read().decode(errors='replace').strip().splitlines() or ['no message']
+                raise StudyError(f'{variant}, seed {seed} failed: {lines[-1].removeprefix("error: ")}')
+        return finished_run(self.study, self.output, variant, seed, self.opts)
+
+    def stop(self) -> None:
+        """Let the running runs save and end."""
+        with self.lock:
+            self.is_stopped = True
+        for process in list(self.processes):
+            process.terminate()
+        for process in list(self.processes):
+            process.wait()
+
+
+def finished_run(
+    study: Study, output: Path, variant: str, seed: int, opts: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """The result of a run, as plain data; None if it has not come to its last epoch.
+
+    Raises:
+        StudyError: its folder holds a run with other settings.
+    """
+    folder = output / variant / f'seed{seed}'
+    if not (folder / 'metrics.jsonl').exists():
+        return None
+    config = study.config(variant, seed, opts)
+    saved = yaml.safe_load((folder / 'config.yaml').read_text())
+    changed = TREE.changed_keys(config, saved)
+    if changed:
+        raise StudyError(
+            f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
+        )
+    run = read_run(folder, variant)
+    if len(run.epochs) < config.TRAIN.EPOCHS:
+        return None
+    complexity = classifier_complexity(config)
+    return {
+        'variant': variant,
+        'seed': seed,
+        'parameters': complexity.parameters,
+        'multiply_adds': complexity.measured,
+        'train_seconds': round(sum(record['seconds'] for record in run.epochs), 1),
+        'starts': [{key: x for key, x in start.items() if key not in ('kind', 'step')} for start in run.starts],
+        'data': peek_checkpoint(folder / 'ckpt_best.pth')['data'],
+        'config': saved,
+        'epochs': [{key: _short(record[key]) for key in METRICS if key in record} for record in run.epochs],
+    }
+
+
+def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of all finished runs of a study, whatever their seed.
+
+    Raises:
+        StudyError: they are not of one study: other settings, or other data.
+    """
+    runs = []
+    for variant in study.variants:
+        seeds = sorted(int(path.name[4:]) for path in (output / variant).glob('seed*') if path.name[4:].isdecimal())
+        runs += [finished_run(study, output, variant, seed, opts) for seed in seeds]
+    runs = [run for run in runs if run is not None]
+    for run in runs:
+        if run['data'] != runs[0]['data']:
+            first, other = (f'{x["variant"]}, seed {x["seed"]}' for x in (runs[0], run))
+            raise StudyError(f'{output}: {first} and {other} have been trained on other data: write another --output')
+    labels = {name: variant.label for name, variant in study.variants.items()}
+    return {'study': study.name, 'reference': study.reference, 'labels': labels, 'runs': runs}
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
