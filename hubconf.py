@@ -26,6 +26,7 @@ def _load_package():
 
 _package = _load_package()
 
+msg_transformer_nano = _package.msg_transformer_nano
 msg_transformer_tiny = _package.msg_transformer_tiny
 msg_transformer_small = _package.msg_transformer_small
 msg_transformer_base = _package.msg_transformer_base

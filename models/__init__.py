@@ -4,6 +4,7 @@ from .build import build_model
 from .msg_transformer import MSGTransformer
 from .registry import (
     msg_transformer_base,
+    msg_transformer_nano,
     msg_transformer_small,
     msg_transformer_tiny,
     msg_transformer_v2_base,
@@ -15,6 +16,7 @@ __all__ = [
     'MSGTransformer',
     'build_model',
     'msg_transformer_base',
+    'msg_transformer_nano',
     'msg_transformer_small',
     'msg_transformer_tiny',
     'msg_transformer_v2_base',

@@ -1,8 +1,10 @@
-"""The networks by name, for `timm.create_model`: `msg_transformer_{tiny,small,base}`, `msg_transformer_v2_...`.
+"""The networks by name, for `timm.create_model`: `msg_transformer_{tiny,small,base}`, `..._v2_...` and `..._nano`.
 
-Their arguments are those of `MSGTransformer`, and `timm.create_model`'s own. There are no pretrained weights.
+Their arguments are those of `MSGTransformer`, and `timm.create_model`'s own. There are pretrained weights of
+`msg_transformer_nano` alone, whose file is part of the package.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,27 +16,55 @@ from .layers import OverlapPatchMerging, PatchEmbed, PatchMerging
 from .msg_block import MSGStage
 from .msg_transformer import MSGTransformer
 
-NAMES = tuple(f'msg_transformer_{variant}{size}' for variant in ('', 'v2_') for size in ('tiny', 'small', 'base'))
+PUBLISHED = tuple(f'msg_transformer_{variant}{size}' for variant in ('', 'v2_') for size in ('tiny', 'small', 'base'))
+NAMES = (*PUBLISHED, 'msg_transformer_nano')
 V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
 
+# The classes of Imagenette, which msg_transformer_nano has been trained on: WordNet ids and words
+IMAGENETTE = {
+    'n01440764': 'tench',
+    'n02102040': 'English springer',
+    'n02979186': 'cassette player',
+    'n03000684': 'chain saw',
+    'n03028079': 'church',
+    'n03394916': 'French horn',
+    'n03417042': 'garbage truck',
+    'n03425413': 'gas pump',
+    'n03445777': 'golf ball',
+    'n03888257': 'parachute',
+}
+
+
+def _cfg(**options: Any) -> dict[str, Any]:
+    """What timm knows of a network."""
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'fixed_input_size': False,
+        'pool_size': (1, 1),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2105.15168',
+        'paper_name': 'MSG-Transformer: Exchanging Local Spatial Information by Manipulating Messenger Tokens',
+    } | options
+
+
 default_cfgs = generate_default_cfgs(
-    {
-        name: {
-            'num_classes': 1000,
-            'input_size': (3, 224, 224),
-            'fixed_input_size': False,
-            'pool_size': (1, 1),
-            'crop_pct': 0.875,
-            'interpolation': 'bicubic',
-            'mean': IMAGENET_DEFAULT_MEAN,
-            'std': IMAGENET_DEFAULT_STD,
-            'first_conv': 'patch_embed.proj',
-            'classifier': 'head',
-            'license': 'apache-2.0',
-            'paper_ids': 'arXiv:2105.15168',
-            'paper_name': 'MSG-Transformer: Exchanging Local Spatial Information by Manipulating Messenger Tokens',
-        }
-        for name in NAMES
+    {name: _cfg() for name in PUBLISHED}
+    | {
+        'msg_transformer_nano.imagenette': _cfg(
+            file=str(Path(__file__).parent / 'weights' / 'msg_transformer_nano.safetensors'),
+            num_classes=len(IMAGENETTE),
+            input_size=(3, 112, 112),
+            label_names=tuple(IMAGENETTE),
+            label_descriptions=IMAGENETTE,
+            license='other',  # ImageNet's terms: research and education alone
+        )
     }
 )
 
@@ -83,6 +113,23 @@ def msg_transformer_v2_base(pretrained: bool = False, **options: Any) -> nn.Modu
     """MSG-B, version 2."""
     architecture = {'embed_dim': 96, 'depths': (2, 4, 28, 4), 'num_heads': (3, 6, 12, 24)}
     return _create('msg_transformer_v2_base', pretrained, architecture | V2 | options)
+
+
+@register_model
+def msg_transformer_nano(pretrained: bool = False, **options: Any) -> nn.Module:
+    """MSG-nano, of this project: version 2 with three stages, for images of 112 px, 10 classes.
+
+    Its weights have been trained on Imagenette: see models/weights/README.md.
+    """
+    architecture = {'embed_dim': 48, 'depths': (2, 2, 2), 'num_heads': (2, 4, 8), 'shuffle_size': (4, 2, 1)}
+    data = {'img_size': 112, 'num_classes': 10, 'drop_path_rate': 0.0}
+    return _create('msg_transformer_nano', pretrained, architecture | data | V2 | options)
+
+
+def stored_weights() -> dict[str, Path]:
+    """Files of the weights that are part of the package, by the network's name."""
+    files = {name: default_cfgs[name].default.file for name in default_cfgs}
+    return {name: Path(file) for name, file in files.items() if file}
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

@@ -41,7 +41,7 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
     options |= parse_timm_args(model.TIMM_ARGS) | overrides
     try:
         network = timm.create_model(name, **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError) as error:
         given = ', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)
         raise ValueError(f'MODEL.TYPE {model.TYPE} cannot be built with {given}: {error}') from error
     if config.TRAIN.USE_CHECKPOINT:

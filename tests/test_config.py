@@ -179,7 +179,7 @@ def test_every_key_has_a_help_text():
 
 def test_tasks_refuse_each_others_configs():
     for path in DETECTION_CONFIGS.glob('*.yaml'):
-        with pytest.raises(ConfigError, match="MODEL.TYPE is 'cascade_rcnn': write one of msg .*yaml"):
+        with pytest.raises(ConfigError, match="MODEL.TYPE is 'cascade_rcnn': write one of msg, timm:<name> .*yaml"):
             load_config(path)
     for path in ROOT.glob('configs/*.yaml'):
         with pytest.raises(ConfigError, match="MODEL.TYPE is 'msg': write one of cascade_rcnn .*yaml"):
@@ -195,6 +195,7 @@ def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
 
     run(TAG='adamw')
     run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', TRAIN__LR_SCHEDULER__NAME='step')
+    run(TAG='timm', MODEL__TYPE='timm:resnet18', MODEL__TIMM_ARGS='channels=(4,8,8,8) layers=(1,1,1,1)')
     config = tiny_config(TAG='adamw')
     tree = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(config) / 'ckpt_epoch_1.pth'))
     monkeypatch.setattr(torch, 'compile', lambda network, **_: network)

@@ -53,7 +53,7 @@ def main() -> None:
     add_weights_flags(parser)
     args = parser.parse_args()
     with exit_on_user_error():
-        count, description = convert(args.source, args.target, args.weights)
+        count, description = convert(args.source, args.target, args.choice)
     print(f'{args.target}: {count} tensors, {description}')
 
 

@@ -26,6 +26,7 @@ from data.transforms import image_mode
 from engine.class_names import with_words
 from engine.inference import Predictor, load_predictor, prediction_parser
 from models import build_model
+from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, write_text
 from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line
@@ -120,7 +121,7 @@ def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
 
 def parse_option() -> argparse.Namespace:
     """Read the command line."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG)
+    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights())
     add = parser.add_argument
     add('--batch-size', type=positive_int, default=64, metavar='N', help='images at a time (64)')
     add('--topk', type=positive_int, default=1, metavar='K', help='the K most likely classes, at most all (1)')

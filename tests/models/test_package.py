@@ -50,6 +50,7 @@ assert repository not in sys.path
 import runpy
 entries = {name for name, value in runpy.run_path(f'{repository}/hubconf.py').items() if callable(value)}
 expected = {f'msg_transformer_{v}{s}' for v in ('', 'v2_') for s in ('tiny', 'small', 'base')}
+expected |= {'msg_transformer_nano'}
 assert {name for name in entries if name[0] != '_'} == expected, entries
 import timm
 assert type(timm.create_model('msg_transformer_tiny', **options)) is type(model)
@@ -76,6 +77,7 @@ def test_the_package_is_the_folder_of_models():
     assert project['tool']['setuptools'] == {
         'packages': ['msg_transformer'],
         'package-dir': {'msg_transformer': 'models'},
+        'package-data': {'msg_transformer': ['weights/*']},
     }
     pins = dict(line.split('==') for line in (ROOT / 'requirements.txt').read_text().splitlines() if '==' in line)
     for requirement in project['project']['dependencies']:

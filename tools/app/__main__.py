@@ -16,6 +16,7 @@ from types import ModuleType
 from config import TREE
 from data.images import choose_images, find_images
 from engine.inference import add_network_flags, load_predictor
+from models.registry import stored_weights
 from tools.app.explainer import Explainer
 from tools.app.page import build_page
 from tools.msg_network import build_with_msg_tokens
@@ -70,7 +71,7 @@ def main() -> None:
         '--examples output/digits/val',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_network_flags(parser)
+    add_network_flags(parser, stored_weights())
     add = parser.add_argument
     add('--host', default='127.0.0.1', help='address to listen on (127.0.0.1: this machine only)')
     add('--port', type=_port, default=7860, help='port to listen on (7860)')

@@ -23,6 +23,7 @@ import torch
 
 from engine.inference import add_network_flags
 from models.pyramid import Size
+from models.registry import stored_weights
 from tools.convert_checkpoint import convert
 from tools.export import formats
 from tools.export.check import TOLERANCE, check_sizes, compare, load_images, make_batch, measure_latency
@@ -43,7 +44,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_network_flags(parser)
+    add_network_flags(parser, stored_weights())
     add = parser.add_argument
     add('--format', required=True, choices=FORMATS, help='torch_export: a .pt2 file for torch.export.load')
     add('--output', required=True, type=Path, metavar='FILE', help='file to write: .onnx, .pt2 or .safetensors')
@@ -117,7 +118,7 @@ def write(network: Network, args: argparse.Namespace, size: Size | None, file: P
         ExportError: the network cannot be exported so.
     """
     if args.format == 'safetensors':
-        convert(Path(args.resume), file, args.weights)
+        convert(Path(args.resume), file, args.choice)
         return network.with_weights(file)
     print('tracing', file=sys.stderr)
     program = formats.trace(network, size)

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from config import load_config
 from utils import UserError
 
-KEYS = {'config', 'reference', 'seeds', 'variants'}
+KEYS = {'config', 'reference', 'seeds', 'variants'}  # and options
 
 
 class StudyError(UserError):
@@ -24,7 +24,7 @@ class Variant:
 
     Attributes:
         label: what tables and charts call it.
-        options: config keys and values in which it differs from the study's config.
+        options: config keys and values, over those of the study's config.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file.
+    """Read a study file: `config`, `reference`, `seeds`, `variants`, and `options` of all variants, if any.
 
     Raises:
         StudyError: it cannot be read, or lacks something.
@@ -87,13 +87,14 @@ def read_study(path: Path) -> Study:
         raise StudyError(f'study {path}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f'study {path} is not YAML: {" ".join(str(error).split())}') from error
-    if not isinstance(content, Mapping) or content.keys() != KEYS or not isinstance(content['variants'], Mapping):
+    has_keys = isinstance(content, Mapping) and KEYS <= content.keys() <= KEYS | {'options'}
+    if not has_keys or not isinstance(content['variants'], Mapping):
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
-    variants = {}
+    variants, shared = {}, dict(content.get('options') or {})
     for name, entry in content['variants'].items():
         if not isinstance(entry, Mapping) or not {'label'} <= entry.keys() <= {'label', 'options'}:
             raise StudyError(f'study {path}, variant {name}: write its label and, if it has any, its options')
-        variants[str(name)] = Variant(str(entry['label']), dict(entry.get('options') or {}))
+        variants[str(name)] = Variant(str(entry['label']), shared | dict(entry.get('options') or {}))
     if content['reference'] not in variants:
         raise StudyError(f'study {path}: reference {content["reference"]} is none of its variants')
     seeds = content['seeds']

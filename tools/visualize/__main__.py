@@ -17,6 +17,7 @@ from data.images import DataError, find_images, load_image, report_other_files
 from data.inference import exit_if_unreadable
 from data.transforms import image_mode
 from engine.inference import add_network_flags, load_predictor
+from models.registry import stored_weights
 from tools.msg_network import build_with_msg_tokens
 from tools.output_files import prepare_output, refuse_overwriting, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
@@ -73,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders; first, or after --output')
-    add_network_flags(parser, requires_resume=False)
+    add_network_flags(parser, stored_weights(), is_required=False)
     add('--random-weights', action='store_true', help='take the network of --cfg with random weights, and say so')
     add('--output', type=Path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
     add('--kind', choices=(*KINDS, 'all'), default='all', help='what to draw (default: all)')
@@ -87,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     add('--size', type=positive_int, metavar='N', help='resize the shorter side to N pixels; crop nothing')
     args = parser.parse_intermixed_args()
     if args.random_weights == (args.resume is not None):
-        parser.error('give either --resume or --random-weights')
+        parser.error('give --resume, --weights or --random-weights')
     if args.random_weights and args.cfg is None:
         parser.error('--random-weights needs the --cfg of a network')
     return args

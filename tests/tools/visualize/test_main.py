@@ -151,8 +151,8 @@ def test_mistakes_are_told_in_one_line(photo, flags, message):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ([], 'error: give either --resume or --random-weights'),
-        (['--resume', 'x', '--random-weights'], 'error: give either --resume or --random-weights'),
+        ([], 'error: give --resume, --weights or --random-weights'),
+        (['--resume', 'x', '--random-weights'], 'error: give --resume, --weights or --random-weights'),
         (['--random-weights'], 'error: --random-weights needs the --cfg of a network'),
         (['--resume', 'nowhere'], 'error: checkpoint nowhere does not exist'),
         (['--resume', 'x', '--kind', 'heat'], "argument --kind: invalid choice: 'heat'"),
