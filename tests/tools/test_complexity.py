@@ -72,6 +72,21 @@ def test_configs_that_inherit_their_type_from_a_base_are_counted(tmp_path):
         complexity(path)
 
 
+def test_networks_of_timm_are_measured(tmp_path):
+    path = tmp_path / 'swin.yaml'
+    path.write_text(
+        f'BASE: [{ROOT}/configs/msg_tiny_p4_win7_224.yaml]\n'
+        'MODEL: {TYPE: timm:swin_tiny_patch4_window7_224, NAME: swin}\n'
+    )
+    counted = complexity(path)
+    assert (counted.parameters, counted.formula) == (28_288_354, None)
+    blocks = sum(  # windows of 49 patches, which tile every stage
+        depth * H * H * C * (12 * C + 2 * 49) for depth, H, C in ((2, 56, 96), (2, 28, 192), (6, 14, 384), (2, 7, 768))
+    )
+    merging = sum(H * H * 4 * C * 2 * C for H, C in ((28, 96), (14, 192), (7, 384)))
+    assert counted.measured == 56 * 56 * 96 * 48 + blocks + merging + 768 * 1000
+
+
 def test_multiply_adds_per_roi():
     config = tiny_detector()
     none, boxes, both = (detector_complexity(config, 64, 64, *n).measured for n in ((0, 0), (10, 0), (10, 10)))

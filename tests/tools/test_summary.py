@@ -82,11 +82,16 @@ def test_table_is_printed(monkeypatch, capsys):
 
 
 def test_other_networks_are_summarised(tiny_config):
-    for options in ({'MODEL__NUM_CLASSES': 0}, {'MODEL__MSG__IN_CHANS': 1, 'MODEL__MSG__APE': True}):
-        model = build_model(tiny_config(**options))
+    others = {'MODEL__NUM_CLASSES': 0}, {'MODEL__MSG__IN_CHANS': 1, 'MODEL__MSG__APE': True}
+    for options in (*others, {'MODEL__MSG__HEAD_TOKENS': 'patches'}, {'MODEL__MSG__MSG_TOKENS': False}):
+        model = build_model(tiny_config(**options)).eval()
         *parts, total = summarise(model)
         assert total.parameters == sum(p.numel() for p in model.parameters())
         assert total.flops == model.flops()
+        assert parts[1].tokens == 14 * 14 + 4 * options.get('MODEL__MSG__MSG_TOKENS', True)
+        with torch.inference_mode():
+            *_, head, whole = forward_parts(model, torch.randn(2, model.in_chans, *model.img_size))
+            assert torch.equal(head(), whole())
         assert 'nan' not in table([*parts, total])
 
 
@@ -98,6 +103,11 @@ def test_other_networks_are_summarised(tiny_config):
             [DETECTION_CONFIGS / 'digits.yaml'],
             1,
             'digits.yaml is not of a classifier; tools.complexity',
+        ),
+        (
+            [TINY, '--opts', 'MODEL.TYPE', 'timm:resnet18'],
+            1,
+            'is for MSG-Transformers, and MODEL.TYPE is timm:resnet18',
         ),
         ([TINY, '--img-size', '1'], 1, 'error: --img-size: image size 1 x 1 is smaller than one patch of 2 x 2 pixels'),
         ([TINY, '--img-size', '28', '28', '3'], 2, 'argument --img-size: write one number, or height and width'),

@@ -32,7 +32,9 @@ def trace(model, height=32, width=32):
     return trace_blocks(model, torch.randn(1, model.in_chans, height, width))
 
 
-@pytest.mark.parametrize('options', [{}, V2, {'manip_type': 'none'}, {'in_chans': 1}, {'num_classes': 0}])
+@pytest.mark.parametrize(
+    'options', [{}, V2, {'manip_type': 'none'}, {'head_tokens': 'patches'}, {'in_chans': 1}, {'num_classes': 0}]
+)
 @pytest.mark.parametrize('size', [(32, 32), (23, 37)])
 def test_a_trace_computes_what_the_network_does(options, size):
     model = build(**options)

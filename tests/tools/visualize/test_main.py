@@ -139,6 +139,10 @@ def test_images_of_the_same_name_get_sheets_of_their_own(tmp_path):
         (['--output', 'x', '--class', 'cat'], 'no class cat: write one of 0, 1, 2, or a number from 0 to 2'),
         (['--output', 'x', '--class', '3'], 'no class 3: '),
         (['--output', 'x', '--size', '1'], '--size 1 is smaller than a patch of 2 pixels'),
+        (
+            ['--output', 'x', '--opts', 'MODEL.MSG.MSG_TOKENS', 'False'],
+            'this tool draws what MSG tokens do, and MODEL.MSG.MSG_TOKENS is False',
+        ),
         (['--output', 'x', '--size', '2000'], 'more than 1,048,576: write a smaller one'),
     ],
 )
@@ -154,6 +158,11 @@ def test_mistakes_are_told_in_one_line(photo, flags, message):
         ([], 'error: give --resume, --weights or --random-weights'),
         (['--resume', 'x', '--random-weights'], 'error: give --resume, --weights or --random-weights'),
         (['--random-weights'], 'error: --random-weights needs the --cfg of a network'),
+        (['--weights', 'none'], 'argument --weights: no weights none: write one of msg_transformer_nano'),
+        (
+            ['--weights', 'msg_transformer_nano', '--resume', 'x'],
+            '--resume: not allowed with argument --weights',
+        ),
         (['--resume', 'nowhere'], 'error: checkpoint nowhere does not exist'),
         (['--resume', 'x', '--kind', 'heat'], "argument --kind: invalid choice: 'heat'"),
         (['--resume', 'x', '--stage', '0'], 'argument --stage: 0 is not a positive integer'),
