@@ -221,6 +221,20 @@ def test_a_study_file_that_cannot_work_says_what_to_write(tmp_path, changes, mes
         read_study(write_study(tmp_path, **changes))
 
 
+def test_a_study_takes_from_its_base_what_it_does_not_have(tmp_path):
+    base = read_study(write_study(tmp_path, options={'TRAIN.EPOCHS': 4}))
+    (tmp_path / 'own.yaml').write_text('base: two.yaml\nseeds: [7]\nvariants: {msg: {label: other}}\n')
+    own = read_study(tmp_path / 'own.yaml')
+    assert (own.name, own.seeds, list(own.variants)) == ('own', [7], ['msg', 'bare'])
+    assert own.variants['bare'] == base.variants['bare']
+    assert own.variants['msg'].label == 'other'
+    assert own.config('bare', 7).TRAIN.EPOCHS == 4
+    assert own.config('bare', 7, ['TRAIN.EPOCHS', '5']).TRAIN.EPOCHS == 5
+    (tmp_path / 'own.yaml').write_text('base: none.yaml\n')
+    with pytest.raises(StudyError, match='none.yaml: No such file'):
+        read_study(tmp_path / 'own.yaml')
+
+
 @pytest.mark.parametrize('path', sorted(ROOT.glob('configs/studies/*.yaml')), ids=lambda path: path.stem)
 def test_studies_of_the_project_can_run(path):
     project = read_study(path)

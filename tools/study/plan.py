@@ -78,17 +78,13 @@ class Study:
 def read_study(path: Path) -> Study:
     """Read a study file: `config`, `reference`, `seeds`, `variants`, and `options` of all variants, if any.
 
+    With `base`, what the file does not have is another file's; both are beside each other. Variants are merged by name.
+
     Raises:
         StudyError: it cannot be read, or lacks something.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise StudyError(f'study {path}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f'study {path} is not YAML: {" ".join(str(error).split())}') from error
-    has_keys = isinstance(content, Mapping) and KEYS <= content.keys() <= KEYS | {'options'}
-    if not has_keys or not isinstance(content['variants'], Mapping):
+    content = _read(path)
+    if not KEYS <= content.keys() <= KEYS | {'options'}:
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
     variants, shared = {}, dict(content.get('options') or {})
     for name, entry in content['variants'].items():
@@ -100,4 +96,21 @@ def read_study(path: Path) -> Study:
     seeds = content['seeds']
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise StudyError(f'study {path}: seeds is {seeds!r}: write a list such as [0, 1, 2]')
-    return Study(path.stem, path.parent / content['config'], content['reference'], seeds, variants)
+    return Study(path.stem, path.parent / str(content['config']), content['reference'], seeds, variants)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a study file and its base."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise StudyError(f'study {path}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f'study {path} is not YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(content, Mapping) or not isinstance(content.get('variants', {}), Mapping):
+        raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
+    if 'base' not in content:
+        return dict(content)
+    base = _read(path.with_name(str(content['base'])))
+    variants = base.get('variants', {}) | content.get('variants', {})
+    return base | {key: value for key, value in content.items() if key != 'base'} | {'variants': variants}
