@@ -350,7 +350,7 @@ def check_run(config: CfgNode, img_size: int | None) -> None:
     try:
         check_network(config, img_size)
     except ValueError as error:
-        prefix = 'MODEL.MSG: ' if config.MODEL.TYPE == 'msg' else ''
+        prefix = '' if config.MODEL.TYPE.startswith(TIMM) else 'MODEL.MSG: '
         raise ConfigError(f'{prefix}{error}') from error
 
 
