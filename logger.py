@@ -70,9 +70,9 @@ class MetricsLog:
         """Append a record; a number that is not finite, which JSON does not have, becomes null.
 
         Args:
-            kind: 'start' of training, 'train' or 'epoch'.
+            kind: 'train' or 'epoch'.
             updates: updates of the whole run so far.
-            record: the metrics; those of a 'start' need not be numbers.
+            record: the metrics.
 
         Raises:
             OutputError: the folder cannot be written to.
@@ -87,7 +87,7 @@ class MetricsLog:
         with report_write_errors(self.folder):
             with self.path.open('a') as file:
                 file.write(json.dumps(finite) + '\n')
-            if self.writer is not None and kind != 'start':
+            if self.writer is not None:
                 for key in record.keys() - {'kind', 'updates'}:
                     self.writer.add_scalar(f'{kind}/{key}', record[key], updates)
                 self.writer.flush()

@@ -11,8 +11,8 @@ from engine.distributed import gather_on_main_process, on_main_process
 from engine.run import Run
 from utils import UserError, environment
 
-# What the bits of a run depend on beyond its config and data, of `utils.environment`.
-_ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads')
+# What the bits of a run depend on beyond its config and data, of what checkpoints say of its environment.
+ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads', 'world_size', 'precision')
 
 
 class ExperimentError(UserError):
@@ -56,9 +56,10 @@ def describe_run(run: Run, classes: list[str], datasets: Mapping[str, DescribedD
                 )
 
     on_main_process(check)
-    known = environment(run.process.device)
     ours = {'world_size': str(run.process.world_size), 'precision': str(run.precision)}
-    return {'classes': classes, 'data': data, 'environment': {name: known[name] for name in _ENVIRONMENT} | ours}
+    known = environment(run.process.device)
+    known = {name: known[name] for name in known if name not in ('command', 'host', 'system')}  # logged alone
+    return {'classes': classes, 'data': data, 'environment': known | ours}
 
 
 def log_notes(run: Run, datasets: Mapping[str, DescribedDataset]) -> None:

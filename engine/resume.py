@@ -11,7 +11,14 @@ from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load
 from engine.class_names import same_classes
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
-from engine.experiment import ExperimentError, changed_splits, compare_classes, identify, warn_of_other_classes
+from engine.experiment import (
+    ENVIRONMENT,
+    ExperimentError,
+    changed_splits,
+    compare_classes,
+    identify,
+    warn_of_other_classes,
+)
 from engine.run import Run
 from engine.run_folder import progress_of
 from engine.state import TrainingState
@@ -209,7 +216,8 @@ def begin_training(
 def _environment_notes(run: Run, checkpoint: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """What of the environment keeps the run from resuming bit for bit, as far as the checkpoint knows."""
     before = checkpoint.get('environment') or {}
-    pairs = {name: (before.get(name, now), now) for name, now in record['environment'].items()}
+    environment = {name: record['environment'][name] for name in ENVIRONMENT}
+    pairs = {name: (before.get(name, now), now) for name, now in environment.items()}
     notes = [f'{name} was {old} and is {now}' for name, (old, now) in pairs.items() if old != now]
     notes += [f'it has no record of its {name}' for name in ('data', 'environment') if name not in checkpoint]
     if run.process.device.type != 'cpu' and not run.config.DETERMINISTIC:

@@ -20,7 +20,7 @@ from engine.run import Run
 from engine.signals import Stopped
 from engine.state import TrainingState
 from logger import MetricsLog
-from utils import environment, remove_dead_temporaries, report_write_errors
+from utils import remove_dead_temporaries, report_write_errors
 
 
 class Update(NamedTuple):
@@ -101,9 +101,6 @@ class Trainer:
                 remove_dead_temporaries(run.output_dir)
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
-                )
-                self.metrics.write(
-                    'start', state.updates, epoch=state.epoch, step=state.step, **environment(run.process.device)
                 )
         on_disk = on_main_process(run.folder.best_score)
         self.best_score = -math.inf if on_disk is None else on_disk

@@ -45,13 +45,11 @@ class RunMetrics(NamedTuple):
         name: of the run, among those of the figure.
         epochs: of its finished epochs.
         updates: of single updates.
-        starts: the environment of each start; older runs have none.
     """
 
     name: str
     epochs: list[dict[str, Any]]
     updates: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Epochs done and a metric then, where it is known."""
@@ -91,7 +89,7 @@ def read_run(run: Path, name: str) -> RunMetrics:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else 'not a text'
         raise PlotError(f'{path}: {reason}: give --run the folder of a run') from error
-    records: dict[str, dict[int, dict[str, Any]]] = {'epoch': {}, 'train': {}, 'start': {}}
+    records: dict[str, dict[int, dict[str, Any]]] = {'epoch': {}, 'train': {}}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -99,7 +97,7 @@ def read_run(run: Path, name: str) -> RunMetrics:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):  # the last line of a run that was killed may be truncated
                 raise PlotError(f'{path}, line {number} is not a record of a run: {error}') from error
-    return RunMetrics(name, *([records[kind][key] for key in sorted(records[kind])] for kind in records))
+    return RunMetrics(name, *([records[kind][key] for key in sorted(records[kind])] for kind in ('epoch', 'train')))
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:

@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
 
 def provenance(runs: Sequence[dict[str, Any]]) -> str:
     """Data, epochs, time, hardware and revisions of the runs, in one line of text."""
-    data, starts = runs[0]['data'], [start for run in runs for start in run['starts']]
+    data = runs[0]['data']
     epochs = sorted({len(run['epochs']) for run in runs})
     facts = [
         f'{len(runs)} runs',
@@ -49,9 +49,8 @@ def provenance(runs: Sequence[dict[str, Any]]) -> str:
         'brackets: 95 % bootstrap interval over seeds, paired',
     ]
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
-        values = sorted({start[key][:7] if key == 'revision' else start[key] for start in starts if key in start})
-        if values:
-            facts.append(f'{name} {", ".join(values)}')
+        values = {run['environment'][key] for run in runs}
+        facts.append(f'{name} {", ".join(sorted(x[:7] if key == "revision" else x for x in values))}')
     return '; '.join(facts) + '.'
 
 

@@ -102,14 +102,15 @@ def finished_run(
     if len(run.epochs) < config.TRAIN.EPOCHS:
         return None
     complexity = classifier_complexity(config)
+    checkpoint = peek_checkpoint(folder / f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth')
     return {
         'variant': variant,
         'seed': seed,
         'parameters': complexity.parameters,
         'multiply_adds': complexity.measured,
         'train_seconds': round(sum(record['seconds'] for record in run.epochs), 1),
-        'starts': [{key: x for key, x in start.items() if key not in ('kind', 'step')} for start in run.starts],
-        'data': peek_checkpoint(folder / 'ckpt_best.pth')['data'],
+        'environment': checkpoint['environment'],
+        'data': checkpoint['data'],
         'config': saved,
         'epochs': [{key: _short(record[key]) for key in METRICS if key in record} for record in run.epochs],
     }
