@@ -18,6 +18,9 @@ TAG := demo_seed$(SEED)
 RUN := $(OUTPUT)/msg_digits_p2_win7_56/$(TAG)
 LAST = $$(ls -v $(dir $<)ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
 
+WEIGHTS := models/weights/msg_transformer_nano.safetensors
+PHOTOGRAPHS = $$($(PY) -c 'from sklearn import datasets; print(*datasets.__path__)')/images
+
 DETECTION_CONFIG := detection/configs/digits.yaml
 DIGITS_COCO := $(OUTPUT)/digits_coco
 DETECTION_RUN := $(OUTPUT)/cascade_mask_rcnn_msg_digits/$(TAG)
@@ -65,17 +68,24 @@ $(OUTPUT)/demo_curves_seed$(SEED).png: $(RUN)/trained
 $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
 	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ > /dev/null
 
-demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png
+$(OUTPUT)/demo_photographs.txt: $(WEIGHTS) | $(VENV)/installed
+	mkdir -p $(@D)
+	$(PY) -m tools.predict "$(PHOTOGRAPHS)" --words --weights $(basename $(notdir $(WEIGHTS))) \
+		--output $(OUTPUT)/demo_photographs.png > $@
+
+demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png \
+		$(OUTPUT)/demo_photographs.txt
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
-	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png and $(OUTPUT)/demo_predictions_seed$(SEED).png"
+	@echo "msg_transformer_nano, trained on photographs of ten classes, takes two of other classes for:"
+	@sed 's|.*/images/||' $(OUTPUT)/demo_photographs.txt
+	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png, $(OUTPUT)/demo_predictions_seed$(SEED).png and $(OUTPUT)/demo_photographs.png"
 
 $(VENV)/installed-app: requirements-app.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-app.txt
 	touch $@
 
-# LAST reads the first prerequisite.
-app: $(if $(RESUME),,$(RUN)/trained) $(VENV)/installed-app
-	$(PY) -m tools.app --resume $(or $(RESUME),$(LAST) --examples $(DIGITS)/val)
+app: $(VENV)/installed-app
+	$(PY) -m tools.app $(if $(RESUME),--resume $(RESUME),--weights $(basename $(notdir $(WEIGHTS))) --examples "$(PHOTOGRAPHS)")
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

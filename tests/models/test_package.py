@@ -31,6 +31,8 @@ other = msg_transformer.msg_transformer_v2_tiny(**options).eval()
 other.load_state_dict(torch.load('weights.pth'))
 with torch.no_grad():
     assert torch.equal(other(images), logits) and logits.shape == (1, 3)
+nano = timm.create_model('msg_transformer_nano', pretrained=True)
+assert nano.default_cfg['label_descriptions']['n03888257'] == 'parachute'
 """
 
 # In a process with a `models` of its own.
@@ -52,6 +54,7 @@ entries = {name for name, value in runpy.run_path(f'{repository}/hubconf.py').it
 expected = {f'msg_transformer_{v}{s}' for v in ('', 'v2_') for s in ('tiny', 'small', 'base')}
 expected |= {'msg_transformer_nano'}
 assert {name for name in entries if name[0] != '_'} == expected, entries
+assert torch.hub.load(repository, 'msg_transformer_nano', source='local', pretrained=True).num_classes == 10
 import timm
 assert type(timm.create_model('msg_transformer_tiny', **options)) is type(model)
 """
@@ -113,6 +116,7 @@ def test_pip_installs_the_network_alone(tmp_path):
     (site,) = (tmp_path / 'venv' / 'lib').glob('python*/site-packages')
     (metadata,) = site.glob('msg_transformer-*.dist-info')
     assert {path.name for path in site.iterdir()} == {'msg_transformer', metadata.name}
-    installed = {path.name for path in (site / 'msg_transformer').glob('*.py')}
-    assert installed == {path.name for path in (ROOT / 'models').glob('*.py')}
+    for pattern in ('*.py', 'weights/*'):
+        installed = {path.name for path in (site / 'msg_transformer').glob(pattern)}
+        assert installed == {path.name for path in (ROOT / 'models').glob(pattern)}
     run_in(tmp_path / 'empty', USE, python=python, path=sysconfig.get_path('purelib'))
