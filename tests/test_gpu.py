@@ -65,7 +65,8 @@ def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode):
     compiled.images, compiled.targets = eager.images, eager.targets
     for _ in range(3):  # updates, or the same logits
         torch.testing.assert_close(compiled(), eager(), rtol=1e-3, atol=1e-3)
-    assert compiled.peak_memory() > compiled.resident_bytes() > 0
+    allocated = compiled.peak_memory() - compiled.resident_bytes()
+    assert allocated == 0 if compile_mode == 'graphs' else allocated > 0  # graphs have memory pools of their own
     times = time_interleaved({'compiled': compiled}, 3, device)['compiled']
     assert len(times) == 3
 
