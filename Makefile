@@ -76,7 +76,7 @@ $(OUTPUT)/demo_photographs.txt: $(WEIGHTS) | $(VENV)/installed
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png \
 		$(OUTPUT)/demo_photographs.txt
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
-	@echo "msg_transformer_nano, trained on photographs of ten classes, takes two of other classes for:"
+	@echo "msg_transformer_nano knows ten classes; these two photographs belong to none of them. Its guesses:"
 	@sed 's|.*/images/||' $(OUTPUT)/demo_photographs.txt
 	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png, $(OUTPUT)/demo_predictions_seed$(SEED).png and $(OUTPUT)/demo_photographs.png"
 

@@ -347,6 +347,8 @@ def check_run(config: CfgNode, img_size: int | None) -> None:
         raise ConfigError('--eval evaluates raw and EMA weights: leave out --raw and --ema')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         raise ConfigError('--resume resumes a run and --pretrained starts one: give one of them')
+    if config.MODEL.TYPE == 'msg' and config.MODEL.TIMM_ARGS:
+        raise ConfigError('MODEL.TIMM_ARGS is for networks of timm: write MODEL.TYPE timm:<name>, or no arguments')
     try:
         check_network(config, img_size)
     except ValueError as error:

@@ -38,7 +38,7 @@ class WindowAttention(nn.Module):
         qk_scale: factor on q.k; None for d^-0.5.
         attn_drop: dropout rate after the softmax.
         proj_drop: dropout rate after the output projection.
-        has_msg: whether windows have a MSG token.
+        use_msg_tokens: whether windows have a MSG token.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class WindowAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        has_msg: bool = True,
+        use_msg_tokens: bool = True,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
-        self.has_msg = has_msg
-        if has_msg:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
+        self.use_msg_tokens = use_msg_tokens
+        if use_msg_tokens:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
             self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
         # Part of published checkpoints; `bias_index` extends it to all N tokens.
         self.register_buffer('relative_position_index', relative_position_index(window_size))
@@ -67,11 +67,11 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        if has_msg:
+        if use_msg_tokens:
             nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
 
     def _make_bias_index(self, window_size: int) -> Tensor:
-        return attention_bias_index(window_size) if self.has_msg else relative_position_index(window_size)
+        return attention_bias_index(window_size) if self.use_msg_tokens else relative_position_index(window_size)
 
     def set_window_size(self, window_size: int) -> None:
         """Change the window size w; the bias table is interpolated."""
@@ -84,7 +84,7 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Tensor:
         """Bias of every query (row) towards every key (column), (1, h, N, N)."""
         table = self.relative_position_bias_table.T  # (h, (2w - 1)^2)
-        if self.has_msg:
+        if self.use_msg_tokens:
             table = torch.cat((table, self.rel_pos_msg.flatten(1)), dim=1)
         return table.index_select(1, self.bias_index.flatten()).view(1, self.num_heads, *self.bias_index.shape)
 
@@ -130,7 +130,7 @@ class MSGBlock(nn.Module):
         norm_layer: called with C.
         shuffle: exchange MSG tokens (`manip_type` 'shuf') or leave them ('none').
         recompute_mlp: see `Mlp`.
-        has_msg: whether windows have a MSG token; without, there is nothing to shuffle.
+        use_msg_tokens: whether windows have a MSG token; without, there is nothing to shuffle.
     """
 
     def __init__(
@@ -148,14 +148,14 @@ class MSGBlock(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         shuffle: bool = True,
         recompute_mlp: bool = False,
-        has_msg: bool = True,
+        use_msg_tokens: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
-        self.shuffle = shuffle and has_msg
+        self.shuffle = shuffle and use_msg_tokens
         self.shuffle_size = region_size if self.shuffle else 1
         self.norm1 = norm_layer(dim)
-        self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, has_msg)
+        self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, use_msg_tokens)
         self.drop_path = RegionDropPath(drop_path, region_size)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
@@ -200,8 +200,8 @@ class MSGBlock(nn.Module):
         """Multiply-adds for a patch grid (H, W), by the authors' formula: norms, attention with its linears, MLP."""
         (H, W), w = grid, self.window_size
         windows = -(-H // w) * -(-W // w)
-        tokens = H * W + windows * self.attn.has_msg
-        C, N = self.mlp.fc1.in_features, w**2 + self.attn.has_msg
+        tokens = H * W + windows * self.attn.use_msg_tokens
+        C, N = self.mlp.fc1.in_features, w**2 + self.attn.use_msg_tokens
         attention = windows * (3 * N * C**2 + 2 * N**2 * C + N * C**2)
         return 2 * C * tokens + attention + 2 * tokens * C * self.mlp.fc1.out_features
 
@@ -261,6 +261,6 @@ class MSGStage(nn.Module):
         flops = sum(block.flops(grid) for block in self.blocks)
         if self.downsample is not None:
             flops += self.downsample.flops(grid)
-            if self.blocks[0].attn.has_msg:
+            if self.blocks[0].attn.use_msg_tokens:
                 flops += self.downsample.flops(grid.divided_by(self.window_size))
         return flops

@@ -169,7 +169,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
                     norm_layer=norm_layer,
                     shuffle=manip_type == 'shuf',
                     recompute_mlp=recompute_mlp and not use_checkpoint,
-                    has_msg=use_msg_tokens,
+                    use_msg_tokens=use_msg_tokens,
                 )
                 for _ in range(layout.depth)
             ]

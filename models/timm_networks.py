@@ -13,6 +13,16 @@ if TYPE_CHECKING:  # the installed package does without yacs
 
 PREFIX = 'timm:'
 
+# Arguments of timm that the config tree has, or that change what a classifier is
+RESERVED = {
+    'num_classes': 'MODEL.NUM_CLASSES',
+    'in_chans': 'MODEL.MSG.IN_CHANS',
+    'img_size': 'DATA.IMG_SIZE',
+    'drop_path_rate': 'MODEL.DROP_PATH_RATE',
+    'features_only': 'nothing: main.py trains classifiers',
+    'checkpoint_path': '--pretrained with a state-dict file',
+}
+
 
 def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
     """Build the network that `MODEL.TYPE` names, with `MODEL.TIMM_ARGS`, for `DATA.IMG_SIZE` and `MODEL.NUM_CLASSES`.
@@ -40,12 +50,17 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
         options['img_size'] = config.DATA.IMG_SIZE
     options |= parse_timm_args(model.TIMM_ARGS) | overrides
     try:
-        network = timm.create_model(name, **options)
-    except (TypeError, ValueError, AssertionError, LookupError) as error:
+        try:
+            network = timm.create_model(name, **options)
+        except TypeError:
+            if model.DROP_PATH_RATE:
+                raise
+            network = timm.create_model(name, **options | {'drop_path_rate': None})  # one without drop path
+        if config.TRAIN.USE_CHECKPOINT:
+            network.set_grad_checkpointing()
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
         given = ', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)
         raise ValueError(f'MODEL.TYPE {model.TYPE} cannot be built with {given}: {error}') from error
-    if config.TRAIN.USE_CHECKPOINT:
-        network.set_grad_checkpointing()
     return network
 
 
@@ -61,8 +76,11 @@ def check_timm_network(config: 'CfgNode') -> None:
     try:
         with torch.device('meta'):
             build_timm_network(config, pretrained=False)
-    except (RuntimeError, NotImplementedError):
-        pass  # it computes while it is built, which it cannot on this device
+    except (RuntimeError, NotImplementedError):  # it computes while it is built, which it cannot on this device
+        try:
+            build_timm_network(config, pretrained=False)
+        except RuntimeError as error:
+            raise ValueError(f'MODEL.TYPE {config.MODEL.TYPE} cannot be built: {error}') from error
 
 
 def parse_timm_args(text: str) -> dict[str, Any]:
@@ -78,6 +96,8 @@ def parse_timm_args(text: str) -> dict[str, Any]:
         name, equals, value = pair.partition('=')
         if not (name.isidentifier() and equals):
             raise ValueError(f'MODEL.TIMM_ARGS has {pair!r}: write name=value pairs: embed_dim=96 depths=(2,2,6,2)')
+        if name in RESERVED:
+            raise ValueError(f'MODEL.TIMM_ARGS has {name}: write {RESERVED[name]}')
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

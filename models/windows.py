@@ -80,10 +80,10 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
     """
     B, nH, nW, N, C = windows.shape
     w, (H, W) = window_size, grid
-    has_msg = w * w < N
-    x = windows[:, :, :, has_msg:].view(B, nH, nW, w, w, C)
+    use_msg_tokens = w * w < N
+    x = windows[:, :, :, use_msg_tokens:].view(B, nH, nW, w, w, C)
     patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W)), windows[:, :, :, 0] if has_msg else None
+    return crop(patches, (H, W)), windows[:, :, :, 0] if use_msg_tokens else None
 
 
 class WindowPadding(NamedTuple):
@@ -118,7 +118,7 @@ class WindowPadding(NamedTuple):
 
 
 def window_padding(
-    grid: tuple[int, int], window_size: int, device: torch.device, has_msg: bool = True
+    grid: tuple[int, int], window_size: int, device: torch.device, use_msg_tokens: bool = True
 ) -> WindowPadding | None:
     """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it.
 
@@ -127,17 +127,17 @@ def window_padding(
     (H, W), w = grid, window_size
     if not is_open(H, W) and H % w == 0 and W % w == 0:
         return None
-    nH, nW, N = -(-H // w), -(-W // w), w * w + has_msg
+    nH, nW, N = -(-H // w), -(-W // w), w * w + use_msg_tokens
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
-    is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(has_msg), 0)).unsqueeze(3)  # an MSG token is not
+    is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(use_msg_tokens), 0)).unsqueeze(3)  # an MSG token is not
     if is_open(H, W):
         return WindowPadding(is_padding, None)
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
-    token = has_msg + rows % w * w + columns % w  # (H, W)
+    token = use_msg_tokens + rows % w * w + columns % w  # (H, W)
     real_index = (window * N + token).flatten()
-    if has_msg:
+    if use_msg_tokens:
         real_index = torch.cat((torch.arange(nH * nW, device=device) * N, real_index))
     return WindowPadding(is_padding, real_index)
 

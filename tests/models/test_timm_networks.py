@@ -52,8 +52,13 @@ def test_values_are_pythons_else_text():
     [
         ('timm:resnet', '', [], 'timm has no network of that name: did you mean timm:resnet'),
         ('timm:', '', [], 'timm has no network of that name, see'),
+        ('msg', 'depth=3', [], 'MODEL.TIMM_ARGS is for networks of timm'),
         ('resnet18', '', [], 'write one of msg, timm:<name>'),
         ('timm:resnet18', 'depth', [], "MODEL.TIMM_ARGS has 'depth'"),
+        ('timm:resnet18', 'num_classes=3', [], 'MODEL.TIMM_ARGS has num_classes: write MODEL.NUM_CLASSES'),
+        ('timm:resnet18', 'checkpoint_path=x.pth', [], 'MODEL.TIMM_ARGS has checkpoint_path: write --pretrained'),
+        ('timm:swin_tiny_patch4_window7_224', 'embed_dim=-48', [], 'cannot be built'),
+        ('timm:vgg11', '', ['MODEL.DROP_PATH_RATE', '0.1'], 'cannot be built with .*drop_path_rate=0.1'),
         (
             'timm:resnet18',
             'depth=3',

@@ -1,4 +1,4 @@
-"""The weights that are part of the package: they are those of the card, and every way to load them gives their outputs."""
+"""The weights that are part of the package: those of the card, with the same outputs however they are loaded."""
 
 import hashlib
 import json

@@ -104,7 +104,9 @@ def test_table_and_chart_are_those_of_the_runs(small):
         if name == 'msg':
             assert not difference.strip()
         else:
-            assert difference.split()[0] == f'{np.mean(np.subtract(values, final["msg"])):+.1f}'
+            differences = np.subtract(values, final['msg'])
+            mean, low, high = differences.mean(), differences.min(), differences.max()  # of two pairs, it is the range
+            assert difference.strip().startswith(f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] (')
         assert int(parameters.replace(',', '')) == results['runs'][0 if name == 'msg' else 2]['parameters']
     assert cv2.imread(str(output / 'study.png')) is not None
 
@@ -170,14 +172,25 @@ def test_a_run_that_fails_says_why_in_a_line(tmp_path, digits):
 
 def test_paired_difference_is_that_of_numpy():
     values, reference = [74.0, 75.5, 73.1, 76.0], [70.0, 72.5, 70.6, 70.9]
-    difference = paired_difference(values, reference)
+    pairs = dict(enumerate(values)), dict(enumerate(reference)) | {9: 0.0}
+    difference = paired_difference(*pairs)
     differences = np.array(values) - np.array(reference)
     assert difference.mean == pytest.approx(differences.mean())
-    # All 4^4 resamples, rather than a sample of them
+    assert [*difference.values.values()] == pytest.approx(differences)
+    # All 4^4 resamples
     means = np.array(np.meshgrid(*[differences] * 4)).reshape(4, -1).mean(axis=0)
-    assert [difference.low, difference.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.15)
-    assert paired_difference(values, reference) == difference
-    assert paired_difference([5.0], [3.0]) == (2.0, 2.0, 2.0)
+    assert difference.bootstrap == pytest.approx(np.percentile(means, [2.5, 97.5]))
+    margin = 3.182446 * differences.std(ddof=1) / 2  # of Student's t with three degrees of freedom, from a table
+    assert difference.student == pytest.approx((differences.mean() - margin, differences.mean() + margin))
+    assert paired_difference({0: 5.0}, {0: 3.0}) == ({0: 2.0}, 2.0, None, None)
+    assert paired_difference({0: 5.0}, {1: 3.0}) is None
+
+
+def test_many_pairs_are_resampled_and_always_the_same():
+    values = dict(enumerate(np.random.default_rng(1).normal(size=40)))
+    difference = paired_difference(values, dict.fromkeys(values, 0.0))
+    assert difference == paired_difference(values, dict.fromkeys(values, 0.0))
+    assert difference.bootstrap == pytest.approx(difference.student, abs=0.05)
 
 
 def results_of(accuracies):
@@ -209,6 +222,10 @@ def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
     [
         ({'reference': 'none'}, 'reference none is none of its variants'),
         ({'seeds': 3}, r'seeds is 3: write a list such as \[0, 1, 2\]'),
+        ({'seeds': [True]}, r'seeds is \[True\]: write a list'),
+        ({'options': 3}, 'options is 3: write config keys and values'),
+        ({'comparisons': [['msg', 'none']]}, 'write a list of pairs of variants'),
+        ({'variants': {'msg': {'label': 'x'}, '../b': {'label': 'y'}}}, 'write a name of letters, digits'),
         ({'variants': {'msg': {'options': {}}}}, 'variant msg: write its label'),
         ({'extra': 1}, 'write the keys config, reference, seeds, variants'),
     ],
@@ -227,6 +244,9 @@ def test_a_study_takes_from_its_base_what_it_does_not_have(tmp_path):
     assert own.variants['msg'].label == 'other'
     assert own.config('bare', 7).TRAIN.EPOCHS == 4
     assert own.config('bare', 7, ['TRAIN.EPOCHS', '5']).TRAIN.EPOCHS == 5
+    (tmp_path / 'own.yaml').write_text('base: own.yaml\n')
+    with pytest.raises(StudyError, match='own.yaml is its own base'):
+        read_study(tmp_path / 'own.yaml')
     (tmp_path / 'own.yaml').write_text('base: none.yaml\n')
     with pytest.raises(StudyError, match='none.yaml: No such file'):
         read_study(tmp_path / 'own.yaml')
@@ -238,7 +258,7 @@ def test_studies_of_the_project_can_run(path):
     for variant in project.variants:
         assert variant == project.config(variant, 0).MODEL.NAME
     with pytest.raises(StudyError, match='no variant nothing in the study: write one of '):
-        project.chosen(['nothing'])
+        project.select_variants(['nothing'])
 
 
 def test_a_file_without_results_is_refused(tmp_path):

@@ -3,9 +3,9 @@
     python -m tools.study --data-path <imagenette>
     python -m tools.study --results docs/study.json
 
-A study file names the config, the variants and the seeds. The same command again goes on where it stopped. Results go
-to `<output>/study.json` (every run: config, revision, hardware, time, metrics), `study.md` and `study.png` as runs end;
-`--results` prints the table and draws the chart of such a JSON file. See docs/study.md.
+A study file names the config, the variants, the seeds, and pairs of variants to compare. The same command again goes on
+where it stopped. Results go to `<output>/study.json` (every run: config, revision, hardware, time, metrics), `study.md`
+and `study.png` as runs end; `--results` prints the tables and draws the chart of such a JSON file. See docs/study.md.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tools.output_files import prepare_figure, prepare_output, save_figure, write_text
+from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.plan import Study, StudyError, read_study
-from tools.study.report import chart, table
+from tools.study.report import chart, table, write_results
 from tools.study.runs import Runner, collect, finished_run
 from tools.study.statistics import accuracy_curve
 from utils import UserError, exit_on_user_error, non_negative_int, positive_int
 
-STUDY = Path('configs/studies/msg_tokens.yaml')
+DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:
   python -m tools.study --data-path imagenette --jobs 2
   python -m tools.study --data-path imagenette --variants msg no_shuffle --seeds 0 --opts TRAIN.EPOCHS 5
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--data-path', type=Path, metavar='DIR', help='dataset to train and evaluate on, as of main.py')
     source.add_argument('--results', type=Path, metavar='FILE', help='print the table of a study.json; train nothing')
-    add('--study', type=Path, default=STUDY, metavar='FILE', help=f'study file ({STUDY})')
+    add('--study', type=Path, default=DEFAULT_STUDY, metavar='FILE', help=f'study file ({DEFAULT_STUDY})')
     add('--variants', nargs='+', metavar='NAME', help='variants of the study file to train (all)')
     add('--seeds', nargs='+', type=non_negative_int, metavar='N', help="seeds to train (the study file's)")
     add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share cores and GPU (1)')
@@ -56,17 +56,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.chart and not args.results:
         parser.error('--chart goes with --results; a study draws study.png')
+    for name in ('study', 'variants', 'seeds', 'jobs', 'output', 'opts'):
+        if args.results and getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name} is for training, --results prints what has been trained')
     return args
-
-
-def report(results: dict[str, Any], output: Path) -> None:
-    """Write `study.json`, `study.md` and `study.png`."""
-    runs = [json.dumps(run) for run in results['runs']]  # a line each
-    head = json.dumps(results | {'runs': []}, indent=1)[: -len('[]\n}')]
-    write_text(output / 'study.json', [head, '[\n  ', ',\n  '.join(runs), '\n ]\n}\n'])
-    if runs:
-        write_text(output / 'study.md', [table(results), '\n'])
-        save_figure(chart(results), output / 'study.png', dpi=100)
 
 
 def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], jobs: int) -> None:
@@ -83,13 +76,13 @@ def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], j
                 print(_line(done), 'already', flush=True)
             else:
                 pending.append((variant, seed))
-    report(collect(study, runner.output, runner.opts), runner.output)
+    write_results(collect(study, runner.output, runner.opts), runner.output)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(runner.train, *run) for run in pending]
         try:
             for future in as_completed(futures):
                 result = future.result()
-                report(collect(study, runner.output, runner.opts), runner.output)
+                write_results(collect(study, runner.output, runner.opts), runner.output)
                 if result:
                     print(_line(result), flush=True)
         finally:
@@ -140,7 +133,7 @@ def main() -> None:
                 save_figure(chart(results), args.chart, dpi=100)
             return
         study = read_study(args.study)
-        variants, seeds = study.chosen(args.variants), list(dict.fromkeys(args.seeds or study.seeds))
+        variants, seeds = study.select_variants(args.variants), list(dict.fromkeys(args.seeds or study.seeds))
         for variant in variants:
             study.config(variant, seeds[0], args.opts)  # all can work, before any is trained
         output = args.output or Path('output/studies') / study.name

@@ -1,5 +1,6 @@
 """What a study trains: variants of one config, and seeds."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from yacs.config import CfgNode
 from config import load_config
 from utils import UserError
 
-KEYS = {'config', 'reference', 'seeds', 'variants'}  # and options
+KEYS = {'config', 'reference', 'seeds', 'variants'}
+OPTIONAL = {'comparisons', 'options'}
 
 
 class StudyError(UserError):
@@ -41,6 +43,7 @@ class Study:
         reference: the variant that others are compared with.
         seeds: those of the file.
         variants: by name, in the order of tables.
+        comparisons: pairs of variants, whose difference is reported.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Study:
     reference: str
     seeds: list[int]
     variants: dict[str, Variant]
+    comparisons: list[tuple[str, str]]
 
     def options(self, variant: str, seed: int, opts: Sequence[str] = ()) -> list[str]:
         """A run's config keys and values, as for `--opts`; `opts` override those of the variant."""
@@ -63,7 +67,7 @@ class Study:
         """
         return load_config(self.cfg_file, self.options(variant, seed, opts))
 
-    def chosen(self, names: Sequence[str] | None) -> list[str]:
+    def select_variants(self, names: Sequence[str] | None) -> list[str]:
         """The variants of these names, or all.
 
         Raises:
@@ -76,7 +80,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file: `config`, `reference`, `seeds`, `variants`, and `options` of all variants, if any.
+    """Read a study file: `config`, `reference`, `seeds`, `variants`; perhaps `comparisons`, and `options` of all.
 
     With `base`, what the file does not have is another file's; both are beside each other. Variants are merged by name.
 
@@ -84,23 +88,39 @@ def read_study(path: Path) -> Study:
         StudyError: it cannot be read, or lacks something.
     """
     content = _read(path)
-    if not KEYS <= content.keys() <= KEYS | {'options'}:
+    if not KEYS <= content.keys() <= KEYS | OPTIONAL:
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
-    variants, shared = {}, dict(content.get('options') or {})
+    variants, shared = {}, _options(content, f'study {path}')
     for name, entry in content['variants'].items():
+        label = f'study {path}, variant {name}'
+        if not re.fullmatch(r'[\w-]+', str(name)):
+            raise StudyError(f'{label}: write a name of letters, digits, _ and -, as it names a folder')
         if not isinstance(entry, Mapping) or not {'label'} <= entry.keys() <= {'label', 'options'}:
-            raise StudyError(f'study {path}, variant {name}: write its label and, if it has any, its options')
-        variants[str(name)] = Variant(str(entry['label']), shared | dict(entry.get('options') or {}))
-    if content['reference'] not in variants:
-        raise StudyError(f'study {path}: reference {content["reference"]} is none of its variants')
-    seeds = content['seeds']
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+            raise StudyError(f'{label}: write its label and, if it has any, its options')
+        variants[str(name)] = Variant(str(entry['label']).replace('|', '/'), shared | _options(entry, label))
+    reference, seeds = str(content['reference']), content['seeds']
+    if reference not in variants:
+        raise StudyError(f'study {path}: reference {reference} is none of its variants')
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise StudyError(f'study {path}: seeds is {seeds!r}: write a list such as [0, 1, 2]')
-    return Study(path.stem, path.parent / str(content['config']), content['reference'], seeds, variants)
+    comparisons = content.get('comparisons') or []
+    if not all(isinstance(pair, list) and len(pair) == 2 and variants.keys() >= set(pair) for pair in comparisons):
+        raise StudyError(f'study {path}: comparisons is {comparisons!r}: write a list of pairs of variants')
+    cfg_file = path.parent / str(content['config'])
+    return Study(path.stem, cfg_file, reference, seeds, variants, [tuple(pair) for pair in comparisons])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a study file and its base."""
+def _options(entry: Mapping[str, Any], label: str) -> dict[str, Any]:
+    options = entry.get('options') or {}
+    if not isinstance(options, Mapping):
+        raise StudyError(f'{label}: options is {options!r}: write config keys and values')
+    return dict(options)
+
+
+def _read(path: Path, *readers: Path) -> dict[str, Any]:
+    """The keys of a study file and its base; `readers` have this one as their base."""
+    if path in readers:
+        raise StudyError(f'study {path} is its own base: remove it there')
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -111,6 +131,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
     if 'base' not in content:
         return dict(content)
-    base = _read(path.with_name(str(content['base'])))
+    base = _read(path.with_name(str(content['base'])), *readers, path)
     variants = base.get('variants', {}) | content.get('variants', {})
     return base | {key: value for key, value in content.items() if key != 'base'} | {'variants': variants}

@@ -1,7 +1,9 @@
-"""Results of a study as a Markdown table and a chart."""
+"""Results of a study: Markdown tables, a chart, JSON."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,27 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.study.statistics import Summary, summarise
+from tools.output_files import save_figure, write_text
+from tools.study.statistics import Difference, Summary, compare_pairs, summarise
+
+
+def write_results(results: dict[str, Any], output: Path) -> None:
+    """Write `study.json`, with a line for each run, and `study.md` and `study.png`.
+
+    Args:
+        results: see `tools.study.runs.collect`.
+        output: folder.
+    """
+    head = json.dumps({key: value for key, value in results.items() if key != 'runs'}, indent=1).removesuffix('\n}')
+    runs = ',\n  '.join(json.dumps(run) for run in results['runs'])
+    write_text(output / 'study.json', [head, ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
+    if runs:
+        write_text(output / 'study.md', [table(results), '\n'])
+        save_figure(chart(results), output / 'study.png', dpi=100)
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table of a study's results, and below it how they came about.
+    """Markdown tables of variants and of the study's comparisons, and below them how the runs came about.
 
     Args:
         results: see `tools.study.runs.collect`.
@@ -27,14 +45,26 @@ def table(results: dict[str, Any]) -> str:
     for s in summaries:
         seeds = ', '.join(f'{s.accuracies[seed]:.1f}' for seed in sorted(s.accuracies))
         spread = '' if math.isnan(s.deviation) else f' ± {s.deviation:.1f}'
-        difference = ''
-        if s.difference is not None:
-            difference = f'{s.difference.mean:+.1f} [{s.difference.low:+.1f}, {s.difference.high:+.1f}]'
+        difference = '' if s.difference is None else _with_intervals(s.difference)
         lines.append(
             f'| {s.label} | {s.parameters:,} | {s.multiply_adds / 1e6:.1f}M | {seeds} | {s.mean:.1f}{spread} | '
             f'{difference} |'
         )
+    compared = compare_pairs(results)
+    if compared:
+        lines += ['', '| comparison | difference by seed | mean |', '|---|---|---:|']
+    for label, other, difference in compared:
+        seeds = ', '.join(f'{value:+.1f}' for value in difference.values.values())
+        lines.append(f'| {label}, against {other} | {seeds} | {_with_intervals(difference)} |')
     return '\n'.join([*lines, '', provenance(results['runs'])])
+
+
+def _with_intervals(difference: Difference) -> str:
+    text = f'{difference.mean:+.1f}'
+    if difference.bootstrap and difference.student:
+        text += ' [{:+.1f}, {:+.1f}]'.format(*difference.bootstrap)
+        text += ' ({:+.1f} to {:+.1f})'.format(*difference.student)
+    return text
 
 
 def provenance(runs: Sequence[dict[str, Any]]) -> str:
@@ -45,8 +75,8 @@ def provenance(runs: Sequence[dict[str, Any]]) -> str:
         f'{len(runs)} runs',
         f'{data["train"]["images"]:,} training and {data["val"]["images"]:,} validation images',
         f'epochs: {" or ".join(map(str, epochs))}, top-1 after the last',
-        f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} hours of training',
-        'brackets: 95 % bootstrap interval over seeds, paired',
+        f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} run-hours of training',
+        "differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)",
     ]
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
         values = {run['environment'][key] for run in runs}

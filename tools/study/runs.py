@@ -5,15 +5,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryFile
 from typing import Any
 
-import yaml
-
-from config import TREE
+from config import TREE, load_config
 from engine.checkpoint import peek_checkpoint
-from tools.complexity import classifier_complexity
+from tools.complexity import Complexity, classifier_complexity
 from tools.plot import read_run
 from tools.study.plan import Study, StudyError
 from utils import available_cores
@@ -83,36 +83,37 @@ class Runner:
 def finished_run(
     study: Study, output: Path, variant: str, seed: int, opts: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The result of a run, as plain data; None if it has not come to its last epoch.
+    """The result of a run, as plain data; None if it has not saved its last epoch.
 
     Raises:
         StudyError: its folder holds a run with other settings.
     """
     folder = output / variant / f'seed{seed}'
-    if not (folder / 'metrics.jsonl').exists():
-        return None
     config = study.config(variant, seed, opts)
-    saved = yaml.safe_load((folder / 'config.yaml').read_text())
-    changed = TREE.changed_keys(config, saved)
+    saved = max(folder.glob('ckpt_epoch_*.pth'), key=lambda path: path.stat().st_mtime, default=None)
+    if saved is None:
+        return None
+    checkpoint = peek_checkpoint(saved)
+    changed = TREE.changed_keys(config, checkpoint['config'])
     if changed:
         raise StudyError(
             f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
         )
-    run = read_run(folder, variant)
-    if len(run.epochs) < config.TRAIN.EPOCHS:
+    if saved.name != f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth':
         return None
-    complexity = classifier_complexity(config)
-    checkpoint = peek_checkpoint(folder / f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth')
+    epochs, images = read_run(folder, variant).epochs, checkpoint['data']['train']['images']
+    complexity = _complexity(study.cfg_file, tuple(study.options(variant, 0, opts)))
     return {
         'variant': variant,
         'seed': seed,
         'parameters': complexity.parameters,
         'multiply_adds': complexity.measured,
-        'train_seconds': round(sum(record['seconds'] for record in run.epochs), 1),
+        # From the median epoch, as `seconds` of one that was resumed are those since then.
+        'train_seconds': round(len(epochs) * images / median(record['images_per_s'] for record in epochs), 1),
         'environment': checkpoint['environment'],
         'data': checkpoint['data'],
-        'config': saved,
-        'epochs': [{key: _short(record[key]) for key in METRICS if key in record} for record in run.epochs],
+        'config': checkpoint['config'],
+        'epochs': [{key: _rounded(record[key]) for key in METRICS if key in record} for record in epochs],
     }
 
 
@@ -132,8 +133,15 @@ def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, A
             first, other = (f'{x["variant"]}, seed {x["seed"]}' for x in (runs[0], run))
             raise StudyError(f'{output}: {first} and {other} have been trained on other data: write another --output')
     labels = {name: variant.label for name, variant in study.variants.items()}
-    return {'study': study.name, 'reference': study.reference, 'labels': labels, 'runs': runs}
+    head = {'study': study.name, 'reference': study.reference, 'labels': labels, 'comparisons': study.comparisons}
+    return head | {'runs': runs}
 
 
-def _short(value: float | None) -> float | None:
+@cache
+def _complexity(cfg_file: Path, options: tuple[str, ...]) -> Complexity:
+    """Count a variant once."""
+    return classifier_complexity(load_config(cfg_file, options))
+
+
+def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 5)

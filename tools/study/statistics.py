@@ -1,19 +1,30 @@
-"""Accuracy of variants over seeds: mean, standard deviation, paired difference with a bootstrap interval."""
+"""Accuracy of variants over seeds: mean, standard deviation, paired differences with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 10_000
+MAX_PAIRS_ENUMERATED = 6  # whose 46,656 resamples are all computed
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, and the bounds of its 95 % bootstrap interval."""
+    """Differences of pairs, and 95 % intervals of their mean.
 
+    Attributes:
+        values: by seed.
+        mean: of all.
+        bootstrap: percentile bootstrap over pairs, too narrow where they are few; None for one pair.
+        student: by Student's t distribution, which is honest about few pairs; None for one pair.
+    """
+
+    values: dict[int, float]
     mean: float
-    low: float
-    high: float
+    bootstrap: tuple[float, float] | None
+    student: tuple[float, float] | None
 
 
 class Summary(NamedTuple):
@@ -49,24 +60,42 @@ class Summary(NamedTuple):
         return float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Mean difference of pairs, with the percentile bootstrap over pairs, always the same one.
-
-    Of one pair the interval is a point; of few pairs it is too narrow, and never wider than the differences' range.
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Differences over the seeds of both; None where there are none.
 
     Args:
-        values: one per pair.
-        reference: one per pair, subtracted.
+        values: by seed.
+        reference: by seed, subtracted.
     """
-    differences = np.subtract(values, reference)
-    draws = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
+    pairs = {seed: values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())}
+    if not pairs:
+        return None
+    differences = np.array([*pairs.values()])
+    n, mean = len(pairs), float(differences.mean())
+    if n == 1:
+        return Difference(pairs, mean, None, None)
+    if n <= MAX_PAIRS_ENUMERATED:
+        draws = np.array([*product(range(n), repeat=n)])
+    else:
+        draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
     low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
-    return Difference(float(differences.mean()), float(low), float(high))
+    margin = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
+    return Difference(pairs, mean, (float(low), float(high)), (mean - margin, mean + margin))
 
 
 def accuracy_curve(run: dict[str, Any]) -> list[float]:
     """Top-1 of a run after each epoch, in percent; of the EMA weights where it has any."""
     return [epoch.get('ema_acc1', epoch['acc1']) for epoch in run['epochs']]
+
+
+def compare_pairs(results: dict[str, Any]) -> list[tuple[str, str, Difference]]:
+    """Labels and differences of the study's `comparisons`, as far as they have seeds in common."""
+    final = {summary.variant: summary.accuracies for summary in summarise(results)}
+    compared = []
+    for name, other in results.get('comparisons', []):
+        if difference := paired_difference(final.get(name, {}), final.get(other, {})):
+            compared.append((results['labels'][name], results['labels'][other], difference))
+    return compared
 
 
 def summarise(results: dict[str, Any]) -> list[Summary]:
@@ -83,10 +112,7 @@ def summarise(results: dict[str, Any]) -> list[Summary]:
         if not seeds:
             continue
         first, own = next(iter(seeds.values())), final[name]
-        common = [seed for seed in own if seed in reference]
-        difference = None
-        if common and name != results['reference']:
-            difference = paired_difference([own[seed] for seed in common], [reference[seed] for seed in common])
+        difference = None if name == results['reference'] else paired_difference(own, reference)
         curves = np.array([accuracy_curve(run) for run in seeds.values()])
         sizes = first['parameters'], first['multiply_adds']
         summaries.append(Summary(name, results['labels'][name], *sizes, own, curves, difference))
