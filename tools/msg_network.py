@@ -13,7 +13,7 @@ def build_msg_network(config: CfgNode) -> MSGTransformer:
         ConfigError: it is not an MSG-Transformer.
     """
     if config.MODEL.TYPE != 'msg':
-        raise ConfigError(f'MODEL.TYPE is {config.MODEL.TYPE}, and this tool draws MSG-Transformers alone')
+        raise ConfigError(f'MODEL.TYPE is {config.MODEL.TYPE}, and this tool is for MSG-Transformers')
     return build_model(config)
 
 

@@ -8,7 +8,7 @@ from tests.helpers.processes import run_here
     [
         ('plot', ['--run', 'nowhere'], 'error: nowhere/metrics.jsonl: No such file'),
         ('predict', ['nowhere', '--resume', 'x'], 'error: checkpoint x does not exist'),
-        ('predict', ['nowhere'], 'error: the following arguments are required: --resume'),
+        ('predict', ['nowhere'], 'error: one of the arguments --resume --weights is required'),
         ('make_digits', [], 'error: the following arguments are required: --output'),
         ('complexity', ['nowhere'], 'error: config file nowhere: No such file'),
         ('make_digits', ['--output', 'README.md'], 'error: '),

@@ -107,7 +107,7 @@ def test_other_networks_are_summarised(tiny_config):
         (
             [TINY, '--opts', 'MODEL.TYPE', 'timm:resnet18'],
             1,
-            'is for MSG-Transformers, and MODEL.TYPE is timm:resnet18',
+            'MODEL.TYPE is timm:resnet18, and this tool is for MSG-Transformers',
         ),
         ([TINY, '--img-size', '1'], 1, 'error: --img-size: image size 1 x 1 is smaller than one patch of 2 x 2 pixels'),
         ([TINY, '--img-size', '28', '28', '3'], 2, 'argument --img-size: write one number, or height and width'),

@@ -35,7 +35,7 @@ def test_without_gradio_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ([], 'the following arguments are required: --resume'),
+        ([], 'one of the arguments --resume --weights is required'),
         (['--resume', 'x', '--port', '0'], 'argument --port: 0 is not a port: write a number from 1 to 65535'),
         (['--resume', 'x', '--port', 'high'], 'argument --port: high is not a port'),
     ],
