@@ -18,7 +18,7 @@ TAG := demo_seed$(SEED)
 RUN := $(OUTPUT)/msg_digits_p2_win7_56/$(TAG)
 LAST = $$(ls -v $(dir $<)ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
 
-WEIGHTS := models/weights/msg_transformer_nano.safetensors
+STORED := msg_transformer_nano
 PHOTOGRAPHS = $$($(PY) -c 'from sklearn import datasets; print(*datasets.__path__)')/images
 
 DETECTION_CONFIG := detection/configs/digits.yaml
@@ -68,15 +68,14 @@ $(OUTPUT)/demo_curves_seed$(SEED).png: $(RUN)/trained
 $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
 	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ > /dev/null
 
-$(OUTPUT)/demo_photographs.txt: $(WEIGHTS) | $(VENV)/installed
+$(OUTPUT)/demo_photographs.txt: models/weights/$(STORED).safetensors | $(VENV)/installed
 	mkdir -p $(@D)
-	$(PY) -m tools.predict "$(PHOTOGRAPHS)" --words --weights $(basename $(notdir $(WEIGHTS))) \
-		--output $(OUTPUT)/demo_photographs.png > $@
+	$(PY) -m tools.predict "$(PHOTOGRAPHS)" --words --weights $(STORED) --output $(OUTPUT)/demo_photographs.png > $@
 
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png \
 		$(OUTPUT)/demo_photographs.txt
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
-	@echo "msg_transformer_nano knows ten classes; these two photographs belong to none of them. Its guesses:"
+	@echo "$(STORED) knows ten classes; these two photographs belong to none of them. Its guesses:"
 	@sed 's|.*/images/||' $(OUTPUT)/demo_photographs.txt
 	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png, $(OUTPUT)/demo_predictions_seed$(SEED).png and $(OUTPUT)/demo_photographs.png"
 
@@ -85,7 +84,7 @@ $(VENV)/installed-app: requirements-app.txt $(VENV)/installed
 	touch $@
 
 app: $(VENV)/installed-app
-	$(PY) -m tools.app $(if $(RESUME),--resume $(RESUME),--weights $(basename $(notdir $(WEIGHTS))) --examples "$(PHOTOGRAPHS)")
+	$(PY) -m tools.app $(if $(RESUME),--resume $(RESUME),--weights $(STORED) --examples "$(PHOTOGRAPHS)")
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .

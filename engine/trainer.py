@@ -20,7 +20,7 @@ from engine.run import Run
 from engine.signals import Stopped
 from engine.state import TrainingState
 from logger import MetricsLog
-from utils import remove_dead_temporaries, report_write_errors
+from utils import atomic_write, remove_dead_temporaries, report_write_errors
 
 
 class Update(NamedTuple):
@@ -97,7 +97,8 @@ class Trainer:
         if run.process.rank == 0:
             run.logger.info(f'config:\n{run.config.dump()}')
             with report_write_errors(run.output_dir):
-                (run.output_dir / 'config.yaml').write_text(run.config.dump())
+                dump = run.config.dump().encode()
+                atomic_write(run.output_dir / 'config.yaml', lambda file: file.write(dump))
                 remove_dead_temporaries(run.output_dir)
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD

@@ -50,18 +50,23 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
         options['img_size'] = config.DATA.IMG_SIZE
     options |= parse_timm_args(model.TIMM_ARGS) | overrides
     try:
-        try:
-            network = timm.create_model(name, **options)
-        except TypeError:
-            if model.DROP_PATH_RATE:
-                raise
-            network = timm.create_model(name, **options | {'drop_path_rate': None})  # one without drop path
+        network = _create(name, options)
         if config.TRAIN.USE_CHECKPOINT:
             network.set_grad_checkpointing()
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
         given = ', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)
         raise ValueError(f'MODEL.TYPE {model.TYPE} cannot be built with {given}: {error}') from error
     return network
+
+
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
+    """Create a network; a drop-path rate of 0 is not passed to one that does not know any."""
+    try:
+        return timm.create_model(name, **options)
+    except TypeError:
+        if options['drop_path_rate']:
+            raise
+        return timm.create_model(name, **options | {'drop_path_rate': None})
 
 
 def check_timm_network(config: 'CfgNode') -> None:

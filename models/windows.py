@@ -80,10 +80,10 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
     """
     B, nH, nW, N, C = windows.shape
     w, (H, W) = window_size, grid
-    use_msg_tokens = w * w < N
-    x = windows[:, :, :, use_msg_tokens:].view(B, nH, nW, w, w, C)
+    has_msg = w * w < N
+    x = windows[:, :, :, has_msg:].view(B, nH, nW, w, w, C)
     patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W)), windows[:, :, :, 0] if use_msg_tokens else None
+    return crop(patches, (H, W)), windows[:, :, :, 0] if has_msg else None
 
 
 class WindowPadding(NamedTuple):

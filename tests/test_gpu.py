@@ -66,7 +66,7 @@ def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode):
     for _ in range(3):  # updates, or the same logits
         torch.testing.assert_close(compiled(), eager(), rtol=1e-3, atol=1e-3)
     allocated = compiled.peak_memory() - compiled.resident_bytes()
-    assert allocated == 0 if compile_mode == 'graphs' else allocated > 0  # graphs have memory pools of their own
+    assert allocated > 0 or (mode, compile_mode) == ('inference', 'graphs')  # graphs have memory pools of their own
     times = time_interleaved({'compiled': compiled}, 3, device)['compiled']
     assert len(times) == 3
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tools.make_digits import make_digits
 from tools.study.__main__ import read_results
 from tools.study.plan import StudyError, read_study
 from tools.study.report import table
+from tools.study.runs import finished_run
 from tools.study.statistics import paired_difference, summarise
 
 SHORT = ['--opts', 'TRAIN.EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0', 'MODEL.NUM_CLASSES', '2', 'LOCK_WAIT', '0']
@@ -137,6 +139,18 @@ def test_other_settings_in_the_same_folder_are_refused(small):
     )
 
 
+def test_a_run_is_finished_when_its_last_checkpoint_is_saved(small, tmp_path):
+    """Its last metrics are written before."""
+    output, flags, _ = small
+    shutil.copytree(output / 'msg', tmp_path / 'msg')
+    project, opts = read_study(flags[1]), [*SHORT[1:]]
+    assert finished_run(project, tmp_path, 'msg', 0, opts)['epochs']
+    (tmp_path / 'msg' / 'seed0' / 'ckpt_epoch_0.pth').unlink()
+    assert finished_run(project, tmp_path, 'msg', 0, opts) is None
+    with pytest.raises(StudyError, match='TRAIN.EPOCHS has changed from 1 to 2'):
+        finished_run(project, tmp_path, 'msg', 0, [*opts, 'TRAIN.EPOCHS', '2'])
+
+
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, digits):
     flags = ['--study', write_study(tmp_path), '--data-path', digits, '--output', tmp_path, '--variants', 'msg']
     flags += ['--seeds', '0', '--opts', 'TRAIN.EPOCHS', '60', 'MODEL.NUM_CLASSES', '2']
@@ -225,6 +239,8 @@ def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
         ({'seeds': [True]}, r'seeds is \[True\]: write a list'),
         ({'options': 3}, 'options is 3: write config keys and values'),
         ({'comparisons': [['msg', 'none']]}, 'write a list of pairs of variants'),
+        ({'comparisons': [['msg', {}]]}, 'write a list of pairs of variants'),
+        ({'comparisons': 7}, 'write a list of pairs of variants'),
         ({'variants': {'msg': {'label': 'x'}, '../b': {'label': 'y'}}}, 'write a name of letters, digits'),
         ({'variants': {'msg': {'options': {}}}}, 'variant msg: write its label'),
         ({'extra': 1}, 'write the keys config, reference, seeds, variants'),

@@ -104,10 +104,14 @@ def read_study(path: Path) -> Study:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise StudyError(f'study {path}: seeds is {seeds!r}: write a list such as [0, 1, 2]')
     comparisons = content.get('comparisons') or []
-    if not all(isinstance(pair, list) and len(pair) == 2 and variants.keys() >= set(pair) for pair in comparisons):
+    if not isinstance(comparisons, list) or not all(_is_pair(pair, variants) for pair in comparisons):
         raise StudyError(f'study {path}: comparisons is {comparisons!r}: write a list of pairs of variants')
-    cfg_file = path.parent / str(content['config'])
-    return Study(path.stem, cfg_file, reference, seeds, variants, [tuple(pair) for pair in comparisons])
+    pairs = [(str(name), str(other)) for name, other in comparisons]
+    return Study(path.stem, path.parent / str(content['config']), reference, seeds, variants, pairs)
+
+
+def _is_pair(pair: Any, variants: Mapping[str, Variant]) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(str(name) in variants for name in pair)
 
 
 def _options(entry: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from statistics import median
 from tempfile import TemporaryFile
 from typing import Any
 
+import yaml
+
 from config import TREE, load_config
 from engine.checkpoint import peek_checkpoint
 from tools.complexity import Complexity, classifier_complexity
@@ -89,18 +91,18 @@ def finished_run(
         StudyError: its folder holds a run with other settings.
     """
     folder = output / variant / f'seed{seed}'
-    config = study.config(variant, seed, opts)
-    saved = max(folder.glob('ckpt_epoch_*.pth'), key=lambda path: path.stat().st_mtime, default=None)
-    if saved is None:
+    if not (folder / 'config.yaml').exists():
         return None
-    checkpoint = peek_checkpoint(saved)
-    changed = TREE.changed_keys(config, checkpoint['config'])
+    config = study.config(variant, seed, opts)
+    changed = TREE.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text()))
     if changed:
         raise StudyError(
             f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
         )
-    if saved.name != f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth':
+    last = folder / f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth'
+    if not last.exists():
         return None
+    checkpoint = peek_checkpoint(last)
     epochs, images = read_run(folder, variant).epochs, checkpoint['data']['train']['images']
     complexity = _complexity(study.cfg_file, tuple(study.options(variant, 0, opts)))
     return {
