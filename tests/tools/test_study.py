@@ -231,6 +231,27 @@ def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
     assert b.curves.tolist() == [[1.0, 25.0], [1.0, 41.0], [1.0, 90.0]]
 
 
+def test_tables_have_both_intervals_and_the_comparisons():
+    accuracies = {'a': (70.0, 71.0, 72.5), 'b': (73.0, 75.0, 74.5), 'c': (71.0, 71.5, 74.0)}
+    results = results_of({name: {i: {'acc1': x} for i, x in enumerate(values)} for name, values in accuracies.items()})
+    about = {'train_seconds': 3600.0, 'data': {'train': {'images': 1200}, 'val': {'images': 300}}}
+    environment = {'processor': 'P', 'device': 'D', 'torch': '2', 'revision': '0123456789'}
+    runs = [run | about | {'environment': environment} for run in results['runs']]
+    lines = table(results | {'runs': runs, 'comparisons': [['b', 'c'], ['c', 'missing']]}).splitlines()
+    for line, pairs in ((lines[3], ('b', 'a')), (lines[8], ('b', 'c'))):
+        differences = np.subtract(*(accuracies[name] for name in pairs))
+        means = np.array(np.meshgrid(*[differences] * 3)).reshape(3, -1).mean(axis=0)
+        margin = 4.302653 * differences.std(ddof=1) / 3**0.5  # two degrees of freedom
+        low, high = np.percentile(means, [2.5, 97.5])
+        mean = differences.mean()
+        expected = f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({mean - margin:+.1f} to {mean + margin:+.1f}) |'
+        assert line.endswith(expected), (line, expected)
+    assert lines[8].startswith('| B, against C | +2.0, +3.5, +0.5 | ')
+    assert len(lines) == 11
+    assert lines[10].startswith('9 runs; 1,200 training and 300 validation images; epochs: 2, ')
+    assert '9.0 run-hours' in lines[10]
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
