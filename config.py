@@ -6,7 +6,8 @@ published ones. `python -m tools.list_config` prints the tree as docs/configurat
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,10 @@ def shared_keys() -> KeyGroup:
         0.1, 'Stochastic depth of the last block, rising linearly from 0 at the first', min=0, max=0.999
     )
 
+    c.MODEL.TIMM_ARGS = Key(
+        '', "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)", affects='network'
+    )
+
     c.MODEL.MSG = KeyGroup()
     c.MODEL.MSG.PATCH_SIZE = Key(4, 'Patch size, in pixels', min=1, affects='network')
     c.MODEL.MSG.EMBED_DIM = Key(
@@ -195,6 +200,10 @@ def shared_keys() -> KeyGroup:
         affects='nothing',
     )
 
+    c.TRAIN.FROZEN_STAGES = Key(
+        -1, 'Stages whose weights are not trained, and the embedding; 0 is the embedding alone, -1 is nothing', min=-1
+    )
+
     c.TRAIN.OPTIMIZER = KeyGroup()
     c.TRAIN.OPTIMIZER.NAME = Key('adamw', 'Optimizer: adamw or sgd', choices=('adamw', 'sgd'))
     c.TRAIN.OPTIMIZER.EPS = Key(1e-8, "AdamW's epsilon", min=0)
@@ -249,9 +258,6 @@ _C.MODEL.TYPE = Key(
     choices=('msg', f'{TIMM}<name>'),
     affects='network',
 )
-_C.MODEL.TIMM_ARGS = Key(
-    '', "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)", affects='network'
-)
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, 'Label smoothing', min=0, max=0.999)
 _C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1, affects='network')
 _C.MODEL.MSG.HEAD_TOKENS = Key(
@@ -265,9 +271,6 @@ _C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0)
 _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0)
 _C.TRAIN.LAYER_DECAY = Key(
     1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
-)
-_C.TRAIN.FROZEN_STAGES = Key(
-    -1, 'Stages whose weights are not trained, and the embedding; 0 is the embedding alone, -1 is nothing', min=-1
 )
 _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
 
@@ -329,12 +332,12 @@ def get_config(args: Namespace) -> CfgNode:
     return TREE.load_with_flags(args)
 
 
-def check_run(config: CfgNode, img_size: int | None) -> None:
+def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None:
     """Refuse what cannot work in a run of any task.
 
     Args:
         config: the config tree.
-        img_size: see `models.build.check_network`.
+        check_network: raises a `ValueError` where the task's network cannot be built.
 
     Raises:
         ConfigError: keys that do not go together; the message says what to write.
@@ -350,10 +353,9 @@ def check_run(config: CfgNode, img_size: int | None) -> None:
     if config.MODEL.TYPE == 'msg' and config.MODEL.TIMM_ARGS:
         raise ConfigError('MODEL.TIMM_ARGS is for networks of timm: write MODEL.TYPE timm:<name>, or no arguments')
     try:
-        check_network(config, img_size)
+        check_network(config)
     except ValueError as error:
-        prefix = '' if config.MODEL.TYPE.startswith(TIMM) else 'MODEL.MSG: '
-        raise ConfigError(f'{prefix}{error}') from error
+        raise ConfigError(str(error)) from error
 
 
 def _check(config: CfgNode) -> None:
@@ -383,7 +385,7 @@ def _check(config: CfgNode) -> None:
         raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput exclude each other: give one of them')
-    check_run(config, config.DATA.IMG_SIZE)
+    check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
 
 
 TREE = ConfigTree(_C, _check)

@@ -13,8 +13,10 @@ from typing import Any
 from yacs.config import CfgNode
 
 from config import check_run, shared_keys
+from detection.models.backbone import check_backbone
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree
+from models.timm_networks import PREFIX as TIMM
 
 _C = shared_keys()
 
@@ -66,6 +68,12 @@ _C.MODEL.TYPE = Key(
     'cascade_rcnn',
     'Architecture: cascade_rcnn, of which Mask R-CNN is the case of one stage',
     choices=('cascade_rcnn',),
+    affects='network',
+)
+_C.MODEL.BACKBONE = Key(
+    'msg',
+    'Backbone: msg, or a network of timm by name, for which MODEL.MSG is not read',
+    choices=('msg', f'{TIMM}<name>'),
     affects='network',
 )
 _C.MODEL.FPN_CHANNELS = Key(256, 'Channels of the feature pyramid', min=1, affects='network')
@@ -125,6 +133,9 @@ _C.MODEL.MASK.CONVS = Key(
 )
 _C.MODEL.MASK.UPSAMPLED = Key(256, 'Channels after the deconvolution', min=1, affects='network')
 
+_C.TRAIN.FROZEN_BATCH_NORM = Key(
+    True, "Keep the batch norms of timm's backbone as they were loaded; without weights, they are trained"
+)
 _C.TRAIN.WARMUP_STEPS = Key(500, 'Updates of linear warm-up', min=0)
 _C.TRAIN.WARMUP_FACTOR = Key(0.001, 'Learning rate of the first update, relative to the peak', min=0, max=1)
 
@@ -163,11 +174,6 @@ def _check(config: CfgNode) -> None:
         raise ConfigError('MODEL.BOX.LINEARS is []: write the channels of one layer or more')
     if not config.MODEL.MASK.CONVS:
         raise ConfigError('MODEL.MASK.CONVS is []: write the channels of one layer or more')
-    if len(config.MODEL.MSG.DEPTHS) != 4:
-        raise ConfigError(f'MODEL.MSG.DEPTHS is {config.MODEL.MSG.DEPTHS}: write four, one per level of the pyramid')
-    patch = config.MODEL.MSG.PATCH_SIZE
-    if patch & (patch - 1):
-        raise ConfigError(f'MODEL.MSG.PATCH_SIZE is {patch}: write a power of 2, like the strides of the pyramid')
     if rpn.NEGATIVE_IOU > rpn.POSITIVE_IOU:
         raise ConfigError(
             f'MODEL.RPN.NEGATIVE_IOU is {rpn.NEGATIVE_IOU}: write at most POSITIVE_IOU, {rpn.POSITIVE_IOU}'
@@ -185,7 +191,7 @@ def _check(config: CfgNode) -> None:
         raise ConfigError('--eval and --benchmark exclude each other: give one of them')
     if config.SHOW and not config.EVAL_MODE:
         raise ConfigError('--show draws detections of an evaluation: add --eval')
-    check_run(config, img_size=None)
+    check_run(config, check_backbone)
 
 
 TREE = ConfigTree(_C, _check)

@@ -24,9 +24,11 @@ from detection.draw import draw_detections
 from detection.evaluation import CocoEvaluation
 from detection.lr_scheduler import build_scheduler
 from detection.models import build_detector
+from detection.models.backbone import Backbone, freeze_batch_norms
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from engine.checkpoint import fit_weights, load_weights
+from engine.config_tree import ConfigError
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.meter import peak_memory_mb
@@ -97,10 +99,8 @@ def load_classifier(model: Detector, checkpoint: dict[str, Any], path: str) -> l
         CheckpointError: it holds a different network; the message names the weights.
     """
     body = model.backbone.body
-    own = {name: value for name, value in body.state_dict().items() if name.startswith('out_norms.')}
-    theirs = {name: value for name, value in checkpoint['model'].items() if not name.startswith('head.')}
-    theirs, notes = fit_weights(body, theirs, path)
-    load_weights(body, {'model': theirs | own}, path)
+    weights, notes = fit_weights(body, checkpoint['model'], path, body.fit_classifier)
+    load_weights(body, {'model': weights}, path)
     return notes
 
 
@@ -117,6 +117,7 @@ def train(run: Run, model: Detector, start: Start | None) -> None:
     # Weights
     if start is not None:
         load_initial_weights(run, model, start, classes)
+    freeze(run, model.backbone.body, start)
 
     # Optimizer, schedule
     model = synchronize_norms(model, process.device, process.world_size)
@@ -163,6 +164,23 @@ def to_device(
         [image.to(device, non_blocking=True) for image in images],
         [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets],
     )
+
+
+def freeze(run: Run, backbone: Backbone, start: Start | None) -> None:
+    """Freeze stages and batch norms as the config says, where they are trained ones.
+
+    Raises:
+        ConfigError: stages are to be frozen, but have no weights.
+    """
+    train = run.config.TRAIN
+    if train.FROZEN_STAGES >= 0:
+        if start is None:
+            raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
+        backbone.freeze_stages(train.FROZEN_STAGES)
+    if train.FROZEN_BATCH_NORM and start is not None and start.pretrained is not None:
+        count = freeze_batch_norms(backbone)
+        if count:
+            run.logger.info(f'{count} batch norms of the backbone stay as they were loaded')
 
 
 @torch.inference_mode()

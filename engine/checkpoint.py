@@ -252,18 +252,24 @@ def load_weights(
     return is_replaced
 
 
-def fit_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+def fit_weights(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    path: str | Path,
+    fit: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], list[str]]] | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
     """Weights in a network's shapes, for a network of another window or image size, and what was done, for the log.
 
     Args:
         model: the network, not wrapped. Its method `fit_state_dict`, if any, does the work.
         weights: of a checkpoint.
         path: the checkpoint's path, for messages.
+        fit: does the work instead.
 
     Raises:
         CheckpointError: they cannot be fitted.
     """
-    fit = getattr(model, 'fit_state_dict', None)
+    fit = fit or getattr(model, 'fit_state_dict', None)
     try:
         return fit(weights) if fit else (weights, [])
     except ValueError as error:

@@ -58,30 +58,46 @@ def network_options(config: 'CfgNode') -> dict[str, Any]:
     }
 
 
-def check_network(config: 'CfgNode', img_size: int | None) -> None:
+def check_network(config: 'CfgNode', img_size: int) -> None:
     """Refuse `config.MODEL` where no such network can be built, without its weights.
+
+    Args:
+        config: the config tree.
+        img_size: image size in pixels.
+
+    Raises:
+        ValueError: see `check_msg_network` and `build_timm_network`.
+    """
+    if config.MODEL.TYPE.startswith(PREFIX):
+        check_timm_network(config)
+        return
+    check_msg_network(config, img_size)
+
+
+def check_msg_network(config: 'CfgNode', img_size: int | None) -> None:
+    """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
 
     Args:
         config: the config tree.
         img_size: image size in pixels; None for no size in particular.
 
     Raises:
-        ValueError: see `plan_pyramid` and `build_timm_network`.
+        ValueError: see `plan_pyramid`.
     """
-    if config.MODEL.TYPE.startswith(PREFIX):
-        check_timm_network(config)
-        return
     msg = config.MODEL.MSG
-    plan_pyramid(
-        None if img_size is None else Size(img_size, img_size),
-        msg.PATCH_SIZE,
-        msg.WINDOW_SIZE,
-        msg.EMBED_DIM,
-        msg.DEPTHS,
-        msg.NUM_HEADS,
-        msg.SHUF_SIZE,
-        msg.MANIP_TYPE == 'shuf' and msg.MSG_TOKENS,
-    )
+    try:
+        plan_pyramid(
+            None if img_size is None else Size(img_size, img_size),
+            msg.PATCH_SIZE,
+            msg.WINDOW_SIZE,
+            msg.EMBED_DIM,
+            msg.DEPTHS,
+            msg.NUM_HEADS,
+            msg.SHUF_SIZE,
+            msg.MANIP_TYPE == 'shuf' and msg.MSG_TOKENS,
+        )
+    except ValueError as error:
+        raise ValueError(f'MODEL.MSG: {error}') from error
 
 
 def class_weights(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -17,46 +18,64 @@ PREFIX = 'timm:'
 RESERVED = {
     'num_classes': 'MODEL.NUM_CLASSES',
     'in_chans': 'MODEL.MSG.IN_CHANS',
-    'img_size': 'DATA.IMG_SIZE',
-    'drop_path_rate': 'MODEL.DROP_PATH_RATE',
     'features_only': 'nothing: main.py trains classifiers',
     'checkpoint_path': '--pretrained with a state-dict file',
 }
 
 
 def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
-    """Build the network that `MODEL.TYPE` names, with `MODEL.TIMM_ARGS`, for `DATA.IMG_SIZE` and `MODEL.NUM_CLASSES`.
+    """Build the classifier that `MODEL.TYPE` names, for `DATA.IMG_SIZE` and `MODEL.NUM_CLASSES`.
 
     Args:
         config: the config tree.
-        overrides: arguments that go before `MODEL.TIMM_ARGS`.
+        overrides: see `create_timm_network`.
 
     Raises:
-        ValueError: timm has no such network, or it does not take these arguments.
+        ValueError: see `create_timm_network`.
     """
-    name, model = config.MODEL.TYPE.removeprefix(PREFIX), config.MODEL
+    options = {'in_chans': config.MODEL.MSG.IN_CHANS, 'num_classes': config.MODEL.NUM_CLASSES}
+    name = config.MODEL.TYPE.removeprefix(PREFIX)
+    if timm.is_model(name) and timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
+        options['img_size'] = config.DATA.IMG_SIZE
+    return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options, **overrides)
+
+
+def create_timm_network(
+    key: str, value: str, config: 'CfgNode', options: dict[str, Any], **overrides: Any
+) -> nn.Module:
+    """Create a network of timm with the config's drop rates, `MODEL.TIMM_ARGS` and `TRAIN.USE_CHECKPOINT`.
+
+    Args:
+        key: the config key that names the network, for messages.
+        value: its value, `timm:<name>`.
+        config: the config tree.
+        options: of `timm.create_model`, which `MODEL.TIMM_ARGS` override.
+        overrides: options that `MODEL.TIMM_ARGS` do not override.
+
+    Raises:
+        ValueError: timm has no such network, or it does not take these options.
+    """
+    name, model = value.removeprefix(PREFIX), config.MODEL
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f': did you mean {PREFIX}{near[0]}?' if near else ', see timm.list_models()'
-        raise ValueError(f'MODEL.TYPE is {model.TYPE}: timm has no network of that name{hint}')
-    options: dict[str, Any] = {
-        'in_chans': model.MSG.IN_CHANS,
-        'num_classes': model.NUM_CLASSES,
+        raise ValueError(f'{key} is {value}: timm has no network of that name{hint}')
+    rates = {
         'drop_rate': model.DROP_RATE or None,  # None is timm's default
         'attn_drop_rate': model.ATTN_DROP_RATE or None,
         'drop_path_rate': model.DROP_PATH_RATE,
     }
-    if timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
-        options['img_size'] = config.DATA.IMG_SIZE
-    options |= parse_timm_args(model.TIMM_ARGS) | overrides
+    options = rates | options | parse_timm_args(model.TIMM_ARGS) | overrides
     try:
         network = _create(name, options)
         if config.TRAIN.USE_CHECKPOINT:
             network.set_grad_checkpointing()
+        return network
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
         given = ', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)
-        raise ValueError(f'MODEL.TYPE {model.TYPE} cannot be built with {given}: {error}') from error
-    return network
+        raise ValueError(
+            f'{key} {value} cannot be built with {given}: {error} (MODEL.TIMM_ARGS name=None leaves one out)'
+        ) from error
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
@@ -70,22 +89,36 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def check_timm_network(config: 'CfgNode') -> None:
-    """Refuse a network of timm that cannot be built, without its weights.
+    """Refuse a classifier of timm that cannot be built, without its weights.
 
     Raises:
         ValueError: see `build_timm_network`.
     """
-    for group, key, default in (('TRAIN', 'RECOMPUTE_MLP', False), ('TRAIN', 'FROZEN_STAGES', -1)):
-        if config[group][key] != default:
-            raise ValueError(f'{group}.{key} is for MODEL.TYPE msg: write {default}')
+    if config.TRAIN.FROZEN_STAGES != -1:
+        raise ValueError('TRAIN.FROZEN_STAGES is for MODEL.TYPE msg: write -1')
+    check_on_meta(config, build_timm_network)
+
+
+def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
+    """Build a network of timm without its weights, to find out whether it can be built.
+
+    Args:
+        config: the config tree.
+        build: takes it, and options for `create_timm_network`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if config.TRAIN.RECOMPUTE_MLP:
+        raise ValueError('TRAIN.RECOMPUTE_MLP is for MSG-Transformers: write False')
     try:
         with torch.device('meta'):
-            build_timm_network(config, pretrained=False)
+            build(config, pretrained=False)
     except (RuntimeError, NotImplementedError):  # it computes while it is built, which it cannot on this device
         try:
-            build_timm_network(config, pretrained=False)
+            build(config, pretrained=False)
         except RuntimeError as error:
-            raise ValueError(f'MODEL.TYPE {config.MODEL.TYPE} cannot be built: {error}') from error
+            raise ValueError(f'the network of timm cannot be built: {error}') from error
 
 
 def parse_timm_args(text: str) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from yacs.config import CfgNode
 
-from detection.models.backbone import MSGBackbone
+from detection.models.backbone import Backbone, build_backbone
 from detection.models.cascade import CascadeHeads
 from detection.models.masks import BoxMasks
 from detection.models.rpn import build_rpn
 from detection.models.transform import DetectorTransform
-from models.build import network_options
 
 
 class FeaturePyramid(nn.Module):
@@ -26,7 +25,7 @@ class FeaturePyramid(nn.Module):
         channels: channels of every level.
     """
 
-    def __init__(self, body: MSGBackbone, channels: int):
+    def __init__(self, body: Backbone, channels: int):
         super().__init__()
         self.body = body
         self.fpn = FeaturePyramidNetwork(body.out_channels, channels, LastLevelMaxPool())
@@ -62,6 +61,10 @@ class Detector(GeneralizedRCNN):
         """Detections of each image (3, H, W), in evaluation, with their `masks` as `BoxMasks`."""
         return super().forward(images)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay."""
+        return {f'backbone.body.{name}' for name in self.backbone.body.no_weight_decay()}
+
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of names of parameters without weight decay."""
         return self.backbone.body.no_weight_decay_keywords()
@@ -87,9 +90,8 @@ def build_detector(config: CfgNode) -> Detector:
     """
     if config.MODEL.TYPE != 'cascade_rcnn':
         raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write cascade_rcnn')
-    msg = config.MODEL.MSG
-    body = MSGBackbone(**network_options(config))
-    strides = [msg.PATCH_SIZE * 2**i for i in range(len(msg.DEPTHS) + 1)]
+    body = build_backbone(config)
+    strides = [*body.strides, 2 * body.strides[-1]]
     return Detector(
         FeaturePyramid(body, config.MODEL.FPN_CHANNELS),
         build_rpn(config, strides),

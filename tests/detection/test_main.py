@@ -309,5 +309,6 @@ def test_every_key_is_read(finished, tiny):
 
     run(TAG='adamw', TRAIN__EPOCHS='1')
     run(TAG='sgd', TRAIN__EPOCHS='1', TRAIN__OPTIMIZER__NAME='sgd', INPUT__CROP_PROB='1.0')
+    run(TAG='timm', TRAIN__EPOCHS='1', MODEL__BACKBONE='timm:resnet18', MODEL__TIMM_ARGS='channels=(8,8,8,8)')
     config = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(finished) / 'ckpt_epoch_0.pth'), SHOW='1')
     assert set(config.leaves()) - reads == {'BASE'}  # which `load_config` reads
