@@ -127,6 +127,7 @@ _C.MODEL.BOX.NMS_IOU = Key(0.5, 'IoU threshold of NMS for detections of a class'
 _C.MODEL.BOX.DETECTIONS = Key(100, 'Maximum number of detections per image', min=1)
 
 _C.MODEL.MASK = KeyGroup()
+_C.MODEL.MASK.ENABLED = Key(True, 'Predict masks too; False trains and evaluates boxes alone', affects='network')
 _C.MODEL.MASK.POOL_SIZE = Key(14, "Size of a RoI's features; its mask is twice as large", min=1, affects='network')
 _C.MODEL.MASK.CONVS = Key(
     [256, 256, 256, 256], 'Channels of the 3 x 3 convolutions of a mask head', min=1, affects='network'

@@ -25,7 +25,7 @@ def draw_detections(
 
     Args:
         image: (3, H, W) in [0, 1].
-        detections: of `Detector.detect`: `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,) and `masks`.
+        detections: of `Detector.detect`: `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,) and perhaps `masks`.
         class_names: names of the labels, from label 1.
         threshold: lowest score that is drawn.
     """
@@ -39,13 +39,14 @@ def draw_detections(
     order = scores.argsort()
     order = order[scores[order] >= threshold]
     if len(order):
-        boxes, labels, masks = (detections[key].cpu()[order] for key in ('boxes', 'labels', 'masks'))
+        boxes, labels = (detections[key].cpu()[order] for key in ('boxes', 'labels'))
+        masks = detections['masks'].cpu()[order].enlarged(factor) if 'masks' in detections else ()
         colors = [instance_color(rank) for rank in reversed(range(len(order)))]
         texts = [f'{class_names[i - 1]} {score:.0%}' for i, score in zip(labels.tolist(), scores[order], strict=True)]
         short = min(picture.shape[1:])
         style = {'width': max(short // 250, 1), 'font': FONT, 'font_size': max(short // 35, 9), 'fill_labels': True}
         # torchvision's masks turn black where they overlap
-        for (rows, columns, mask), color in zip(masks.enlarged(factor), colors, strict=True):
+        for (rows, columns, mask), color in zip(masks, colors, strict=False):  # perhaps none
             region = picture[:, rows, columns]
             region[:, mask] = region[:, mask] // 2 + torch.tensor(color, dtype=torch.uint8)[:, None] // 2
         picture = draw_bounding_boxes(picture, boxes * factor, texts, colors, **style)

@@ -1,4 +1,4 @@
-"""COCO's metrics of boxes and masks, by pycocotools."""
+"""COCO's metrics of boxes and, if there are any, masks, by pycocotools."""
 
 import contextlib
 import io
@@ -34,7 +34,8 @@ class CocoEvaluation:
     """
 
     def __init__(self, dataset: CocoDataset):
-        self.annotation_file = dataset.annotation_file
+        self.annotation_file, self.with_masks = dataset.annotation_file, dataset.with_masks
+        self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
         self.metrics: dict[str, float] = {}
@@ -47,7 +48,7 @@ class CocoEvaluation:
         Args:
             targets: with `image_id`.
             detections: a dict per image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1,
-                `scores` (n,), and `masks` as `BoxMasks`.
+                `scores` (n,) and, where the dataset has masks, `masks` as `BoxMasks`.
         """
         for target, x in zip(targets, detections, strict=True):
             self._wait(_MAX_PENDING - 1)
@@ -64,23 +65,21 @@ class CocoEvaluation:
         boxes = detections['boxes'].double()
         boxes[:, 2:] -= boxes[:, :2]
         columns = boxes.tolist(), detections['labels'].tolist(), detections['scores'].tolist()
-        self.detections[image_id] = [
-            {
-                'image_id': image_id,
-                'category_id': self.category_ids[label - 1],
-                'bbox': box,
-                'score': score,
-                'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode()},
-            }
-            for box, label, score, rle in zip(*columns, detections['masks'].rle(), strict=True)
+        results = [
+            {'image_id': image_id, 'category_id': self.category_ids[label - 1], 'bbox': box, 'score': score}
+            for box, label, score in zip(*columns, strict=True)
         ]
+        if self.with_masks:
+            for result, rle in zip(results, detections['masks'].rle(), strict=True):
+                result['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
+        self.detections[image_id] = results
 
     def finish(self) -> dict[str, float]:
         """Evaluate the detections of all processes; each calls it once, at the same point.
 
         Returns:
-            `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, and the same for `mask_`, in percent, in
-            every process; NaN where the data have no such objects.
+            `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, and the same for `mask_` if there are
+            masks, in percent, in every process; NaN where the data have no such objects.
         """
         self._wait(0)
         self._encoder.shutdown()
@@ -97,11 +96,11 @@ class CocoEvaluation:
     def _evaluate(self) -> dict[str, float]:
         results, metrics = self.results(), {}
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each of its steps
-            ground_truth = COCO()
-            ground_truth.dataset = read_annotations(self.annotation_file)
-            ground_truth.createIndex()
-            for kind, iou_type in _IOU_TYPES.items():
-                evaluation = COCOeval(ground_truth, _load_results(ground_truth, results, kind), iou_type)
+            tree = read_annotations(self.annotation_file, self.with_masks)
+            for kind in self.kinds:
+                ground_truth = _ground_truth(tree, kind)
+                detections = _load_results(ground_truth, results, kind)
+                evaluation = COCOeval(ground_truth, detections, _IOU_TYPES[kind])
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
@@ -112,7 +111,7 @@ class CocoEvaluation:
     def table(self) -> str:
         """The metrics of `finish` as a Markdown table."""
         rows = [['COCO, %', *_METRICS], ['---'] * (len(_METRICS) + 1)]
-        rows += [[kind] + [f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in _METRICS] for kind in _IOU_TYPES]
+        rows += [[kind] + [f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in _METRICS] for kind in self.kinds]
         return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
     def write(self, path: Path) -> None:
@@ -127,6 +126,23 @@ class CocoEvaluation:
                 atomic_write(path, lambda file: file.write(json.dumps(self.results()).encode()))
 
         on_main_process(write)
+
+
+def _ground_truth(tree: dict[str, Any], kind: str) -> COCO:
+    """The objects as pycocotools expects them; those without a mask are crowd regions for masks, which do not count."""
+    ground_truth = COCO()
+    ground_truth.dataset = tree
+    if kind == 'mask':
+        annotations = [x if 'segmentation' in x else x | _box_as_crowd(x) for x in tree['annotations']]
+        ground_truth.dataset = tree | {'annotations': annotations}
+    ground_truth.createIndex()
+    return ground_truth
+
+
+def _box_as_crowd(annotation: dict[str, Any]) -> dict[str, Any]:
+    x, y, width, height = annotation['bbox']
+    polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return {'segmentation': [polygon], 'iscrowd': 1}
 
 
 def _load_results(ground_truth: COCO, results: list[dict[str, Any]], kind: str) -> COCO:

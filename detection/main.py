@@ -159,10 +159,12 @@ def to_device(
     images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """A batch's images and ground truth, on the device."""
-    keys = ('boxes', 'labels', 'masks')
     return (
         [image.to(device, non_blocking=True) for image in images],
-        [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets],
+        [
+            {k: x.to(device, non_blocking=True) for k, x in target.items() if isinstance(x, Tensor)}
+            for target in targets
+        ],
     )
 
 

@@ -68,10 +68,10 @@ def detector_complexity(
 
         def forward() -> None:
             model.rpn.head(list(model.backbone(torch.empty(1, 3, height, width)).values()))
-            for count, pool, stages in (
-                (proposals, heads.box_pool, heads.box_heads),
-                (detections, heads.mask_pool, heads.mask_heads),
-            ):
+            parts = [(proposals, heads.box_pool, heads.box_heads)]
+            if heads.mask_heads is not None:
+                parts.append((detections, heads.mask_pool, heads.mask_heads))
+            for count, pool, stages in parts:
                 for head in stages:
                     head(torch.empty(count, channels, pool.size, pool.size))
 

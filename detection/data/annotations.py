@@ -23,15 +23,20 @@ _TYPES = {'id': int, 'image_id': int, 'category_id': int, 'width': int, 'height'
 _KEYS = {
     'images': ('id', 'file_name', 'width', 'height'),
     'categories': ('id', 'name'),
-    'annotations': ('image_id', 'category_id', 'bbox', 'segmentation'),
+    'annotations': ('image_id', 'category_id', 'bbox'),
 }
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path, with_masks: bool = True) -> dict[str, Any]:
     """Read a file of images, categories and annotations.
 
     Keys that pycocotools needs and other programs may leave out are filled in: `info`, `iscrowd`, `area`. Annotations
-    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log are added.
+    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log are added. Where an
+    annotation has no mask, `segmentation` is missing.
+
+    Args:
+        path: the file.
+        with_masks: read the masks too; some annotations must have one.
 
     Raises:
         DataError: it cannot be read, or has an invalid entry; the message names it.
@@ -40,7 +45,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     _check_sections(tree, path)
     images = {image['id']: image for image in tree['images']}
     categories = {category['id'] for category in tree['categories']}
-    placement = PlacementCheck()
+    placement, without_mask = PlacementCheck(), 0
     for number, annotation in enumerate(tree['annotations'], start=1):
         label = f'{path}: annotation {annotation.get("id", number)}'
         if annotation['image_id'] not in images:
@@ -52,12 +57,17 @@ def read_annotations(path: Path) -> dict[str, Any]:
         image = images[annotation['image_id']]
         label_of_image = f'{label}, of {image["file_name"]},'
         check_box(annotation, label_of_image)
-        extent = check_mask(annotation, image, label_of_image)
+        if not with_masks or annotation.get('segmentation') in (None, [], {}):
+            annotation.pop('segmentation', None)
+            without_mask += 1
+            extent = [0.0] * 4
+        else:
+            extent = check_mask(annotation, image, label_of_image)
         annotation['id'] = number
         if annotation.setdefault('iscrowd', 0) not in (0, 1):
             raise DataError(f'{label} has iscrowd {annotation["iscrowd"]!r}: write 0 or 1')
         if 'area' not in annotation:
-            annotation['area'] = float(coco_mask.area(to_rle(annotation['segmentation'], image)))
+            annotation['area'] = _area(annotation, image)
         elif not (are_numbers([annotation['area']]) and annotation['area'] >= 0):
             raise DataError(
                 f'{label} has the area {annotation["area"]!r}: write the pixels of its mask, or leave it out'
@@ -65,7 +75,19 @@ def read_annotations(path: Path) -> dict[str, Any]:
         placement.add(annotation, image, extent, label_of_image)
     tree.setdefault('info', {})
     tree['notes'] = placement.finish()
+    count = len(tree['annotations'])
+    if with_masks and without_mask:
+        if without_mask == count:
+            raise DataError(f'{path}: no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone')
+        tree['notes'].append(f'{without_mask} of {count} annotations have no mask, and count for boxes alone')
     return tree
+
+
+def _area(annotation: dict[str, Any], image: dict[str, Any]) -> float:
+    """Pixels of an annotation's mask or, without one, of its box."""
+    if 'segmentation' in annotation:
+        return float(coco_mask.area(to_rle(annotation['segmentation'], image)))
+    return float(annotation['bbox'][2] * annotation['bbox'][3])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,8 +166,10 @@ def has_area(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
 
 
 def decode_masks(annotations: list[dict[str, Any]], image: dict[str, Any]) -> Tensor:
-    """Masks (n, H, W) as bytes, 0 or 1."""
-    if not annotations:
-        return torch.zeros(0, image['height'], image['width'], dtype=torch.uint8)
-    masks = coco_mask.decode([to_rle(annotation['segmentation'], image) for annotation in annotations])  # (H, W, n)
-    return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)))
+    """Masks (n, H, W) as bytes, 0 or 1; all 0 where there is none."""
+    masks = torch.zeros(len(annotations), image['height'], image['width'], dtype=torch.uint8)
+    index = [i for i, annotation in enumerate(annotations) if 'segmentation' in annotation]
+    if index:
+        decoded = coco_mask.decode([to_rle(annotations[i]['segmentation'], image) for i in index])  # (H, W, n)
+        masks[index] = torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
+    return masks

@@ -60,7 +60,7 @@ def _open_split(config: CfgNode, split: str, transform: Callable | None = None, 
     """Open a split, which must have as many categories as the network has classes."""
     if not config.DATA.DATA_PATH:
         raise DataError('no data: give --data-path the folder that holds annotations/ and the folders of images')
-    dataset = CocoDataset(Path(config.DATA.DATA_PATH), split, transform, is_train)
+    dataset = CocoDataset(Path(config.DATA.DATA_PATH), split, transform, is_train, config.MODEL.MASK.ENABLED)
     count = len(dataset.categories)
     if count != config.MODEL.NUM_CLASSES:
         raise DataError(

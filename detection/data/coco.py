@@ -26,7 +26,8 @@ class CocoDataset(Dataset):
     """The images of `<root>/<split>/` with the objects of `<root>/annotations/instances_<split>.json`.
 
     A sample is an image (3, H, W) in [0, 1] and a target with `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,)
-    from 1, in the order of the categories, `masks` (n, H, W) of 0 and 1, and `image_id`. Crowd regions, and boxes whose
+    from 1, in the order of the categories, and `image_id`; with masks also `masks` (n, H, W) of 0 and 1 and `has_mask`
+    (n,). Crowd regions, and boxes whose
     width or height within the image is less than a pixel, are left out. Images are turned upright as EXIF says, and
     annotations are of the upright images.
 
@@ -35,6 +36,7 @@ class CocoDataset(Dataset):
         split: such as train2017.
         transform: takes and returns an image and its target; None for none.
         is_train: leave out images without objects, which training cannot use.
+        with_masks: read masks too.
 
     Attributes:
         annotation_file: the file of the objects.
@@ -52,10 +54,11 @@ class CocoDataset(Dataset):
         split: str,
         transform: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
         is_train: bool = False,
+        with_masks: bool = True,
     ):
-        self.folder, self.transform = root / split, transform
+        self.folder, self.transform, self.with_masks = root / split, transform, with_masks
         self.annotation_file = root / 'annotations' / f'instances_{split}.json'
-        tree = read_annotations(self.annotation_file)
+        tree = read_annotations(self.annotation_file, with_masks)
         self.categories = tree['categories']
         self._labels = {category['id']: label for label, category in enumerate(self.categories, start=1)}
         objects, crowds, without_area = _objects_by_image(tree)
@@ -82,8 +85,9 @@ class CocoDataset(Dataset):
 
     def sample_names(self) -> Iterator[str]:
         """A name per image for the record of a run: its file without the suffix, and its objects."""
+        keys = 'category_id', 'bbox', 'segmentation'
         for image, pickled in zip(self.images, self._objects, strict=True):
-            objects = [[x[key] for key in ('category_id', 'bbox', 'segmentation')] for x in pickle.loads(pickled)]
+            objects = [[x[key] for key in keys if key in x] for x in pickle.loads(pickled)]
             yield f'{Path(image["file_name"]).with_suffix("")} {json.dumps(objects)}'
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
@@ -96,9 +100,11 @@ class CocoDataset(Dataset):
         target = {
             'boxes': clipped_boxes(objects, entry),
             'labels': torch.tensor([self._labels[x['category_id']] for x in objects], dtype=torch.int64),
-            'masks': decode_masks(objects, entry),
             'image_id': entry['id'],
         }
+        if self.with_masks:
+            target['masks'] = decode_masks(objects, entry)
+            target['has_mask'] = torch.tensor(['segmentation' in x for x in objects], dtype=torch.bool)
         return self.transform(image, target) if self.transform else (image, target)
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Augmentation of an image (3, H, W) and its objects; random numbers are PyTorch's, on the CPU.
 
-A target has `boxes` (n, 4), `labels` (n,) and `masks` (n, H, W); other entries pass through.
+A target has `boxes` (n, 4) and `labels` (n,), perhaps `masks` (n, H, W) and `has_mask` (n,); others pass through.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Flip horizontally."""
     x1, y1, x2, y2 = target['boxes'].unbind(dim=1)
     boxes = torch.stack((image.shape[2] - x2, y1, image.shape[2] - x1, y2), dim=1)
-    return image.flip(2), target | {'boxes': boxes, 'masks': target['masks'].flip(2)}
+    flipped = {'masks': target['masks'].flip(2)} if 'masks' in target else {}
+    return image.flip(2), target | {'boxes': boxes} | flipped
 
 
 def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor, Target]:
@@ -50,10 +51,12 @@ def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor
     if size == (height, width):
         return image, target
     factors = torch.tensor((size[1] / width, size[0] / height) * 2)
-    masks = target['masks']  # PyTorch refuses to resize an empty tensor
-    masks = F.interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
-    resized = F.interpolate(image[None], size, mode='bilinear')[0]
-    return resized, target | {'boxes': target['boxes'] * factors, 'masks': masks}
+    resized = {'boxes': target['boxes'] * factors}
+    if 'masks' in target:
+        masks = target['masks']  # PyTorch refuses to resize an empty tensor
+        masks = F.interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
+        resized['masks'] = masks
+    return F.interpolate(image[None], size, mode='bilinear')[0], target | resized
 
 
 def resized_shape(height: int, width: int, short: int, long: int) -> tuple[int, int]:
@@ -74,12 +77,10 @@ def random_crop(image: Tensor, target: Target, low: int, high: int) -> tuple[Ten
     boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
     visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
     rows, columns = slice(top, top + height), slice(left, left + width)
-    cropped = {
-        'boxes': boxes[visible],
-        'labels': target['labels'][visible],
-        'masks': target['masks'][visible][:, rows, columns],
-    }
-    return image[:, rows, columns], target | cropped
+    cropped = {key: target[key][visible] for key in ('labels', 'masks', 'has_mask') if key in target}
+    if 'masks' in cropped:
+        cropped['masks'] = cropped['masks'][:, rows, columns]
+    return image[:, rows, columns], target | cropped | {'boxes': boxes[visible]}
 
 
 def _draw() -> float:

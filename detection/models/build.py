@@ -39,8 +39,8 @@ class Detector(GeneralizedRCNN):
     """torchvision's `GeneralizedRCNN`, with what the optimizer and checkpoints need to know.
 
     In training it takes images at their size and returns weighted losses by name; in evaluation it resizes them, and
-    returns `boxes`, `labels`, `scores` and `masks` of each image, in its own pixels. `masks` are boolean, (n, 1, H, W).
-    `detect` keeps them within their boxes, which takes a fraction of the memory.
+    returns `boxes`, `labels`, `scores` and, unless it finds boxes alone, `masks` of each image, in its own pixels. They
+    are boolean, (n, 1, H, W). `detect` keeps them within their boxes, which takes a fraction of the memory.
 
     Args:
         backbone, rpn, roi_heads, transform: see `GeneralizedRCNN`.
@@ -55,7 +55,10 @@ class Detector(GeneralizedRCNN):
         """Losses in training, detections of each image in evaluation; images (3, H, W) are in [0, 1]."""
         if self.training:
             return super().forward(images, targets)
-        return [detections | {'masks': detections['masks'].dense()} for detections in self.detect(images)]
+        return [
+            {key: x.dense() if isinstance(x, BoxMasks) else x for key, x in detections.items()}
+            for detections in self.detect(images)
+        ]
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor | BoxMasks]]:
         """Detections of each image (3, H, W), in evaluation, with their `masks` as `BoxMasks`."""
@@ -70,11 +73,16 @@ class Detector(GeneralizedRCNN):
         return self.backbone.body.no_weight_decay_keywords()
 
     def fit_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Fit the backbone's weights to this one's windows; see `FineTuneMethods.fit_state_dict`."""
+        """Fit the backbone's weights to this one's windows, and leave out the mask heads of a detector of boxes."""
         prefix = 'backbone.body.'
         body = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
         fitted, notes = self.backbone.body.fit_state_dict(body)
-        return weights | {prefix + name: x for name, x in fitted.items()}, notes
+        weights = weights | {prefix + name: x for name, x in fitted.items()}
+        masks = [name for name in weights if name.startswith('roi_heads.mask_heads.')]
+        if masks and self.roi_heads.mask_heads is None:
+            weights = {name: x for name, x in weights.items() if name not in masks}
+            notes.append('its mask heads are left out')
+        return weights, notes
 
     @staticmethod
     def upgrade_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

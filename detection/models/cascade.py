@@ -1,6 +1,6 @@
 """The cascade: each stage predicts classes, boxes and masks of the RoIs that the stage before it has refined.
 
-With one stage it is Mask R-CNN.
+With one stage it is Mask R-CNN; without masks, Cascade R-CNN or Faster R-CNN.
 
 Letters: n RoIs, K classes, H x W pixels of a resized image. Labels are 1 to K; 0 is the background.
 
@@ -46,6 +46,13 @@ class Samples(NamedTuple):
         """Whether a RoI has an object, (n,)."""
         return self.labels > 0
 
+    def with_masks(self, target: GroundTruth) -> 'Samples':
+        """The positive RoIs whose objects have masks."""
+        has_mask = self.positive
+        if 'has_mask' in target and len(target['boxes']):
+            has_mask = has_mask & target['has_mask'][self.matched_gt]
+        return Samples(*(x[has_mask] for x in self))
+
 
 class CascadeHeads(nn.Module):
     """All stages, in place of torchvision's `RoIHeads`.
@@ -68,8 +75,10 @@ class CascadeHeads(nn.Module):
         self.box_heads = nn.ModuleList(
             BoxHead(channels, box.POOL_SIZE, box.CONVS, box.LINEARS, classes) for _ in stages
         )
-        self.mask_pool = AlignedPooler(mask.POOL_SIZE, strides)
-        self.mask_heads = nn.ModuleList(MaskHead(channels, mask.CONVS, mask.UPSAMPLED, classes) for _ in stages)
+        self.mask_heads = None
+        if mask.ENABLED:
+            self.mask_pool = AlignedPooler(mask.POOL_SIZE, strides)
+            self.mask_heads = nn.ModuleList(MaskHead(channels, mask.CONVS, mask.UPSAMPLED, classes) for _ in stages)
         self.coders = [
             BoxCoder((1 / centre, 1 / centre, 1 / size, 1 / size))
             for centre, size in zip(box.CENTRE_STDS, box.SIZE_STDS, strict=True)
@@ -90,7 +99,8 @@ class CascadeHeads(nn.Module):
             features: feature maps by level, (B, C, H, W).
             proposals: RoIs of each image, (n, 4).
             image_sizes: height and width of each image, without padding.
-            targets: ground truth of each image: `boxes` (n, 4), `labels` (n,) and `masks` (n, H, W).
+            targets: ground truth of each image: `boxes` (n, 4), `labels` (n,) and, for masks, `masks` (n, H, W) and
+                perhaps `has_mask` (n,), of those that have one.
         """
         feature_maps = list(features.values())
         if self.training:
@@ -106,9 +116,7 @@ class CascadeHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted losses of every stage, each on RoIs sampled from the boxes refined by the stage before."""
         losses = {}
-        for i, (head, mask_head, weight) in enumerate(
-            zip(self.box_heads, self.mask_heads, self.box.STAGE_WEIGHTS, strict=True)
-        ):
+        for i, (head, weight) in enumerate(zip(self.box_heads, self.box.STAGE_WEIGHTS, strict=True)):
             samples = self.sample(i, proposals, targets, image_sizes)
             boxes, labels = [x.boxes for x in samples], torch.cat([x.labels for x in samples])
             logits, box_deltas = head(self.box_pool(feature_maps, boxes))
@@ -120,8 +128,10 @@ class CascadeHeads(nn.Module):
             )
             losses[f'loss_classifier_{i}'] = weight * F.cross_entropy(logits, labels)
             losses[f'loss_box_{i}'] = weight * self.box_loss(i, box_deltas, labels, torch.cat(boxes), gt_boxes)
-            mask_logits = mask_head(self.mask_pool(feature_maps, [x.boxes[x.positive] for x in samples]))
-            losses[f'loss_mask_{i}'] = weight * mask_loss(mask_logits, samples, targets)
+            if self.mask_heads is not None:
+                with_masks = [x.with_masks(target).boxes for x, target in zip(samples, targets, strict=True)]
+                mask_logits = self.mask_heads[i](self.mask_pool(feature_maps, with_masks))
+                losses[f'loss_mask_{i}'] = weight * mask_loss(mask_logits, samples, targets)
             if i + 1 < len(self.box_heads):
                 # A positive RoI is refined as its object's class, a negative one as its most likely class.
                 classes = torch.where(labels > 0, labels, logits[:, 1:].argmax(dim=1) + 1)
@@ -198,6 +208,8 @@ class CascadeHeads(nn.Module):
         counts = [len(x) for x in boxes]
         per_image = zip(decoded.split(counts), scores.split(counts), image_sizes, strict=True)
         detections = [self.select(*image) for image in per_image]
+        if self.mask_heads is None:
+            return detections
         masks = self.detect_masks(feature_maps, detections)
         return [x | {'masks': mask} for x, mask in zip(detections, masks, strict=True)]
 
@@ -228,16 +240,17 @@ def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[GroundTr
     """Mean binary cross entropy of the mask pixels of positive RoIs, each in its own class.
 
     Args:
-        logits: mask logits of the positive RoIs of all images, (n, K, size, size).
-        samples: RoIs of each image, negative ones too.
+        logits: mask logits of the RoIs of all images, (n, K, size, size).
+        samples: RoIs of each image; those that are negative, or whose objects have no mask, have no logits.
         targets: ground truth of each image.
     """
-    labels = torch.cat([x.labels[x.positive] for x in samples])
+    samples = [x.with_masks(target) for x, target in zip(samples, targets, strict=True)]
+    labels = torch.cat([x.labels for x in samples])
     if len(labels) == 0:  # every parameter still gets a gradient, as DistributedDataParallel requires
         return logits.sum() * 0
     mask_targets = torch.cat(
         [
-            crop_masks(target['masks'], x.boxes[x.positive], x.matched_gt[x.positive], logits.shape[-1])
+            crop_masks(target['masks'], x.boxes, x.matched_gt, logits.shape[-1])
             for x, target in zip(samples, targets, strict=True)
         ]
     )

@@ -31,11 +31,14 @@ class DetectorTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor | BoxMasks]]:
-        """Map detections to the pixels of their images, with masks as `BoxMasks`."""
+        """Map detections to the pixels of their images, with masks, if any, as `BoxMasks`."""
         if self.training:
             return result
         mapped = []
         for detections, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
             boxes = resize_boxes(detections['boxes'], resized, original)
-            mapped.append(detections | {'boxes': boxes, 'masks': BoxMasks(detections['masks'], boxes, original)})
+            detections = detections | {'boxes': boxes}
+            if 'masks' in detections:
+                detections['masks'] = BoxMasks(detections['masks'], boxes, original)
+            mapped.append(detections)
         return mapped
