@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import detection.main as program
+from data import DataError
 from detection.data import CocoDataset
 from detection.evaluation import CocoEvaluation
 from detection.models import build_detector
@@ -81,11 +82,8 @@ def test_a_run_without_any_mask(tmp_path, coco):
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / 'd').iterdir())) == 4
-    done = start(
-        '-m', 'detection.main', '--cfg', folder_of(config) / 'config.yaml', '--opts', 'MODEL.MASK.ENABLED', 'True'
-    )
-    assert done.returncode == 1
-    assert 'no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone' in done.stderr
+    with pytest.raises(DataError, match='no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes'):
+        program.main(tiny_detector(*options, 'TAG', 'masks'))
 
 
 def test_objects_without_mask_train_boxes_alone(tmp_path, coco):
