@@ -23,7 +23,9 @@ _C = shared_keys()
 # Shared keys with other defaults
 _C.MODEL.NAME = replace(_C.MODEL.NAME, default='cascade_mask_rcnn_msg_tiny_3x')
 _C.MODEL.NUM_CLASSES = replace(
-    _C.MODEL.NUM_CLASSES, default=80, help='Number of classes, without the background', min=1
+    _C.MODEL.NUM_CLASSES,
+    default=80,
+    help='Number of classes, without the background; 0 takes that of the annotation file',
 )
 _C.MODEL.DROP_PATH_RATE = replace(_C.MODEL.DROP_PATH_RATE, default=0.2)
 _C.DATA.BATCH_SIZE = replace(_C.DATA.BATCH_SIZE, default=2)
@@ -51,6 +53,18 @@ _C.DATA.TRAIN_SPLIT = Key(
     'train2017', 'Training split: its folder, and annotations/instances_<split>.json', affects='data'
 )
 _C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split', affects='data')
+for _split, _name in (('TRAIN', 'training'), ('VAL', 'evaluation')):
+    _C.DATA[f'{_split}_ANNOTATIONS'] = Key(
+        '', f"Annotation file of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", affects='data'
+    )
+    _C.DATA[f'{_split}_IMAGES'] = Key(
+        '', f"Folder of the images of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", affects='nothing'
+    )
+    _C.DATA[f'{_split}_LIMIT'] = Key(
+        0, f'Number of images of {_name}, a random but fixed choice; 0 takes all', min=0, affects='data'
+    )
+_C.DATA.CLASSES = Key([''], "Names of the categories to find, in the file's order; [''] takes all", affects='data')
+_C.DATA.EMPTY_IMAGES = Key(False, 'Train on images without objects too', affects='data')
 
 _C.INPUT = KeyGroup()
 _C.INPUT.FLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)

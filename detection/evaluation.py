@@ -12,7 +12,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from detection.data.annotations import read_annotations
 from detection.data.coco import CocoDataset, Target
 from detection.models.masks import BoxMasks
 from engine.distributed import gather_on_main_process, on_main_process
@@ -34,7 +33,8 @@ class CocoEvaluation:
     """
 
     def __init__(self, dataset: CocoDataset):
-        self.annotation_file, self.with_masks = dataset.annotation_file, dataset.with_masks
+        self.ground_truth, self.is_labelled = dataset.ground_truth, dataset.is_labelled
+        self.with_masks = dataset.with_masks
         self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
@@ -95,10 +95,11 @@ class CocoEvaluation:
 
     def _evaluate(self) -> dict[str, float]:
         results, metrics = self.results(), {}
+        if not self.is_labelled:
+            return metrics
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each of its steps
-            tree = read_annotations(self.annotation_file, self.with_masks)
             for kind in self.kinds:
-                ground_truth = _ground_truth(tree, kind)
+                ground_truth = _ground_truth(self.ground_truth, kind)
                 detections = _load_results(ground_truth, results, kind)
                 evaluation = COCOeval(ground_truth, detections, _IOU_TYPES[kind])
                 evaluation.evaluate()
@@ -109,7 +110,9 @@ class CocoEvaluation:
         return metrics
 
     def table(self) -> str:
-        """The metrics of `finish` as a Markdown table."""
+        """The metrics of `finish` as a Markdown table; without ground truth, the number of detections."""
+        if not self.metrics:
+            return f'{len(self.results())} detections; without annotations, there is nothing to compare them with'
         rows = [['COCO, %', *_METRICS], ['---'] * (len(_METRICS) + 1)]
         rows += [[kind] + [f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in _METRICS] for kind in self.kinds]
         return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from detection.config import TREE, get_config
-from detection.data import build_eval_loader, build_loaders
+from detection.data import build_eval_loader, build_loaders, with_classes_of_data
 from detection.draw import draw_detections
 from detection.evaluation import CocoEvaluation
 from detection.lr_scheduler import build_scheduler
@@ -56,6 +56,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(config: CfgNode) -> None:
     """Train, evaluate or time as the config says."""
     is_training_run = not (config.EVAL_MODE or config.BENCHMARK_MODE)
+    config = with_classes_of_data(config)
     with start_run(config, is_training_run) as run:
         start = find_start(run, TREE)
         model = build_detector(config).to(run.process.device)

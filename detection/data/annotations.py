@@ -3,8 +3,9 @@
 Shapes: n objects, an image of H x W pixels.
 """
 
+import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,25 @@ _KEYS = {
 }
 
 
-def read_annotations(path: Path, with_masks: bool = True) -> dict[str, Any]:
+def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = True) -> dict[str, Any]:
     """Read a file of images, categories and annotations.
 
     Keys that pycocotools needs and other programs may leave out are filled in: `info`, `iscrowd`, `area`. Annotations
-    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log are added. Where an
-    annotation has no mask, `segmentation` is missing.
+    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log and
+    `is_labelled` are added. Where an annotation has no mask, `segmentation` is missing.
 
     Args:
         path: the file.
         with_masks: read the masks too; some annotations must have one.
+        needs_objects: refuse a file without a section of annotations, such as COCO's `image_info_test-dev2017.json`.
 
     Raises:
         DataError: it cannot be read, or has an invalid entry; the message names it.
     """
     tree = _read_json(path)
+    tree['is_labelled'] = needs_objects or 'annotations' in tree
+    if not tree['is_labelled']:
+        tree['annotations'] = []
     _check_sections(tree, path)
     images = {image['id']: image for image in tree['images']}
     categories = {category['id'] for category in tree['categories']}
@@ -76,7 +81,7 @@ def read_annotations(path: Path, with_masks: bool = True) -> dict[str, Any]:
     tree.setdefault('info', {})
     tree['notes'] = placement.finish()
     count = len(tree['annotations'])
-    if with_masks and without_mask:
+    if without_mask and with_masks:
         if without_mask == count:
             raise DataError(f'{path}: no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone')
         tree['notes'].append(f'{without_mask} of {count} annotations have no mask, and count for boxes alone')
@@ -88,6 +93,38 @@ def _area(annotation: dict[str, Any], image: dict[str, Any]) -> float:
     if 'segmentation' in annotation:
         return float(coco_mask.area(to_rle(annotation['segmentation'], image)))
     return float(annotation['bbox'][2] * annotation['bbox'][3])
+
+
+def select_classes(tree: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, Any]:
+    """Keep the categories of these names, in the file's order, and their annotations.
+
+    Raises:
+        DataError: a name is not among the categories.
+    """
+    known = {category['name'] for category in tree['categories']}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f': did you mean {near[0]}?' if near else f': it has {", ".join(sorted(known)[:5])} and the like'
+            raise DataError(f'DATA.CLASSES has {name}, which is not a category of {path}{hint}')
+    categories = [category for category in tree['categories'] if category['name'] in names]
+    ids = {category['id'] for category in categories}
+    annotations = [annotation for annotation in tree['annotations'] if annotation['category_id'] in ids]
+    return tree | {'categories': categories, 'annotations': annotations}
+
+
+def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
+    """Names of a file's categories, or of those chosen by `select_classes`.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a category.
+    """
+    tree = _read_json(path)
+    tree.setdefault('annotations', [])
+    _check_sections(tree, path)
+    if names:
+        tree = select_classes(tree, names, path)
+    return [category['name'] for category in tree['categories']]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from yacs.config import CfgNode
 from data import DataError
 from data.build import build_loader, build_train_loader
 from data.samplers import ShardSampler
-from detection.data.coco import CocoDataset, Target
+from detection.data.annotations import read_class_names
+from detection.data.coco import CocoDataset, Selection, SplitFiles, Target
 from detection.data.samplers import GroupedTrainSampler
 from detection.data.transforms import TrainTransform
+from engine.distributed import on_main_process
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
@@ -24,13 +26,15 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    dataset = _open_split(config, config.DATA.TRAIN_SPLIT, TrainTransform(config), is_train=True)
+    dataset = _open_split(config, 'TRAIN', TrainTransform(config))
     eval_loader = build_eval_loader(config, rank, world_size)
     if dataset.class_names != eval_loader.dataset.class_names:
         raise DataError(
             f'{dataset.annotation_file} and {eval_loader.dataset.annotation_file} have different categories: '
             f'write the same ones in the same order into both'
         )
+    if not eval_loader.dataset.is_labelled:
+        raise DataError(f'{eval_loader.dataset.annotation_file} has no annotations to evaluate with: it is for --eval')
     is_portrait = [int(image['height'] > image['width']) for image in dataset.images]
     sampler = GroupedTrainSampler(is_portrait, config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler, collate), eval_loader
@@ -45,7 +49,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = _open_split(config, config.DATA.VAL_SPLIT)
+    dataset = on_main_process(lambda: _open_split(config, 'VAL'))  # which parses the file for all
     sampler = ShardSampler(len(dataset), rank, world_size)
     return build_loader(config, dataset, sampler, batch_size=1, collate_fn=collate)
 
@@ -56,11 +60,53 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
     return list(images), list(targets)
 
 
-def _open_split(config: CfgNode, split: str, transform: Callable | None = None, is_train: bool = False) -> CocoDataset:
-    """Open a split, which must have as many categories as the network has classes."""
-    if not config.DATA.DATA_PATH:
+def split_files(config: CfgNode, split: str) -> SplitFiles:
+    """Where a split is.
+
+    Args:
+        config: the config tree; `DATA` is read.
+        split: `TRAIN` or `VAL`.
+
+    Raises:
+        DataError: there is no data path.
+    """
+    data = config.DATA
+    if not data.DATA_PATH:
         raise DataError('no data: give --data-path the folder that holds annotations/ and the folders of images')
-    dataset = CocoDataset(Path(config.DATA.DATA_PATH), split, transform, is_train, config.MODEL.MASK.ENABLED)
+    root, name = Path(data.DATA_PATH), data[f'{split}_SPLIT']
+    annotations = data[f'{split}_ANNOTATIONS'] or f'annotations/instances_{name}.json'
+    return SplitFiles(root / annotations, root / (data[f'{split}_IMAGES'] or name))
+
+
+def with_classes_of_data(config: CfgNode) -> CfgNode:
+    """The config with the number of classes of its annotation file, where `MODEL.NUM_CLASSES` is 0.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if config.MODEL.NUM_CLASSES:
+        return config
+    files = split_files(config, 'VAL' if config.EVAL_MODE else 'TRAIN')
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = len(read_class_names(files.annotations, list(filter(None, config.DATA.CLASSES))))
+    config.freeze()
+    return config
+
+
+def _open_split(config: CfgNode, split: str, transform: Callable | None = None) -> CocoDataset:
+    """Open `TRAIN` or `VAL`, which must have as many categories as the network has classes."""
+    data, is_train = config.DATA, split == 'TRAIN'
+    selection = Selection(list(filter(None, data.CLASSES)), data[f'{split}_LIMIT'], data.EMPTY_IMAGES)
+    dataset = CocoDataset(
+        Path(data.DATA_PATH),
+        data[f'{split}_SPLIT'],
+        transform,
+        is_train,
+        config.MODEL.MASK.ENABLED,
+        split_files(config, split),
+        selection,
+    )
     count = len(dataset.categories)
     if count != config.MODEL.NUM_CLASSES:
         raise DataError(

@@ -3,9 +3,9 @@
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,37 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataError
-from data.images import ImageHeader, load_image, read_header
-from detection.data.annotations import clipped_boxes, decode_masks, has_area, read_annotations
+from data.images import ImageHeader, choose_images, load_image, read_header
+from detection.data.annotations import clipped_boxes, decode_masks, has_area, read_annotations, select_classes
 
 Target = dict[str, Any]
 
 # Images whose headers are read when a dataset is opened.
 SAMPLED_HEADERS = 100
+
+
+class SplitFiles(NamedTuple):
+    """Where a split is: its annotation file and the folder of its images."""
+
+    annotations: Path
+    images: Path
+
+
+class Selection(NamedTuple):
+    """What of a split is taken.
+
+    Attributes:
+        classes: names of categories; none takes all.
+        limit: number of images, a random but fixed choice; 0 takes all.
+        empty_images: train on images without objects too.
+    """
+
+    classes: Sequence[str] = ()
+    limit: int = 0
+    empty_images: bool = False
+
+
+EVERYTHING = Selection()
 
 
 class CocoDataset(Dataset):
@@ -37,12 +61,17 @@ class CocoDataset(Dataset):
         transform: takes and returns an image and its target; None for none.
         is_train: leave out images without objects, which training cannot use.
         with_masks: read masks too.
+        files: the split, where it is somewhere else.
+        selection: what of it is taken.
 
     Attributes:
         annotation_file: the file of the objects.
         categories: its entries; label i + 1 is `categories[i]`.
         images: its entries of the images in the dataset.
         notes: for the log: what was left out of training, loose boxes, EXIF orientations.
+        ground_truth: the file's content for these images and categories, in evaluation; the process that has read the
+            file has it, for pycocotools.
+        is_labelled: whether the file has annotations at all.
 
     Raises:
         DataError: the data cannot be used.
@@ -55,19 +84,27 @@ class CocoDataset(Dataset):
         transform: Callable[[Tensor, Target], tuple[Tensor, Target]] | None = None,
         is_train: bool = False,
         with_masks: bool = True,
+        files: SplitFiles | None = None,
+        selection: Selection = EVERYTHING,
     ):
-        self.folder, self.transform, self.with_masks = root / split, transform, with_masks
-        self.annotation_file = root / 'annotations' / f'instances_{split}.json'
-        tree = read_annotations(self.annotation_file, with_masks)
+        files = files or SplitFiles(root / 'annotations' / f'instances_{split}.json', root / split)
+        self.annotation_file, self.folder = files
+        self.transform, self.with_masks = transform, with_masks
+        tree = read_annotations(self.annotation_file, with_masks, needs_objects=is_train)
+        self.is_labelled = tree['is_labelled']
+        if selection.classes:
+            tree = select_classes(tree, selection.classes, self.annotation_file)
         self.categories = tree['categories']
         self._labels = {category['id']: label for label, category in enumerate(self.categories, start=1)}
         objects, crowds, without_area = _objects_by_image(tree)
-        self.images = [image for image in tree['images'] if objects[image['id']] or not is_train]
+        keeps_empty = selection.empty_images or not is_train
+        images = [image for image in tree['images'] if objects[image['id']] or keeps_empty]
+        self.images = choose_images(images, selection.limit or None)
         if not self.images:
             raise DataError(f'{self.annotation_file}: none of its images has an object to train on')
         # Pickled: as Python objects, COCO's would be copied into each loader process that touches them.
         self._objects = [pickle.dumps(objects[image['id']]) for image in self.images]
-        without_objects = len(tree['images']) - len(self.images)
+        without_objects = len(tree['images']) - len(images)
         counts = {
             'images without objects': without_objects,
             'crowd regions': crowds,
@@ -75,8 +112,15 @@ class CocoDataset(Dataset):
         }
         self.notes = [f'{count} {what} left out' for what, count in counts.items() if count and is_train]
         self.notes += tree['notes']
+        if len(self.images) < len(images):
+            self.notes.append(f'{len(self.images)} of {len(images)} images, a random but fixed choice')
+        self.ground_truth = None if is_train else _ground_truth(tree, self.images)
         self._check_files()
         self._check_headers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the ground truth, for other processes."""
+        return self.__dict__ | {'ground_truth': None}
 
     @property
     def class_names(self) -> list[str]:
@@ -150,6 +194,13 @@ class CocoDataset(Dataset):
         if header.size == (entry['width'], entry['height']):
             return DataError(f'{text}, its size as stored: remove the EXIF tag, or annotate the upright image')
         return DataError(f'{text}: replace one of them')
+
+
+def _ground_truth(tree: dict[str, Any], images: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A file's content for these of its images."""
+    ids = {image['id'] for image in images}
+    annotations = [annotation for annotation in tree['annotations'] if annotation['image_id'] in ids]
+    return tree | {'images': list(images), 'annotations': annotations}
 
 
 def _objects_by_image(tree: dict[str, Any]) -> tuple[dict[Any, list[dict]], int, int]:
