@@ -1,4 +1,4 @@
-"""Pictures of detections."""
+"""Pictures of detections and of ground truth."""
 
 import colorsys
 from pathlib import Path
@@ -11,6 +11,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from data.images import choose_images
+from detection.data import CocoDataset
 from detection.models.masks import BoxMasks
 
 MIN_SHORT = 400  # pixels; smaller images are enlarged
@@ -29,28 +31,73 @@ def draw_detections(
         class_names: names of the labels, from label 1.
         threshold: lowest score that is drawn.
     """
+    scores = detections['scores'].cpu()
+    order = scores.argsort()
+    order = order[scores[order] >= threshold]
+    chosen = {key: x.cpu()[order] for key, x in detections.items()}
+    labels, shown = chosen['labels'].tolist(), chosen['scores']
+    texts = [f'{class_names[i - 1]} {score:.0%}' for i, score in zip(labels, shown, strict=True)]
+    return _draw(image, chosen['boxes'], texts, chosen.get('masks'))
+
+
+def draw_ground_truth(image: Tensor, target: dict[str, Tensor], class_names: list[str]) -> Image.Image:
+    """Draw an image's objects: boxes, names, and masks if there are any.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        target: `boxes` (n, 4), `labels` (n,) from 1, and perhaps `masks` (n, H, W) of 0 and 1.
+        class_names: names of the labels, from label 1.
+    """
+    boxes, masks = target['boxes'], None
+    if 'masks' in target:
+        height, width = image.shape[1:]
+        whole = boxes.new_tensor([[0, 0, width, height]]).expand(len(boxes), 4)
+        masks = BoxMasks(target['masks'][:, None].float(), whole, (height, width))
+    return _draw(image, boxes, [class_names[i - 1] for i in target['labels'].tolist()], masks)
+
+
+def _draw(image: Tensor, boxes: Tensor, texts: list[str], masks: BoxMasks | None) -> Image.Image:
+    """Draw objects, the last on top."""
     short, long = sorted(image.shape[1:])
     factor = max(min(round(MIN_SHORT / short), MAX_LONG // long), 1)
     image = image.cpu()
     if factor > 1:
         image = F.interpolate(image[None], scale_factor=factor, mode='bilinear')[0]
     picture = (image * 255).round_().clamp_(0, 255).to(torch.uint8)
-    scores = detections['scores'].cpu()
-    order = scores.argsort()
-    order = order[scores[order] >= threshold]
-    if len(order):
-        boxes, labels = (detections[key].cpu()[order] for key in ('boxes', 'labels'))
-        masks = detections['masks'].cpu()[order].enlarged(factor) if 'masks' in detections else ()
-        colors = [instance_color(rank) for rank in reversed(range(len(order)))]
-        texts = [f'{class_names[i - 1]} {score:.0%}' for i, score in zip(labels.tolist(), scores[order], strict=True)]
-        short = min(picture.shape[1:])
-        style = {'width': max(short // 250, 1), 'font': FONT, 'font_size': max(short // 35, 9), 'fill_labels': True}
+    colors = [instance_color(rank) for rank in reversed(range(len(boxes)))]
+    if masks is not None:
         # torchvision's masks turn black where they overlap
-        for (rows, columns, mask), color in zip(masks, colors, strict=False):  # perhaps none
+        for (rows, columns, mask), color in zip(masks.enlarged(factor), colors, strict=True):
             region = picture[:, rows, columns]
             region[:, mask] = region[:, mask] // 2 + torch.tensor(color, dtype=torch.uint8)[:, None] // 2
+    if len(boxes):
+        short = min(picture.shape[1:])
+        style = {'width': max(short // 250, 1), 'font': FONT, 'font_size': max(short // 35, 9), 'fill_labels': True}
         picture = draw_bounding_boxes(picture, boxes * factor, texts, colors, **style)
     return to_pil_image(picture)
+
+
+def draw_sheet(dataset: CocoDataset, count: int = 24, columns: int = 4, side: int = 400, seed: int = 0) -> Image.Image:
+    """Draw some samples of a dataset, a random but fixed choice, as its transform leaves them.
+
+    Args:
+        dataset: the dataset.
+        count: number of samples.
+        columns: samples in a row.
+        side: of the square that a sample is fitted into, in pixels.
+        seed: of the transform's random numbers.
+    """
+    chosen = choose_images(range(len(dataset)), count)
+    rows = -(-len(chosen) // columns)
+    sheet = Image.new('RGB', (columns * side, rows * side), 'white')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for number, index in enumerate(chosen):
+            picture = draw_ground_truth(*dataset[index], dataset.class_names)
+            picture.thumbnail((side - 8, side - 8))
+            row, column = divmod(number, columns)
+            sheet.paste(picture, (column * side, row * side))
+    return sheet
 
 
 def instance_color(rank: int) -> tuple[int, int, int]:

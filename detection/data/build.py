@@ -26,7 +26,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    dataset = _open_split(config, 'TRAIN', TrainTransform(config))
+    dataset = open_split(config, 'TRAIN', TrainTransform(config))
     eval_loader = build_eval_loader(config, rank, world_size)
     if dataset.class_names != eval_loader.dataset.class_names:
         raise DataError(
@@ -49,7 +49,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = on_main_process(lambda: _open_split(config, 'VAL'))  # which parses the file for all
+    dataset = on_main_process(lambda: open_split(config, 'VAL'))  # which parses the file for all
     sampler = ShardSampler(len(dataset), rank, world_size)
     return build_loader(config, dataset, sampler, batch_size=1, collate_fn=collate)
 
@@ -94,8 +94,17 @@ def with_classes_of_data(config: CfgNode) -> CfgNode:
     return config
 
 
-def _open_split(config: CfgNode, split: str, transform: Callable | None = None) -> CocoDataset:
-    """Open `TRAIN` or `VAL`, which must have as many categories as the network has classes."""
+def open_split(config: CfgNode, split: str, transform: Callable | None = None) -> CocoDataset:
+    """Open a split, which must have as many categories as the network has classes.
+
+    Args:
+        config: the config tree.
+        split: `TRAIN` or `VAL`.
+        transform: takes and returns an image and its target; None for none.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
     data, is_train = config.DATA, split == 'TRAIN'
     selection = Selection(list(filter(None, data.CLASSES)), data[f'{split}_LIMIT'], data.EMPTY_IMAGES)
     dataset = CocoDataset(

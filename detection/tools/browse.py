@@ -1,0 +1,47 @@
+"""Draw images of a dataset with their objects on one sheet, as annotated or as training augments them.
+
+    python -m detection.tools.browse --cfg detection/configs/digits.yaml --data-path <coco> --output sheet.png
+
+Look at it before training: boxes that are off, classes that are mixed up and crops that are too small show at once.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from detection.config import TREE
+from detection.data import open_split, with_classes_of_data
+from detection.data.transforms import TrainTransform
+from detection.draw import draw_sheet
+from utils import exit_on_user_error, non_negative_int, positive_int
+
+
+def main() -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser('python -m detection.tools.browse', description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--cfg', metavar='FILE', help='YAML config (the defaults)')
+    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add('--data-path', required=True, metavar='DIR', help='the dataset (DATA.DATA_PATH)')
+    add('--split', choices=('train', 'val'), default='train', help='split to draw (train)')
+    add('--augmented', action='store_true', help='draw what training makes of the images')
+    add('--count', type=positive_int, default=24, metavar='N', help='number of images, a random but fixed choice (24)')
+    add('--seed', type=non_negative_int, default=0, metavar='N', help='seed of the augmentation (0)')
+    add('--output', type=Path, required=True, metavar='FILE', help='picture to write, .png or .jpg')
+    args = parser.parse_args()
+    with exit_on_user_error():
+        options = ['DATA.DATA_PATH', args.data_path]
+        if '--cfg' not in sys.argv and 'MODEL.NUM_CLASSES' not in args.opts:
+            options += ['MODEL.NUM_CLASSES', '0']
+        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]))
+        dataset = open_split(config, args.split.upper(), TrainTransform(config) if args.augmented else None)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(dataset, args.count, seed=args.seed).save(args.output)
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: {args.output}: {error}')
+    print(f'{args.output}: {min(args.count, len(dataset))} of {len(dataset)} images', *dataset.notes, sep='; ')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""Other programs' detection data in COCO's layout: `python -m detection.tools.convert_dataset`."""

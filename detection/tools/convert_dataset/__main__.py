@@ -1,0 +1,144 @@
+"""Convert detection data of other programs to COCO's layout, check it, and draw some of it.
+
+    python -m detection.tools.convert_dataset <export> --output <folder>
+
+Reads Roboflow's COCO export, YOLO's text files with their data.yaml, and Pascal VOC's XML files. Boxes and masks stay
+as they are; images are copied. `samples.png` shows some of the result with its boxes.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data import DataError
+from detection.data import CocoDataset
+from detection.draw import draw_sheet
+from detection.tools.convert_dataset.formats import READERS, Item, Source, detect_format
+from utils import exit_on_user_error, report_write_errors
+
+EPILOG = """examples:
+  python -m detection.tools.convert_dataset roboflow_export --output output/mine
+  python -m detection.tools.convert_dataset yolo/data.yaml --output output/mine --link
+  python -m detection.tools.convert_dataset VOCdevkit/VOC2012 --output output/voc
+"""
+
+
+def convert(source: Source, output: Path, links: bool = False, val_fraction: float = 0.2) -> dict[str, int]:
+    """Write a dataset in COCO's layout: `annotations/instances_<split>.json`, and the images in `<split>/`.
+
+    Where there is no `val`, the `test` images become it or, without these, a part of the training images.
+
+    Args:
+        source: the dataset.
+        output: a folder that does not exist yet.
+        links: make symbolic links to the images, instead of copies.
+        val_fraction: part of the training images that becomes `val` where there is nothing else.
+
+    Returns:
+        Images by split.
+
+    Raises:
+        DataError: there are too few images, or two of one name.
+        OutputError: the folder cannot be written.
+    """
+    splits = dict(source.splits)
+    if 'val' not in splits and 'test' in splits:
+        splits['val'] = splits.pop('test')
+    if 'val' not in splits:
+        splits['train'], splits['val'] = _divide(splits['train'], val_fraction)
+    with report_write_errors(output):
+        (output / 'annotations').mkdir(parents=True)
+        for split, items in splits.items():
+            _write_images(items, output / split, links)
+            text = json.dumps(to_coco(source.categories, items))
+            (output / 'annotations' / f'instances_{split}.json').write_text(text)
+    return {split: len(items) for split, items in splits.items()}
+
+
+def to_coco(categories: list[str], items: list[Item]) -> dict[str, Any]:
+    """A split in COCO's format; ids count from 1."""
+    ids = {name: i for i, name in enumerate(categories, start=1)}
+    images, annotations = [], []
+    for i, item in enumerate(items, start=1):
+        images.append({'id': i, 'file_name': item.name, 'width': item.size[0], 'height': item.size[1]})
+        for x in item.objects:
+            own = {key: value for key, value in x.items() if key != 'category'}
+            annotation = {'id': len(annotations) + 1, 'image_id': i, 'category_id': ids[x['category']], 'iscrowd': 0}
+            annotations.append(annotation | own)
+    entries = [{'id': i, 'name': name} for name, i in ids.items()]
+    return {'images': images, 'annotations': annotations, 'categories': entries}
+
+
+def _divide(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+    """Training and validation images: a random but fixed choice."""
+    if len(items) < 2:
+        raise DataError(f'there are {len(items)} images, and none to validate on: give two or more')
+    count = min(max(round(fraction * len(items)), 1), len(items) - 1)
+    chosen = set(random.Random(0).sample(range(len(items)), count))
+    return [x for i, x in enumerate(items) if i not in chosen], [x for i, x in enumerate(items) if i in chosen]
+
+
+def _write_images(items: list[Item], folder: Path, links: bool) -> None:
+    seen: dict[str, Path] = {}
+    for item in items:
+        if item.name in seen:
+            raise DataError(f'{item.path} and {seen[item.name]} have the same name: rename one of them')
+        seen[item.name] = item.path
+        target = folder / item.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if links:
+            target.symlink_to(item.path.resolve())
+        else:
+            shutil.copyfile(item.path, target)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+    return value
+
+
+def main() -> None:
+    """Read the command line and convert."""
+    parser = argparse.ArgumentParser(
+        'python -m detection.tools.convert_dataset',
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add('source', type=Path, metavar='SOURCE', help="folder of the data, or YOLO's data.yaml")
+    add('--output', type=Path, required=True, metavar='DIR', help='folder to write; it must not exist')
+    add('--format', choices=READERS, help='format of the data (recognised by its files)')
+    add('--link', action='store_true', help='make symbolic links to the images, instead of copies')
+    add('--val-fraction', type=_fraction, default=0.2, metavar='F', help='validation part if there is no split (0.2)')
+    args = parser.parse_args()
+    with exit_on_user_error():
+        if not args.source.exists():
+            raise DataError(f'{args.source} does not exist: give the folder of the data')
+        if args.output.exists():
+            raise DataError(f'{args.output} exists: write another --output')
+        source = READERS[args.format or detect_format(args.source)](args.source)
+        try:
+            counts = convert(source, args.output, args.link, args.val_fraction)
+            items = [item for items in source.splits.values() for item in items]
+            has_masks = any('segmentation' in x for item in items for x in item.objects)
+            datasets = {split: CocoDataset(args.output, split, with_masks=has_masks) for split in counts}
+        except BaseException:  # half a dataset would be taken for a whole one
+            shutil.rmtree(args.output, ignore_errors=True)
+            raise
+        draw_sheet(datasets['train']).save(args.output / 'samples.png')
+    for split, dataset in datasets.items():
+        objects = len(dataset.ground_truth['annotations'])
+        print(f'{split}: {counts[split]} images, {objects} objects', *dataset.notes, sep='; ')
+    opts = f'MODEL.NUM_CLASSES {len(source.categories)} DATA.TRAIN_SPLIT train DATA.VAL_SPLIT val'
+    opts += '' if has_masks else ' MODEL.MASK.ENABLED False'
+    print(f'Look at {args.output / "samples.png"}, then train: --data-path {args.output} --opts {opts}')
+
+
+if __name__ == '__main__':
+    main()
