@@ -59,6 +59,7 @@ def shared_keys() -> KeyGroup:
     )
     c.TAG = Key('default', 'Name of this run among those of its model', flag='--tag', metavar='NAME', affects='nothing')
     c.SAVE_FREQ = Key(1, 'Epochs between checkpoints', min=1, affects='nothing')
+    c.EVAL_FREQ = Key(1, 'Epochs between evaluations; the last one is evaluated in any case', min=1, affects='nothing')
     c.SAVE_STEPS = Key(
         0, 'Updates between checkpoints within an epoch; 0 saves at ends of epochs only', min=0, affects='nothing'
     )

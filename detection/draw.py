@@ -100,6 +100,14 @@ def draw_sheet(dataset: CocoDataset, count: int = 24, columns: int = 4, side: in
     return sheet
 
 
+def beside(left: Image.Image, right: Image.Image, gap: int = 8) -> Image.Image:
+    """Two pictures of one height next to each other, on white."""
+    both = Image.new('RGB', (left.width + gap + right.width, left.height), 'white')
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + gap, 0))
+    return both
+
+
 def instance_color(rank: int) -> tuple[int, int, int]:
     """A bright colour; instances of neighbouring ranks are far apart, by the golden section of the hue circle."""
     red, green, blue = colorsys.hsv_to_rgb(rank * 0.618034 % 1, 0.75, 1.0)

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -17,9 +19,10 @@ from detection.models.masks import BoxMasks
 from engine.distributed import gather_on_main_process, on_main_process
 from utils import atomic_write, report_write_errors
 
-# pycocotools' names of the IoU types, and its first metrics, in order.
+# pycocotools' names of the IoU types, and its metrics, in order: average precision, average recall.
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}
-_METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+_PRECISION = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+_RECALL = ('AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 
 # Images whose masks wait to be encoded, or are being encoded, while the network goes on.
 _MAX_PENDING = 2
@@ -38,7 +41,9 @@ class CocoEvaluation:
         self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
+        self.class_names = dataset.class_names
         self.metrics: dict[str, float] = {}
+        self.class_precision: dict[str, list[float]] = {}  # on rank 0, by kind
         self._encoder = ThreadPoolExecutor(1)
         self._pending: deque[Future] = deque()
 
@@ -78,8 +83,9 @@ class CocoEvaluation:
         """Evaluate the detections of all processes; each calls it once, at the same point.
 
         Returns:
-            `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, and the same for `mask_` if there are
-            masks, in percent, in every process; NaN where the data have no such objects.
+            `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, `box_AR1`, `box_AR10`, `box_AR100`,
+            `box_ARs`, `box_ARm`, `box_ARl`, and the same for `mask_` if there are masks, in percent, in every process;
+            NaN where the data have no such objects.
         """
         self._wait(0)
         self._encoder.shutdown()
@@ -105,17 +111,35 @@ class CocoEvaluation:
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-                for name, value in zip(_METRICS, evaluation.stats, strict=False):
+                for name, value in zip(_PRECISION + _RECALL, evaluation.stats, strict=True):
                     metrics[f'{kind}_{name}'] = 100 * float(value) if value >= 0 else float('nan')
+                self.class_precision[kind] = _class_precision(evaluation.eval['precision'])
         return metrics
 
     def table(self) -> str:
         """The metrics of `finish` as a Markdown table; without ground truth, the number of detections."""
         if not self.metrics:
             return f'{len(self.results())} detections; without annotations, there is nothing to compare them with'
-        rows = [['COCO, %', *_METRICS], ['---'] * (len(_METRICS) + 1)]
-        rows += [[kind] + [f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in _METRICS] for kind in self.kinds]
-        return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+        tables = []
+        for names, suffix in ((_PRECISION, ''), (_RECALL, ' recall')):
+            rows = [['COCO, %', *names], ['---'] * (len(names) + 1)]
+            for kind in self.kinds:
+                rows.append([kind + suffix, *(f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in names)])
+            tables.append(_markdown(rows))
+        return '\n\n'.join(tables)
+
+    def class_rows(self) -> list[list[str]]:
+        """After `finish` on rank 0: a header, and the AP of each class in percent; empty where it has no objects."""
+        rows = [['class', *(f'{kind} AP' for kind in self.kinds)]]
+        columns = [self.class_precision[kind] for kind in self.kinds]
+        for name, *values in zip(self.class_names, *columns, strict=True):
+            rows.append([name, *('' if math.isnan(value) else f'{value:.2f}' for value in values)])
+        return rows
+
+    def class_table(self) -> str:
+        """`class_rows` as a Markdown table, names last."""
+        head, *rows = ([*values, name] for name, *values in self.class_rows())
+        return _markdown([head, ['---'] * len(head), *rows])
 
     def write(self, path: Path) -> None:
         """After `finish`, write the results as JSON for pycocotools and COCO's server; rank 0 writes.
@@ -129,6 +153,19 @@ class CocoEvaluation:
                 atomic_write(path, lambda file: file.write(json.dumps(self.results()).encode()))
 
         on_main_process(write)
+
+
+def _class_precision(precision: np.ndarray) -> list[float]:
+    """AP of each class in percent, NaN without objects, from pycocotools' (IoUs, recalls, classes, areas, limits)."""
+    means = []
+    for values in np.moveaxis(precision[..., 0, -1], -1, 0):
+        known = values[values > -1]
+        means.append(100 * float(known.mean()) if known.size else math.nan)
+    return means
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 
 def _ground_truth(tree: dict[str, Any], kind: str) -> COCO:

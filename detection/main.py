@@ -7,6 +7,7 @@ docs/detection.md has the commands for other machines.
 """
 
 import argparse
+import csv
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from detection.config import TREE, get_config
+from detection.confusion import BACKGROUND, confusion_matrix, draw_confusion
 from detection.data import build_eval_loader, build_loaders, with_classes_of_data
-from detection.draw import draw_detections
+from detection.draw import beside, draw_detections, draw_ground_truth
 from detection.evaluation import CocoEvaluation
 from detection.lr_scheduler import build_scheduler
 from detection.models import build_detector
@@ -140,7 +142,8 @@ def train(run: Run, model: Detector, start: Start | None) -> None:
 def evaluate(run: Run, model: Detector, start: Start) -> None:
     """Evaluate a checkpoint's weights, already loaded, and its EMA weights if it has any.
 
-    Detections are written to the run's folder: `results.json`, and `results_ema.json`.
+    Written to the run's folder: detections as `results.json`, AP per class as `classes.csv`, the confusion matrix as
+    `confusion.csv` and `confusion.png`; for the EMA weights the same with `_ema`.
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
     warn_of_other_classes(run, start.checkpoint, loader.dataset.class_names)
@@ -151,9 +154,24 @@ def evaluate(run: Run, model: Detector, start: Start) -> None:
         model,
         load_ema(model, start.checkpoint),
     )
-    evaluation.write(run.output_dir / 'results.json')
-    if ema_evaluation is not None:
-        ema_evaluation.write(run.output_dir / 'results_ema.json')
+    for suffix, result in (('', evaluation), ('_ema', ema_evaluation)):
+        if result is not None:
+            result.write(run.output_dir / f'results{suffix}.json')
+            if loader.dataset.is_labelled and run.process.rank == 0:
+                run.logger.info(f'AP of each class, results{suffix}.json:\n{result.class_table()}')
+                write_class_report(result, run.output_dir, suffix, run.config.SHOW_SCORE)
+
+
+def write_class_report(evaluation: CocoEvaluation, folder: Path, suffix: str, min_score: float) -> None:
+    """Write `classes<suffix>.csv`, and `confusion<suffix>.csv` and `.png` of detections above a score."""
+    names = [*evaluation.class_names, BACKGROUND]
+    counts = confusion_matrix(evaluation.ground_truth, evaluation.results(), min_score)
+    rows = [['', *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+    with report_write_errors(folder):
+        for name, table in (('classes', evaluation.class_rows()), ('confusion', rows)):
+            with (folder / f'{name}{suffix}.csv').open('w', newline='') as file:
+                csv.writer(file).writerows(table)
+        draw_confusion(counts, evaluation.class_names).savefig(folder / f'confusion{suffix}.png', dpi=100)
 
 
 def to_device(
@@ -195,7 +213,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
         model: the detector.
         loader: this process's shard; rank 0 has the largest.
         poll: called after each batch, equally often in every process.
-        show: how many images to draw, into the run's folder.
+        show: how many images to draw, ground truth on the left, into the run's folder.
 
     Returns:
         The finished evaluation.
@@ -212,6 +230,8 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
         loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')
         if process.rank + loop.step * process.world_size < show:  # one image per batch: its index in the dataset
             picture = draw_detections(images[0], detections[0], class_names, run.config.SHOW_SCORE)
+            if loader.dataset.is_labelled:
+                picture = beside(draw_ground_truth(images[0], targets[0], class_names), picture)
             save_picture(picture, run.output_dir / 'show', targets[0]['image_id'])
     evaluation.finish()
     run.logger.info(f'{len(loader.dataset)} images:\n{evaluation.table()}')

@@ -79,7 +79,7 @@ class Trainer:
         self.compiles, self.best_score = compiles, -math.inf
 
     def fit(self) -> None:
-        """Train, evaluating and saving after each epoch.
+        """Train; evaluate every `EVAL_FREQ` epochs, and save.
 
         Raises:
             Stopped: on a signal, with everything saved.
@@ -132,19 +132,13 @@ class Trainer:
             raise
 
     def _epoch(self) -> None:
-        """Train, evaluate and save one epoch, or the rest of it."""
+        """Train, perhaps evaluate, and save one epoch, or the rest of it."""
         run, state, config = self.run, self.state, self.run.config
         epoch = state.epoch
         train_metrics = self.train_one_epoch()
-        metrics, ema_metrics = evaluate_with_ema(
-            run, lambda model: self.evaluate_fn(model, self.poll), state.model, state.ema and state.ema.module
-        )
-        score = (ema_metrics or metrics)[self.metric]
-        metrics |= {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}
-        state.scores = {'raw': metrics[self.metric]} | ({'ema': score} if ema_metrics else {})
-        is_best = score > self.best_score
-        self.best_score, state.max_accuracy = max(self.best_score, score), max(state.max_accuracy, score)
-        run.logger.info(f'Max {self.metric_name}: {state.max_accuracy:.2f}%')
+        metrics, is_best, state.scores = {}, False, {}
+        if (epoch + 1) % config.EVAL_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
+            metrics, is_best = self._evaluate()
         run.lock.check()
         self.metrics.write(
             'epoch', state.updates, epoch=epoch, **train_metrics, **metrics, max_accuracy=state.max_accuracy
@@ -153,6 +147,19 @@ class Trainer:
         is_due = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
         if is_best or is_due:
             self.save(epoch, is_best=is_best, is_due=is_due)
+
+    def _evaluate(self) -> tuple[dict[str, float], bool]:
+        """Metrics of the weights, and those of the EMA weights as `ema_...`; and whether they are the best so far."""
+        run, state = self.run, self.state
+        metrics, ema_metrics = evaluate_with_ema(
+            run, lambda model: self.evaluate_fn(model, self.poll), state.model, state.ema and state.ema.module
+        )
+        score = (ema_metrics or metrics)[self.metric]
+        state.scores = {'raw': metrics[self.metric]} | ({'ema': score} if ema_metrics else {})
+        is_best = score > self.best_score
+        self.best_score, state.max_accuracy = max(self.best_score, score), max(state.max_accuracy, score)
+        run.logger.info(f'Max {self.metric_name}: {state.max_accuracy:.2f}%')
+        return metrics | {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}, is_best
 
     def train_one_epoch(self) -> dict[str, float]:
         """Make the epoch's updates; losses and norms are read from the device only where they are logged.

@@ -20,7 +20,7 @@ from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree, wr
 from tests.helpers.detectors import box_masks, no_detections, perfect_detections
 from utils import OutputError
 
-NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 
 
 @pytest.fixture
@@ -64,7 +64,12 @@ def test_perfect_detections_have_an_ap_of_100(coco):
         assert math.isnan(metrics[f'{kind}_APl'])  # no object is large
     lines = evaluation.table().splitlines()
     assert lines[0] == '| COCO, % | AP | AP50 | AP75 | APs | APm | APl |'
-    assert lines[2:] == [f'| {kind} | 100.00 | 100.00 | 100.00 | 100.00 | nan | nan |' for kind in ('box', 'mask')]
+    assert lines[2:4] == [f'| {kind} | 100.00 | 100.00 | 100.00 | 100.00 | nan | nan |' for kind in ('box', 'mask')]
+    assert lines[5] == '| COCO, % | AR1 | AR10 | AR100 | ARs | ARm | ARl |'
+    assert [line.split(' | ')[0] for line in lines[7:]] == ['| box recall', '| mask recall']
+    assert all(line.split(' | ')[3:] == ['100.00', '100.00', 'nan', 'nan |'] for line in lines[7:])
+    assert evaluation.class_rows()[0] == ['class', 'box AP', 'mask AP']
+    assert evaluation.class_rows()[1:] == [['box', '100.00', '100.00'], ['wedge', '100.00', '100.00'], ['rare', '', '']]
 
 
 def pycocotools_metrics(root, results, iou_type):
@@ -83,7 +88,7 @@ def pycocotools_metrics(root, results, iou_type):
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return evaluation.stats[:6]
+    return evaluation
 
 
 def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path):
@@ -95,12 +100,19 @@ def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path)
     results = json.loads((tmp_path / 'results.json').read_text())
     assert {result['category_id'] for result in results} <= {3, 7, 90}
     for kind, iou_type in (('box', 'bbox'), ('mask', 'segm')):
-        expected = pycocotools_metrics(coco, results, iou_type)
+        reference = pycocotools_metrics(coco, results, iou_type)
+        expected = reference.stats
         assert 0.05 < expected[0] < 0.95
         ours = [metrics[f'{kind}_{name}'] for name in NAMES]
         np.testing.assert_allclose(ours, [100 * value if value >= 0 else np.nan for value in expected], rtol=0)
-        row = f'| {kind} | ' + ' | '.join(f'{value:.2f}' for value in ours) + ' |'
-        assert row in evaluation.table().splitlines()
+        for label, values in ((kind, ours[:6]), (f'{kind} recall', ours[6:])):
+            row = f'| {label} | ' + ' | '.join(f'{value:.2f}' for value in values) + ' |'
+            assert row in evaluation.table().splitlines()
+        for number, (name, *cells) in enumerate(evaluation.class_rows()[1:]):
+            precision = reference.eval['precision'][:, :, number, 0, 2]
+            known = precision[precision > -1]
+            cell = cells[('box', 'mask').index(kind)]
+            assert cell == (f'{100 * known.mean():.2f}' if known.size else ''), name
 
 
 def test_ap_is_0_without_detections_and_nan_without_objects(coco):

@@ -1,5 +1,6 @@
 """The program of detection: outputs, resuming, evaluation, where weights come from, mistakes."""
 
+import csv
 import json
 import re
 
@@ -131,7 +132,20 @@ def test_evaluation_logs_metrics_writes_results_and_draws(finished, tiny, coco, 
     assert (folder / 'results_ema.json').read_bytes() != (folder / 'results.json').read_bytes()
     assert {path.name for path in (folder / 'show').iterdir()} == {'5.png', '15.png', '25.png'}
     with Image.open(folder / 'show' / '5.png') as picture:
-        assert picture.width * images[5]['height'] == picture.height * images[5]['width']
+        side = (picture.width - 8) // 2  # ground truth, a gap, detections
+        assert side * images[5]['height'] == picture.height * images[5]['width']
+    for suffix in ('', '_ema'):
+        with (folder / f'classes{suffix}.csv').open() as file:
+            head, *rows = csv.reader(file)
+        assert head == ['class', 'box AP', 'mask AP']
+        assert [row[0] for row in rows] == [category['name'] for category in CATEGORIES]
+        with (folder / f'confusion{suffix}.csv').open() as file:
+            rows = list(csv.reader(file))
+        assert [len(row) for row in rows] == [5] * 5
+        assert Image.open(folder / f'confusion{suffix}.png').width > 0
+    objects = sum(1 for x in read_tree(coco, 'val')['annotations'])
+    assert sum(int(x) for row in rows[1:-1] for x in row[1:]) == objects
+    assert 'AP of each class, results.json:\n| box AP | mask AP | class |' in log_of(config)
 
     # The metrics are those of the last epoch.
     rows = re.findall(r'\| box \| ([\d.]+) \| ([\d.]+)', log_of(config))

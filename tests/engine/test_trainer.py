@@ -199,3 +199,16 @@ def test_save_freq_keeps_every_nth_and_the_last(tiny_config, image_tree):
     assert sorted(path.name for path in folder_of(config).glob('ckpt_epoch_*')) == [
         f'ckpt_epoch_{epoch}.pth' for epoch in (1, 3, 4)
     ]
+
+
+def test_epochs_between_evaluations(tiny_config, image_tree):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__EPOCHS='5', EVAL_FREQ='2', SAVE_KEEP='0')
+    program.main(config)
+    assert ['acc1' in record for record in records(config, 'epoch')] == [False, True, False, True, True]
+    scores = [load_checkpoint(folder_of(config) / f'ckpt_epoch_{epoch}.pth')['scores'] for epoch in range(5)]
+    assert [bool(score) for score in scores] == [False, True, False, True, True]
+    best = load_checkpoint(folder_of(config) / 'ckpt_best.pth')
+    assert best['progress']['epoch'] in (2, 4, 5)
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__EPOCHS='6', EVAL_FREQ='4', SAVE_KEEP='0'))
+    assert len(records(config, 'epoch')) == 6
+    assert 'acc1' in records(config, 'epoch')[-1]

@@ -1,5 +1,6 @@
 """Accuracy of variants over seeds: mean, standard deviation, paired differences with intervals."""
 
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
@@ -84,8 +85,8 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
 
 def accuracy_curve(run: dict[str, Any]) -> list[float]:
-    """Top-1 of a run after each epoch, in percent; of the EMA weights where it has any."""
-    return [epoch.get('ema_acc1', epoch['acc1']) for epoch in run['epochs']]
+    """Top-1 of a run after each epoch, in percent; of the EMA weights where it has any, NaN without evaluation."""
+    return [epoch.get('ema_acc1', epoch.get('acc1', math.nan)) for epoch in run['epochs']]
 
 
 def compare_pairs(results: dict[str, Any]) -> list[tuple[str, str, Difference]]:

@@ -1,0 +1,98 @@
+"""Which classes a detector takes for which: a confusion matrix of boxes, and of what is missed or made up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torchvision.ops import box_convert, box_iou
+
+BACKGROUND = 'background'
+
+
+def confusion_matrix(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], min_score: float = 0.5, min_iou: float = 0.5
+) -> np.ndarray:
+    """Count how ground truth of each class is detected.
+
+    In an image, pairs of an object and a detection are matched one to one, whatever their classes, from the highest IoU
+    down. Crowd regions are left out.
+
+    Args:
+        ground_truth: in COCO's annotation format.
+        results: in COCO's result format.
+        min_score: minimum score of a detection.
+        min_iou: minimum IoU of a matched pair.
+
+    Returns:
+        (K + 1, K + 1): rows are the objects' classes, in the order of the categories, columns the detections'. The last
+        column counts objects that are missed, the last row detections without an object.
+    """
+    labels = {category['id']: i for i, category in enumerate(ground_truth['categories'])}
+    counts = np.zeros((len(labels) + 1, len(labels) + 1), dtype=np.int64)
+    objects = _by_image(x for x in ground_truth['annotations'] if not x['iscrowd'])
+    detections = _by_image(x for x in results if x['score'] >= min_score)
+    for image_id in objects.keys() | detections.keys():
+        ours, theirs = objects.get(image_id, []), detections.get(image_id, [])
+        rows, columns = ([labels[x['category_id']] for x in entries] for entries in (ours, theirs))
+        for i, j in match_boxes(_boxes(ours), _boxes(theirs), min_iou):
+            counts[rows[i], columns[j]] += 1
+            rows[i] = columns[j] = -1
+        for row in rows:
+            if row >= 0:
+                counts[row, -1] += 1
+        for column in columns:
+            if column >= 0:
+                counts[-1, column] += 1
+    return counts
+
+
+def match_boxes(a: torch.Tensor, b: torch.Tensor, min_iou: float) -> list[tuple[int, int]]:
+    """Pairs of boxes (n, 4) and (m, 4), each box in one at most, from the highest IoU down."""
+    iou = box_iou(a, b)
+    pairs = []
+    for flat in iou.flatten().argsort(descending=True, stable=True).tolist():
+        i, j = divmod(flat, len(b))
+        if iou[i, j] < min_iou:
+            break
+        pairs.append((i, j))
+    chosen, used_a, used_b = [], set(), set()
+    for i, j in pairs:
+        if i not in used_a and j not in used_b:
+            chosen.append((i, j))
+            used_a.add(i)
+            used_b.add(j)
+    return chosen
+
+
+def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw a confusion matrix: colours are fractions of a row, numbers are counts where there is room for them."""
+    names = [*class_names, BACKGROUND]
+    size = min(max(0.32 * len(names) + 2, 4), 24)
+    figure = Figure(figsize=(size + 1, size), layout='constrained')
+    axes = figure.subplots()
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    axes.imshow(fractions, cmap='Blues', vmin=0, vmax=1)
+    axes.set(xlabel='detected as', ylabel='object')
+    font = max(min(9, 500 / len(names)), 3)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=font, parse_math=False)
+    if len(names) <= 40:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                color = 'white' if fractions[i, j] > 0.5 else 'black'
+                axes.text(j, i, str(count), ha='center', va='center', color=color, fontsize=font)
+    return figure
+
+
+def _by_image(entries: Any) -> dict[Any, list[dict[str, Any]]]:
+    grouped: dict[Any, list[dict[str, Any]]] = {}
+    for entry in entries:
+        grouped.setdefault(entry['image_id'], []).append(entry)
+    return grouped
+
+
+def _boxes(entries: list[dict[str, Any]]) -> torch.Tensor:
+    boxes = torch.tensor([entry['bbox'] for entry in entries], dtype=torch.float32).view(-1, 4)
+    return box_convert(boxes, 'xywh', 'xyxy')

@@ -1,0 +1,55 @@
+"""The confusion matrix, against counting by hand and by brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from detection.confusion import confusion_matrix, draw_confusion, match_boxes
+
+CATEGORIES = [{'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}]
+
+
+def entry(image, category, x, score=None, crowd=0):
+    found = {'image_id': image, 'category_id': category, 'bbox': [x, 0, 10, 10]}
+    return found | ({'iscrowd': crowd} if score is None else {'score': score})
+
+
+def test_objects_are_right_wrong_missed_or_made_up():
+    annotations = [entry(1, 3, 0), entry(1, 7, 100), entry(2, 7, 0), entry(3, 3, 0, crowd=1)]
+    results = [
+        entry(1, 3, 1, 0.9),  # right
+        entry(1, 3, 101, 0.8),  # a dog taken for a cat
+        entry(1, 7, 102, 0.4),  # the score is too low
+        entry(2, 7, 40, 0.9),  # apart: one missed, one made up
+        entry(3, 3, 0, 0.9),  # crowds are left out
+    ]
+    counts = confusion_matrix({'categories': CATEGORIES, 'annotations': annotations}, results)
+    assert counts.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0]]
+    assert confusion_matrix({'categories': CATEGORIES, 'annotations': annotations}, []).tolist() == [
+        [0, 0, 1], [0, 0, 2], [0, 0, 0]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_boxes_are_matched_once_from_the_highest_iou_down(seed):
+    rng = np.random.default_rng(seed)
+    a, b = (torch.tensor(rng.uniform(0, 20, (n, 2)), dtype=torch.float32) for n in rng.integers(0, 6, 2))
+    a, b = (torch.cat((x, x + 10), dim=1) for x in (a, b))
+    iou, left_a, left_b, expected = box_iou(a, b), set(range(len(a))), set(range(len(b))), []
+    while left_a and left_b:
+        i, j = max(itertools.product(sorted(left_a), sorted(left_b)), key=lambda pair: iou[pair].item())
+        if iou[i, j] < 0.5:
+            break
+        expected.append((i, j))
+        left_a.remove(i)
+        left_b.remove(j)
+    assert match_boxes(a, b, 0.5) == expected
+
+
+def test_drawing_has_a_row_and_a_column_per_class_and_for_the_background():
+    axes = draw_confusion(np.array([[5, 0, 1], [2, 3, 0], [0, 4, 0]]), ['cat', 'dog_$1']).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog_$1', 'background']
+    assert [text.get_text() for text in axes.texts] == ['5', '1', '2', '3', '4']
