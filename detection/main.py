@@ -234,7 +234,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
                 picture = beside(draw_ground_truth(images[0], targets[0], class_names), picture)
             save_picture(picture, run.output_dir / 'show', targets[0]['image_id'])
     evaluation.finish()
-    run.logger.info(f'{len(loader.dataset)} images:\n{evaluation.table()}')
+    run.logger.info(f'{len(loader.dataset)} images, by {evaluation.evaluator.name}:\n{evaluation.table()}')
     return evaluation
 
 

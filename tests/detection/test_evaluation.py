@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 
 import numpy as np
@@ -14,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from data.samplers import ShardSampler
 from detection.data import CocoDataset
-from detection.evaluation import CocoEvaluation
+from detection.evaluation import CocoEvaluation, choose_evaluator
 from detection.models.masks import BoxMasks
 from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree, write_coco, write_tree
 from tests.helpers.detectors import box_masks, no_detections, perfect_detections
@@ -91,7 +92,11 @@ def pycocotools_metrics(root, results, iou_type):
     return evaluation
 
 
-def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path):
+@pytest.mark.parametrize('name', ['hotcoco', 'pycocotools'])
+def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path, monkeypatch, name):
+    if name == 'pycocotools':
+        monkeypatch.setitem(sys.modules, 'hotcoco', None)
+    assert choose_evaluator().name == name
     annotations = [*read_tree(coco, 'val')['annotations'], crowd(64, 48, rows=10) | {'image_id': 5}]
     update_tree(coco, annotations=annotations)
     dataset = CocoDataset(coco, 'val')
