@@ -162,8 +162,8 @@ def test_configuration_is_generated_from_the_trees():
         ('README.md', 'python -m tools.complexity configs/msg_*_224.yaml', 'configs/msg_*_224.yaml'),
         (
             'docs/detection.md',
-            'python -m tools.complexity detection/configs/*mask_rcnn_msg*.yaml',
-            'detection/configs/*mask_rcnn_msg*.yaml',
+            'python -m tools.complexity detection/configs/*rcnn*.yaml',
+            'detection/configs/*rcnn*.yaml',
         ),
     ],
 )
