@@ -25,7 +25,9 @@ _C.MODEL.NAME = replace(_C.MODEL.NAME, default='cascade_mask_rcnn_msg_tiny_3x')
 _C.MODEL.NUM_CLASSES = replace(
     _C.MODEL.NUM_CLASSES,
     default=80,
-    help='Number of classes, without the background; 0 takes that of the annotation file',
+    optional=int,
+    help='Number of classes, without the background; None takes that of the annotation file',
+    min=1,
 )
 _C.MODEL.DROP_PATH_RATE = replace(_C.MODEL.DROP_PATH_RATE, default=0.2)
 _C.DATA.BATCH_SIZE = replace(_C.DATA.BATCH_SIZE, default=2)
@@ -77,6 +79,12 @@ _C.INPUT.CROP_RESIZE = Key([400, 500, 600], 'Short side before a crop, in pixels
 _C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1)
 _C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1)
 _C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1)
+
+_C.TEST = KeyGroup()
+_C.TEST.SHORTS = Key(
+    [], 'Short sides at which an image is seen in evaluation, in pixels; [] is INPUT.TEST_SHORT alone', min=1
+)
+_C.TEST.FLIP = Key(False, 'See mirrored images too in evaluation, and merge their detections')
 
 _C.MODEL.TYPE = Key(
     'cascade_rcnn',

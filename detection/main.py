@@ -29,6 +29,7 @@ from detection.models import build_detector
 from detection.models.backbone import Backbone, freeze_batch_norms
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
+from detection.tta import build_detect_fn
 from engine.checkpoint import fit_weights, load_weights
 from engine.config_tree import ConfigError
 from engine.evaluation import EvaluationLoop, Poll, evaluate_with_ema, load_ema, no_poll
@@ -221,10 +222,10 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
     device, process = run.process.device, run.process
     model.eval()
     evaluation, class_names = CocoEvaluation(loader.dataset), loader.dataset.class_names
-    loop = EvaluationLoop(run, loader, poll)
+    loop, detect = EvaluationLoop(run, loader, poll), build_detect_fn(run.config, model)
     for images, targets in loop:
         with run.precision.autocast():
-            detections = model.detect([image.to(device, non_blocking=True) for image in images])
+            detections = detect([image.to(device, non_blocking=True) for image in images])
         evaluation.update(targets, detections)
         counts = [len(x['boxes']) for x in detections]
         loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')

@@ -79,12 +79,12 @@ def split_files(config: CfgNode, split: str) -> SplitFiles:
 
 
 def with_classes_of_data(config: CfgNode) -> CfgNode:
-    """The config with the number of classes of its annotation file, where `MODEL.NUM_CLASSES` is 0.
+    """The config with the number of classes of its annotation file, where `MODEL.NUM_CLASSES` is None.
 
     Raises:
         DataError: the file cannot be read.
     """
-    if config.MODEL.NUM_CLASSES:
+    if config.MODEL.NUM_CLASSES is not None:
         return config
     files = split_files(config, 'VAL' if config.EVAL_MODE else 'TRAIN')
     config = config.clone()

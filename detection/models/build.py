@@ -60,9 +60,15 @@ class Detector(GeneralizedRCNN):
             for detections in self.detect(images)
         ]
 
-    def detect(self, images: list[Tensor]) -> list[dict[str, Tensor | BoxMasks]]:
-        """Detections of each image (3, H, W), in evaluation, with their `masks` as `BoxMasks`."""
-        return super().forward(images)
+    def detect(self, images: list[Tensor], short: int | None = None) -> list[dict[str, Tensor | BoxMasks]]:
+        """Detections of each image, in evaluation, with their `masks` as `BoxMasks`.
+
+        Args:
+            images: (3, H, W), in [0, 1].
+            short: short side to resize them to, in pixels; None for that of the config.
+        """
+        with self.transform.resizing_to(short):
+            return super().forward(images)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay."""

@@ -1,5 +1,8 @@
 """Images before the network, and detections after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
@@ -17,6 +20,17 @@ class DetectorTransform(GeneralizedRCNNTransform):
     Args:
         min_size, max_size, image_mean, image_std, size_divisible: see `GeneralizedRCNNTransform`.
     """
+
+    @contextmanager
+    def resizing_to(self, short: int | None) -> Iterator[None]:
+        """Context in which images get another short side in evaluation; None changes nothing."""
+        min_size = self.min_size
+        if short is not None:
+            self.min_size = (short,)
+        try:
+            yield
+        finally:
+            self.min_size = min_size
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Resize an image (3, H, W) in evaluation."""

@@ -32,7 +32,7 @@ def main() -> None:
     with exit_on_user_error():
         options = ['DATA.DATA_PATH', args.data_path]
         if '--cfg' not in sys.argv and 'MODEL.NUM_CLASSES' not in args.opts:
-            options += ['MODEL.NUM_CLASSES', '0']
+            options += ['MODEL.NUM_CLASSES', 'None']
         config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]))
         dataset = open_split(config, args.split.upper(), TrainTransform(config) if args.augmented else None)
     try:

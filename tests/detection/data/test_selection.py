@@ -85,14 +85,14 @@ def test_images_without_objects_are_trained_on_if_asked(coco):
 
 
 def test_the_number_of_classes_is_that_of_the_data(coco, tmp_path):
-    config = with_classes_of_data(load(coco, 'MODEL.NUM_CLASSES', '0'))
+    config = with_classes_of_data(load(coco, 'MODEL.NUM_CLASSES', 'None'))
     assert config.MODEL.NUM_CLASSES == 3
     assert config.is_frozen()
-    chosen = load(coco, 'MODEL.NUM_CLASSES', '0', 'DATA.CLASSES', "['wedge','box']")
+    chosen = load(coco, 'MODEL.NUM_CLASSES', 'None', 'DATA.CLASSES', "['wedge','box']")
     assert with_classes_of_data(chosen).MODEL.NUM_CLASSES == 2
     unchanged = load(coco)
     assert with_classes_of_data(unchanged) is unchanged
-    run = load(coco, 'MODEL.NUM_CLASSES', '0', 'TRAIN.EPOCHS', '1', 'OUTPUT', str(tmp_path / 'out'))
+    run = load(coco, 'MODEL.NUM_CLASSES', 'None', 'TRAIN.EPOCHS', '1', 'OUTPUT', str(tmp_path / 'out'))
     with one_thread():
         program.main(run)
     assert 'NUM_CLASSES: 3' in (folder_of(run) / 'config.yaml').read_text()

@@ -1,0 +1,57 @@
+"""Test-time augmentation: an image is seen at several sizes, and mirrored; detections are merged by NMS."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+from yacs.config import CfgNode
+
+from detection.models.build import Detector
+from detection.models.masks import BoxMasks
+
+Detections = dict[str, Tensor | BoxMasks]
+
+
+def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]], list[Detections]]:
+    """A function from images (3, H, W) in [0, 1] to their detections, with the augmentation of `TEST`, if any.
+
+    Args:
+        config: the config tree; `TEST`, `INPUT.TEST_SHORT` and `MODEL.BOX` are read.
+        model: in evaluation mode.
+    """
+    shorts = config.TEST.SHORTS or [config.INPUT.TEST_SHORT]
+    if len(shorts) == 1 and not config.TEST.FLIP:
+        return lambda images: model.detect(images, shorts[0])
+
+    def detect(images: list[Tensor]) -> list[Detections]:
+        views = []
+        for short in shorts:
+            views.append(model.detect(images, short))
+            if config.TEST.FLIP:
+                mirrored = model.detect([image.flip(2) for image in images], short)
+                views.append([mirror(x, image.shape[2]) for x, image in zip(mirrored, images, strict=True)])
+        box = config.MODEL.BOX
+        return [merge(detections, box.NMS_IOU, box.DETECTIONS) for detections in zip(*views, strict=True)]
+
+    return detect
+
+
+def mirror(detections: Detections, width: int) -> Detections:
+    """Detections of a mirrored image, in the image itself, of this width in pixels."""
+    x1, y1, x2, y2 = detections['boxes'].unbind(dim=1)
+    mirrored = detections | {'boxes': torch.stack((width - x2, y1, width - x1, y2), dim=1)}
+    if 'masks' in detections:
+        masks = detections['masks']
+        mirrored['masks'] = BoxMasks(masks.probabilities.flip(3), mirrored['boxes'], masks.size)
+    return mirrored
+
+
+def merge(views: tuple[Detections, ...], nms_iou: float, limit: int) -> Detections:
+    """The best detections of all views of an image: NMS within each class, then those with the highest scores."""
+    merged: Detections = {key: torch.cat([view[key] for view in views]) for key in ('boxes', 'labels', 'scores')}
+    if 'masks' in views[0]:
+        masks = [view['masks'] for view in views]
+        merged['masks'] = BoxMasks(torch.cat([x.probabilities for x in masks]), merged['boxes'], masks[0].size)
+    kept = batched_nms(merged['boxes'], merged['scores'], merged['labels'], nms_iou)[:limit]
+    return {key: x[kept] for key, x in merged.items()}
