@@ -1,56 +1,39 @@
-"""Find objects in images with a trained detector, print them and draw them.
+"""Find objects in images and videos with a trained detector: print them, draw them, write them as CSV or JSON.
 
-    python -m detection.tools.predict --resume <checkpoint> --output DIR <images>
+    python -m detection.tools.predict --resume <checkpoint> --output DIR <images or videos>
 
-IMAGES are files, folders, quoted patterns, or - for a list of them on standard input; drawn images have their names,
-and their paths within the folders.
+IMAGES are files, folders, quoted patterns, or - for a list of them on standard input; videos are files. What is drawn
+has their names, and their paths within the folders.
 """
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+import cv2
+import numpy as np
+from tqdm import tqdm
 
-from data.images import DataError, choose_images, decode_image, find_images, report_other_files
-from data.inference import InferenceLoader, print_above_bar
+from data.images import DataError, choose_images, find_images, report_other_files
+from data.inference import InferenceLoader, exit_if_unreadable, print_above_bar
 from detection.config import TREE
 from detection.draw import draw_detections
+from detection.inference import VIDEO_SUFFIXES, Frame, FrameDetector, Video, decode, frames_of_images
 from detection.models import build_detector
-from detection.models.masks import BoxMasks
+from detection.prediction_formats import CocoJson, csv_header, csv_rows, found_objects, text_line
+from detection.tta import Detections
 from engine.inference import Predictor, load_predictor, prediction_parser
-from utils import exit_on_user_error
+from utils import UserError, atomic_write, exit_on_user_error, positive_int, report_write_errors
 
 EPILOG = """
-example:
+examples:
   python -m detection.tools.predict --resume ckpt_best.pth --output drawn photos
+  python -m detection.tools.predict --resume ckpt_best.pth --output drawn film.mp4 --batch-size 4
+  python -m detection.tools.predict --resume ckpt_best.pth --json found.json 'photos/**/*.jpg' --opts TEST.FLIP True
 
 exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images that cannot be read
 """
-
-
-def decode(data: bytes, name: str) -> Tensor:
-    """Pixels (3, H, W) of an encoded image, uint8."""
-    return pil_to_tensor(decode_image(data, name))
-
-
-@torch.inference_mode()
-def detect(
-    predictor: Predictor, images: InferenceLoader
-) -> Iterator[tuple[Path, Tensor, dict[str, Tensor | BoxMasks]]]:
-    """Each image's file, pixels (3, H, W) in [0, 1], and detections, highest scores first.
-
-    Args:
-        predictor: the detector.
-        images: loads one image at a time, with `decode`.
-    """
-    for batch in images:
-        if batch.images is not None:
-            image = batch.images[0].to(predictor.device).float() / 255
-            [detections] = predictor.model.detect([image])
-            yield images.paths[batch.indices[0]], image, detections
 
 
 def output_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
@@ -74,33 +57,155 @@ def output_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
     return drawings
 
 
+class VideoWriter:
+    """Writes frames to a video file of the first one's size.
+
+    Args:
+        path: the file, .mp4.
+        fps: frames per second.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        self.path, self.fps, self.writer = path, fps, None
+
+    def write(self, pixels: np.ndarray) -> None:
+        """Write a frame (H, W, 3), RGB."""
+        if self.writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = pixels.shape[1::-1]
+            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*'mp4v'), self.fps, size)
+            if not self.writer.isOpened():
+                raise UserError(f'{self.path} cannot be written: write to another folder')
+        self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self.writer is not None:
+            self.writer.release()
+
+
+class Results:
+    """What becomes of detections: lines on standard output, drawings, CSV and JSON.
+
+    Args:
+        class_names: of the network.
+        min_score: minimum score of what is printed, drawn and written.
+        csv: file of CSV; None for none.
+        json: file of JSON; None for none.
+    """
+
+    def __init__(self, class_names: list[str], min_score: float, csv: Path | None, json: Path | None):
+        self.class_names, self.min_score, self.csv, self.json = class_names, min_score, csv, json
+        self.coco, self.rows = CocoJson(class_names), [csv_header()]
+
+    def add(self, frame: Frame, detections: Detections) -> None:
+        """Print, and keep for the files."""
+        objects = found_objects(detections, self.class_names, self.min_score)
+        for found in objects:
+            print_above_bar(text_line(frame, found))
+        self.rows += csv_rows(frame, objects)
+        if self.json:
+            self.coco.add(frame, detections, self.min_score)
+
+    def write(self) -> None:
+        """Write the files.
+
+        Raises:
+            OutputError: one cannot be written.
+        """
+        for path, text in ((self.csv, ''.join(self.rows)), (self.json, self.coco.text())):
+            if path:
+                with report_write_errors(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    atomic_write(path, lambda file, text=text: file.write(text.encode(errors='surrogateescape')))
+
+
+def predict_images(
+    detections: Iterator[tuple[Frame, Detections]], results: Results, drawings: dict[Path, Path] | None
+) -> None:
+    """Report and draw images.
+
+    Raises:
+        UserError: a drawing cannot be written.
+    """
+    for frame, found in detections:
+        results.add(frame, found)
+        if drawings is None:
+            continue
+        drawing = drawings[frame.path]
+        try:
+            drawing.parent.mkdir(parents=True, exist_ok=True)
+            draw_detections(frame.pixels / 255, found, results.class_names, results.min_score).save(drawing)
+        except (OSError, ValueError) as error:
+            raise UserError(f'{drawing}: {error}') from error
+
+
+def predict_video(
+    video: Video, detector: FrameDetector, results: Results, output: Path | None, limit: int | None
+) -> None:
+    """Report and draw the frames of a video, or the first of them.
+
+    Raises:
+        UserError: the drawn video cannot be written.
+    """
+    with ExitStack() as stack:
+        writer = VideoWriter(output / f'{video.path.stem}.mp4', video.fps) if output else None
+        if writer:
+            stack.callback(writer.close)
+        frames = (frame for _, frame in zip(range(limit or sys.maxsize), video, strict=False))
+        for frame, found in tqdm(detector(frames), unit=' frames', leave=False, disable=None):
+            results.add(frame, found)
+            if writer:
+                picture = draw_detections(frame.pixels / 255, found, results.class_names, results.min_score)
+                writer.write(np.asarray(picture))
+
+
 def main() -> None:
-    """Read the command line, print one line per object and draw the images."""
+    """Read the command line, print one line per object and write what is asked for."""
     parser = prediction_parser(__doc__.splitlines()[0], EPILOG)
     add = parser.add_argument
-    add('--output', type=Path, required=True, metavar='DIR', help='folder to draw the images into')
+    add('--output', type=Path, metavar='DIR', help='folder to draw the images and videos into')
+    add('--csv', type=Path, metavar='FILE', help='CSV to write, a row per object')
+    add('--json', type=Path, metavar='FILE', help="JSON to write, in COCO's format, with scores and masks")
     add('--score', type=float, metavar='S', help='minimum score of what is printed and drawn (SHOW_SCORE)')
+    add('--batch-size', type=positive_int, default=1, metavar='N', help='images or frames at a time (1)')
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
         predictor = load_predictor(args, TREE, build_detector, first_label=1)
-        min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
-        drawings = output_paths(args.images, args.output)
-        report_other_files(args.images)
-        paths = choose_images(sorted(drawings), args.limit)
+        unreadable, count = run(args, predictor)
+    if args.output:
+        print(args.output)
+    exit_if_unreadable(unreadable, count)
+
+
+def run(args: object, predictor: Predictor) -> tuple[int, int]:
+    """Predict as the command line says.
+
+    Returns:
+        The number of images that cannot be read, and of all.
+
+    Raises:
+        UserError: something cannot be read or written.
+    """
+    min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
+    videos = [path for path in args.images if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+    sources = [path for path in args.images if path not in videos]
+    if args.output and len({path.stem for path in videos}) < len(videos):
+        raise DataError('several videos have the same name: give fewer of them')
+    detector = FrameDetector(predictor, args.batch_size)
+    results = Results(predictor.class_names, min_score, args.csv, args.json)
+    unreadable = count = 0
+    if sources:
+        drawings = output_paths(sources, args.output) if args.output else None
+        report_other_files(sources)
+        paths = choose_images(sorted(drawings or find_images(sources)), args.limit)
         images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
-        for path, image, detections in detect(predictor, images):
-            columns = (detections[key].tolist() for key in ('boxes', 'labels', 'scores'))
-            for box, label, score in zip(*columns, strict=True):
-                if score >= min_score:
-                    corners = ' '.join(f'{x:.1f}' for x in box)
-                    print_above_bar(f'{path}\t{predictor.class_names[label - 1]}\t{score:.3f}\t{corners}')
-            try:
-                drawings[path].parent.mkdir(parents=True, exist_ok=True)
-                draw_detections(image, detections, predictor.class_names, min_score).save(drawings[path])
-            except (OSError, ValueError) as error:
-                sys.exit(f'error: {drawings[path]}: {error}')
-    print(args.output)
-    images.exit_if_unreadable()
+        predict_images(detector(frames_of_images(images)), results, drawings)
+        unreadable, count = images.unreadable, len(paths)
+    for path in videos:
+        predict_video(Video(path), detector, results, args.output, args.limit)
+    results.write()
+    return unreadable, count
 
 
 if __name__ == '__main__':

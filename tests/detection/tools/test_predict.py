@@ -1,7 +1,11 @@
+import csv
+
 import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
+from pycocotools.coco import COCO
 
 from data import DataError
 from data.inference import SOME_UNREADABLE
@@ -12,7 +16,7 @@ from detection.tools.predict import main, output_paths
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.images import damage
 from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
-from tests.helpers.processes import error_line, start
+from tests.helpers.processes import error_line, run_here, start
 
 PROGRAM = ['-m', 'detection.tools.predict']
 CONFIG = DETECTION_CONFIGS / 'digits.yaml'
@@ -97,3 +101,78 @@ def test_a_damaged_image_is_reported_and_the_others_are_drawn(images, tmp_path, 
     assert f'error: image {images}/val/000002.jpg cannot be read' in captured.err
     drawn = {str(path.relative_to(tmp_path / 'drawn')) for path in (tmp_path / 'drawn').rglob('*.jpg')}
     assert drawn == {f'{split}/00000{i}.jpg' for split in ('train', 'val') for i in (1, 2, 3)} - {'val/000002.jpg'}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of a tiny detector that finds things everywhere, with its config."""
+    torch.manual_seed(0)
+    config = tiny_detector('MODEL.BOX.SCORE', '0.0', 'MODEL.BOX.DETECTIONS', '4')
+    state = {'model': build_detector(config).state_dict(), 'classes': ['box', 'wedge', 'rare']}
+    torch.save(state | {'config': yaml.safe_load(config.dump())}, tmp_path / 'weights.pth')
+    return tmp_path / 'weights.pth'
+
+
+def predict(*arguments):
+    done = run_here(*PROGRAM, *arguments, '--score', '0', '--workers', '0')
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_csv_and_json_have_what_is_printed(coco, weights, tmp_path):
+    found = tmp_path / 'out' / 'found.csv', tmp_path / 'out' / 'found.json'
+    lines = predict(coco / 'val', '--resume', weights, '--csv', found[0], '--json', found[1])
+    with found[0].open() as file:
+        rows = list(csv.DictReader(file))
+    for row, line in zip(rows, lines, strict=True):
+        path, name, score, _ = line.split('\t')
+        assert (row['path'], row['class']) == (path, name)
+        assert float(row['score']) == pytest.approx(float(score), abs=6e-4)
+    assert all(row['frame'] == '' for row in rows)
+    annotations = COCO(found[1])
+    assert len(annotations.anns) == len(rows) == 16
+    names = {category['id']: category['name'] for category in annotations.dataset['categories']}
+    for row, annotation in zip(rows, annotations.dataset['annotations'], strict=True):
+        image = annotations.imgs[annotation['image_id']]
+        assert (image['file_name'], names[annotation['category_id']]) == (row['path'], row['class'])
+        x, y, w, h = annotation['bbox']
+        corners = [float(row[key]) for key in ('x1', 'y1', 'x2', 'y2')]
+        assert [x, y, x + w, y + h] == pytest.approx(corners, abs=0.02)
+        assert annotations.annToMask(annotation).shape == (image['height'], image['width'])
+
+
+def test_batches_find_the_same(coco, weights):
+    one, three = (predict(coco / 'val', '--resume', weights, '--batch-size', n) for n in (1, 3))
+    assert [line.split('\t')[0] for line in one] == [line.split('\t')[0] for line in three]
+    boxes = [[float(x) for line in lines for x in line.split('\t')[3].split()] for lines in (one, three)]
+    assert np.median(np.abs(np.subtract(*boxes))) < 1  # images of a batch share the padding
+
+
+def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
+    path, size = tmp_path / 'film.avi', (96, 64)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, size)
+    for number in range(5):
+        writer.write(np.full((*size[::-1], 3), 40 * number, np.uint8))
+    writer.release()
+    flags = ['--resume', weights, '--output', tmp_path / 'drawn', '--csv', tmp_path / 'found.csv', '--batch-size', '2']
+    lines = predict(path, *flags)
+    with (tmp_path / 'found.csv').open() as file:
+        frames = [int(row['frame']) for row in csv.DictReader(file)]
+    assert sorted(set(frames)) == list(range(5))
+    assert frames == sorted(frames)
+    assert lines[0].startswith(f'{path}:0\t')
+    video = cv2.VideoCapture(str(tmp_path / 'drawn' / 'film.mp4'))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+    shown = []
+    while (frame := video.read())[0]:
+        shown.append(frame[1])
+    assert len(shown) == 5
+    assert shown[0].shape == (6 * 64, 6 * 96, 3)  # enlarged, so that names are legible
+    assert np.median(shown[4]) > 120 > np.median(shown[0])
+    assert {line.split('\t')[0] for line in predict(path, '--resume', weights, '--limit', '2')} == {
+        f'{path}:0', f'{path}:1'
+    }  # fmt: skip
+    path.write_bytes(b'no video')
+    done = run_here(*PROGRAM, path, '--resume', weights)
+    assert done.returncode == 1
+    assert f'error: video {path} cannot be read' in done.stderr

@@ -1,0 +1,100 @@
+"""Detections as lines of text, rows of CSV, and a JSON file in COCO's format."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from detection.inference import Frame
+from detection.tta import Detections
+
+COLUMNS = ('path', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2')
+
+
+class Found(NamedTuple):
+    """An object that has been found; `label` is its class's number from 1, `box` x1, y1, x2, y2 in pixels."""
+
+    name: str
+    label: int
+    score: float
+    box: list[float]
+
+
+def found_objects(detections: Detections, class_names: Sequence[str], min_score: float) -> list[Found]:
+    """The objects of an image with at least a score, highest first."""
+    columns = (detections[key].tolist() for key in ('labels', 'scores', 'boxes'))
+    return [
+        Found(class_names[label - 1], label, score, box)
+        for label, score, box in zip(*columns, strict=True)
+        if score >= min_score
+    ]
+
+
+def text_line(frame: Frame, found: Found) -> str:
+    """Path, with the number of a video's frame, class, score and corners, with tabs between them."""
+    path = str(frame.path) if frame.number is None else f'{frame.path}:{frame.number}'
+    corners = ' '.join(f'{x:.1f}' for x in found.box)
+    return f'{path}\t{found.name}\t{found.score:.3f}\t{corners}'
+
+
+def csv_header() -> str:
+    """The names of the columns."""
+    return _csv_row(COLUMNS)
+
+
+def csv_rows(frame: Frame, objects: Sequence[Found]) -> Iterator[str]:
+    """A row per object; `frame` is empty for images."""
+    number = '' if frame.number is None else frame.number
+    for found in objects:
+        corners = (f'{x:.2f}' for x in found.box)
+        yield _csv_row([frame.path, number, found.name, found.label, f'{found.score:.4f}', *corners])
+
+
+def _csv_row(cells: Sequence[Any]) -> str:
+    row = io.StringIO()
+    csv.writer(row, lineterminator='\n').writerow(cells)
+    return row.getvalue()
+
+
+class CocoJson:
+    """Collects detections as a dataset in COCO's format, whose annotations have scores.
+
+    Programs for annotation read it as suggestions, and pycocotools as a dataset. Category ids are labels, from 1.
+
+    Args:
+        class_names: names of the labels, from label 1.
+    """
+
+    def __init__(self, class_names: Sequence[str]):
+        self.categories = [{'id': i, 'name': name} for i, name in enumerate(class_names, start=1)]
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+
+    def add(self, frame: Frame, detections: Detections, min_score: float) -> None:
+        """Add an image or a frame."""
+        image_id, (height, width) = len(self.images) + 1, frame.pixels.shape[1:]
+        image = {'id': image_id, 'file_name': str(frame.path), 'width': width, 'height': height}
+        self.images.append(image | ({} if frame.number is None else {'frame': frame.number}))
+        kept = detections['scores'] >= min_score
+        chosen = {key: x[kept.nonzero()[:, 0]] for key, x in detections.items()}
+        rles = chosen['masks'].rle() if 'masks' in chosen else [None] * len(chosen['boxes'])
+        columns = (chosen[key].tolist() for key in ('boxes', 'labels', 'scores'))
+        for (x1, y1, x2, y2), label, score, rle in zip(*columns, rles, strict=True):
+            annotation = {
+                'id': len(self.annotations) + 1,
+                'image_id': image_id,
+                'category_id': label,
+                'bbox': [round(x, 2) for x in (x1, y1, x2 - x1, y2 - y1)],
+                'area': round((x2 - x1) * (y2 - y1), 2),
+                'iscrowd': 0,
+                'score': round(score, 5),
+            }
+            if rle is not None:
+                annotation['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
+            self.annotations.append(annotation)
+
+    def text(self) -> str:
+        """The content of the file."""
+        tree = {'images': self.images, 'categories': self.categories, 'annotations': self.annotations}
+        return json.dumps(tree) + '\n'
