@@ -56,9 +56,14 @@ class RunMetrics(NamedTuple):
         points = [(record['epoch'] + 1, _number(record[key])) for record in self.epochs if key in record]
         return [x for x, _ in points], [y for _, y in points]
 
-    def training_loss(self) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs done, with fractions, and the loss of an update then, where it was finite."""
-        updates, losses = (np.array([_number(record[key]) for record in self.updates]) for key in ('updates', 'loss'))
+    @property
+    def loss_names(self) -> list[str]:
+        """The losses that `loss` sums, of a detector."""
+        return [key for key in (self.updates[0] if self.updates else ()) if key.startswith('loss_')]
+
+    def training_loss(self, name: str = 'loss') -> tuple[np.ndarray, np.ndarray]:
+        """Epochs done, with fractions, and a loss of an update then, where it was finite."""
+        updates, losses = (np.array([_number(record[key]) for record in self.updates]) for key in ('updates', name))
         ends = [0, *(record['updates'] for record in self.epochs)]
         epochs = [0, *(record['epoch'] + 1 for record in self.epochs)]
         slope = (epochs[-1] - epochs[-2]) / max(ends[-1] - ends[-2], 1)  # of an epoch that is not finished
@@ -189,6 +194,42 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
     return figure
 
 
+def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
+    """Draw each loss of detectors on axes of its own.
+
+    Args:
+        runs: at least one.
+        smooth: width of the moving average, in epochs; 0 for none.
+
+    Raises:
+        PlotError: a run has a single loss.
+    """
+    for run in runs:
+        if not run.loss_names:
+            raise PlotError(f'{run.name} has a single loss, which is drawn without --losses')
+    names = list(dict.fromkeys(name for run in runs for name in run.loss_names))
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows + 0.4), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in grid.flat[len(names) :]:
+        axes.axis('off')
+    for axes, name in zip(grid.flat, names, strict=False):
+        for run, color in zip(runs, _colors(len(runs)), strict=True):
+            if name in run.loss_names:
+                x, y = run.training_loss(name)
+                axes.plot(x, moving_average(x, y, smooth) if smooth > 0 else y, color=color, label=run.name)
+        axes.set_title(name.removeprefix('loss_'), fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    handles = [Line2D([], [], color=color) for color in _colors(len(runs))]
+    legend = figure.legend(handles, [''] * len(runs), loc='outside lower center', ncols=min(len(runs), 3))
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set(text=run.name, parse_math=False)
+    return figure
+
+
 def _colors(count: int) -> list:
     """A colour for each run."""
     if count <= 10:
@@ -230,6 +271,7 @@ def main() -> None:
         metavar='W',
         help='epochs to average the training loss over; 0 for none (1)',
     )
+    add('--losses', action='store_true', help='draw each loss of a detector instead')
     add('--output', type=Path, metavar='FILE', help='.png, .svg or .pdf to write (of a single run: <run>/curves.png)')
     args = parser.parse_args()
     if args.output is None and len(args.run) > 1:
@@ -238,7 +280,7 @@ def main() -> None:
     with exit_on_user_error():
         runs = read_runs(args.run)
         prepare_figure(output)
-        save_figure(plot(runs, args.smooth), output, dpi=120)
+        save_figure((plot_losses if args.losses else plot)(runs, args.smooth), output, dpi=120)
     print(output)
 
 

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tools.plot import PlotError, main, moving_average, plot, read_run, read_runs, short_names
+from tools.plot import PlotError, main, moving_average, plot, plot_losses, read_run, read_runs, short_names
 
 STEPS = 10  # updates per epoch
 
@@ -174,3 +174,22 @@ def test_mistakes_are_reported_in_a_line(tmp_path, monkeypatch, capsys, argument
     text = exit_.value.code if isinstance(exit_.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert message in text
     assert (1 if isinstance(exit_.value.code, str) else exit_.value.code) == code
+
+
+def test_each_loss_of_detectors_has_axes_of_its_own(tmp_path):
+    for name, losses in (('a', ('loss_box_0', 'loss_mask_0')), ('b', ('loss_box_0',)), ('c', ())):
+        (tmp_path / name).mkdir()
+        train = [
+            {'kind': 'train', 'epoch': 0, 'updates': i, 'loss': 3.0} | {loss: float(i) for loss in losses}
+            for i in (1, 2)
+        ]
+        epoch = {'kind': 'epoch', 'epoch': 0, 'updates': 2, 'lr': 0.1}
+        (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in (*train, epoch)))
+    a, b, c = read_runs([tmp_path / name for name in 'abc'])
+    figure = plot_losses([a, b], smooth=0)
+    assert [axes.get_title() for axes in figure.axes] == ['box_0', 'mask_0']
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [1, 2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['a', 'b']
+    with pytest.raises(PlotError, match='c has a single loss, which is drawn without --losses'):
+        plot_losses([a, c])
