@@ -167,7 +167,7 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, digits):
     assert 2 < done < 60
     code, out, errors = study(*flags)
     assert code == 0, errors
-    assert 'msg, seed 0: ' in out
+    assert 'msg, seed 0: top-1 ' in out
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [record['epoch'] for record in records if record['kind'] == 'epoch'] == list(range(60))
     (run,) = json.loads((tmp_path / 'study.json').read_text())['runs']
@@ -213,7 +213,8 @@ def results_of(accuracies):
         for name, seeds in accuracies.items()
         for seed, epoch in seeds.items()
     ]
-    return {'study': 's', 'reference': 'a', 'labels': {'a': 'A', 'b': 'B', 'c': 'C'}, 'runs': runs}
+    labels = {'a': 'A', 'b': 'B', 'c': 'C'}
+    return {'study': 's', 'reference': 'a', 'labels': labels, 'metric': 'acc1', 'metric_name': 'top-1', 'runs': runs}
 
 
 def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
@@ -226,7 +227,7 @@ def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
         pytest.approx(np.std([10, 20, 40], ddof=1)),
         None,
     )
-    assert b.accuracies == accuracies['b']
+    assert b.values == accuracies['b']
     assert b.difference.mean == pytest.approx(3.0)
     assert b.curves.tolist() == [[1.0, 25.0], [1.0, 41.0], [1.0, 90.0]]
 
@@ -264,6 +265,7 @@ def test_tables_have_both_intervals_and_the_comparisons():
         ({'comparisons': 7}, 'write a list of pairs of variants'),
         ({'variants': {'msg': {'label': 'x'}, '../b': {'label': 'y'}}}, 'write a name of letters, digits'),
         ({'variants': {'msg': {'options': {}}}}, 'variant msg: write its label'),
+        ({'task': 'segmentation'}, 'task is segmentation: write classification or detection'),
         ({'extra': 1}, 'write the keys config, reference, seeds, variants'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Train variants of a network with several seeds through main.py, and compare their accuracy.
+"""Train variants of a network with several seeds through main.py or detection.main, and compare them.
 
     python -m tools.study --data-path <imagenette>
     python -m tools.study --results docs/study.json
@@ -21,7 +21,7 @@ from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import chart, table, write_results
 from tools.study.runs import Runner, collect, finished_run
-from tools.study.statistics import accuracy_curve
+from tools.study.statistics import metric_curve
 from utils import UserError, exit_on_user_error, non_negative_int, positive_int
 
 DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
@@ -73,7 +73,7 @@ def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], j
         for variant in variants:
             done = finished_run(study, runner.output, variant, seed, runner.opts)
             if done:
-                print(_line(done), 'already', flush=True)
+                print(_line(done, study), 'already', flush=True)
             else:
                 pending.append((variant, seed))
     write_results(collect(study, runner.output, runner.opts), runner.output)
@@ -84,16 +84,17 @@ def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], j
                 result = future.result()
                 write_results(collect(study, runner.output, runner.opts), runner.output)
                 if result:
-                    print(_line(result), flush=True)
+                    print(_line(result, study), flush=True)
         finally:
             for future in futures:
                 future.cancel()
             runner.stop()
 
 
-def _line(run: dict[str, Any]) -> str:
+def _line(run: dict[str, Any], study: Study) -> str:
     seconds = timedelta(seconds=round(run['train_seconds']))
-    return f'{run["variant"]}, seed {run["seed"]}: {accuracy_curve(run)[-1]:.2f} %, trained in {seconds}'
+    value = metric_curve(run, study.task.metric)[-1]
+    return f'{run["variant"]}, seed {run["seed"]}: {study.task.metric_name} {value:.2f} %, trained in {seconds}'
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from config import load_config
+from tools.study.tasks import TASKS, Task
 from utils import UserError
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
-OPTIONAL = {'comparisons', 'options'}
+OPTIONAL = {'comparisons', 'options', 'task'}
 
 
 class StudyError(UserError):
@@ -44,6 +44,7 @@ class Study:
         seeds: those of the file.
         variants: by name, in the order of tables.
         comparisons: pairs of variants, whose difference is reported.
+        task: what is trained.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Study:
     seeds: list[int]
     variants: dict[str, Variant]
     comparisons: list[tuple[str, str]]
+    task: Task
 
     def options(self, variant: str, seed: int, opts: Sequence[str] = ()) -> list[str]:
         """A run's config keys and values, as for `--opts`; `opts` override those of the variant."""
@@ -65,7 +67,7 @@ class Study:
         Raises:
             ConfigError: it cannot work.
         """
-        return load_config(self.cfg_file, self.options(variant, seed, opts))
+        return self.task.tree.load(self.cfg_file, self.options(variant, seed, opts))
 
     def select_variants(self, names: Sequence[str] | None) -> list[str]:
         """The variants of these names, or all.
@@ -80,7 +82,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file: `config`, `reference`, `seeds`, `variants`; perhaps `comparisons`, and `options` of all.
+    """Read a study file: `config`, `reference`, `seeds`, `variants`; perhaps `comparisons`, `options` of all, a `task`.
 
     With `base`, what the file does not have is another file's; both are beside each other. Variants are merged by name.
 
@@ -106,8 +108,11 @@ def read_study(path: Path) -> Study:
     comparisons = content.get('comparisons') or []
     if not isinstance(comparisons, list) or not all(_is_pair(pair, variants) for pair in comparisons):
         raise StudyError(f'study {path}: comparisons is {comparisons!r}: write a list of pairs of variants')
+    task = content.get('task', 'classification')
+    if task not in TASKS:
+        raise StudyError(f'study {path}: task is {task}: write {" or ".join(TASKS)}')
     pairs = [(str(name), str(other)) for name, other in comparisons]
-    return Study(path.stem, path.parent / str(content['config']), reference, seeds, variants, pairs)
+    return Study(path.stem, path.parent / str(content['config']), reference, seeds, variants, pairs, TASKS[task])
 
 
 def _is_pair(pair: Any, variants: Mapping[str, Variant]) -> bool:

@@ -37,13 +37,13 @@ def table(results: dict[str, Any]) -> str:
         results: see `tools.study.runs.collect`.
     """
     summaries = summarise(results)
-    label = results['labels'][results['reference']]
+    label, metric = results['labels'][results['reference']], results['metric_name']
     lines = [
-        f'| variant | parameters | multiply-adds | top-1 by seed, % | mean ± sd | difference to "{label}" |',
+        f'| variant | parameters | multiply-adds | {metric} by seed, % | mean ± sd | difference to "{label}" |',
         '|---|---:|---:|---|---:|---:|',
     ]
     for s in summaries:
-        seeds = ', '.join(f'{s.accuracies[seed]:.1f}' for seed in sorted(s.accuracies))
+        seeds = ', '.join(f'{s.values[seed]:.1f}' for seed in sorted(s.values))
         spread = '' if math.isnan(s.deviation) else f' ± {s.deviation:.1f}'
         difference = '' if s.difference is None else _with_intervals(s.difference)
         lines.append(
@@ -56,7 +56,7 @@ def table(results: dict[str, Any]) -> str:
     for label, other, difference in compared:
         seeds = ', '.join(f'{value:+.1f}' for value in difference.values.values())
         lines.append(f'| {label}, against {other} | {seeds} | {_with_intervals(difference)} |')
-    return '\n'.join([*lines, '', provenance(results['runs'])])
+    return '\n'.join([*lines, '', provenance(results['runs'], metric)])
 
 
 def _with_intervals(difference: Difference) -> str:
@@ -67,14 +67,14 @@ def _with_intervals(difference: Difference) -> str:
     return text
 
 
-def provenance(runs: Sequence[dict[str, Any]]) -> str:
+def provenance(runs: Sequence[dict[str, Any]], metric: str) -> str:
     """Data, epochs, time, hardware and revisions of the runs, in one line of text."""
     data = runs[0]['data']
     epochs = sorted({len(run['epochs']) for run in runs})
     facts = [
         f'{len(runs)} runs',
         f'{data["train"]["images"]:,} training and {data["val"]["images"]:,} validation images',
-        f'epochs: {" or ".join(map(str, epochs))}, top-1 after the last',
+        f'epochs: {" or ".join(map(str, epochs))}, {metric} after the last',
         f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} run-hours of training',
         "differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)",
     ]
@@ -85,25 +85,25 @@ def provenance(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def chart(results: dict[str, Any]) -> Figure:
-    """Accuracy over the epochs (mean, and range over seeds) and at the end (a point per seed, a bar for the mean).
+    """The metric over the epochs (mean, and range over seeds) and at the end (a point per seed, a bar for the mean).
 
     Args:
         results: see `tools.study.runs.collect`.
     """
-    summaries = summarise(results)
+    summaries, metric = summarise(results), results['metric_name']
     figure = Figure(figsize=(11, 2.2 + 0.42 * len(summaries)), layout='constrained')
     curves, final = figure.subplots(1, 2, width_ratios=(1, 1.15))
     colors = colormaps['tab10'].colors
     for i, s in enumerate(summaries):
         color = colors[i % len(colors)]
         _draw_curve(curves, s, color)
-        values = [*s.accuracies.values()]
+        values = [*s.values.values()]
         final.plot(values, [i] * len(values), 'o', color=color, markersize=4, alpha=0.7)
         final.plot([s.mean] * 2, [i - 0.3, i + 0.3], color=color)
         final.annotate(f'{s.mean:.1f}', (max(values), i), (6, 0), textcoords='offset points', va='center', fontsize=9)
-    curves.set(xlabel='epoch', ylabel='top-1 accuracy, %', title='mean and range over seeds')
+    curves.set(xlabel='epoch', ylabel=f'{metric}, %', title='mean and range over seeds')
     curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    final.set(xlabel='top-1 accuracy after the last epoch, %', title='seeds, and their mean')
+    final.set(xlabel=f'{metric} after the last epoch, %', title='seeds, and their mean')
     final.set_yticks(range(len(summaries)), [s.label for s in summaries])
     final.invert_yaxis()
     final.margins(x=0.12)

@@ -1,4 +1,4 @@
-"""Runs of a study: trained by main.py, in folders `<output>/<variant>/seed<n>`, and collected from there."""
+"""Runs of a study: trained by the task's program, in folders `<output>/<variant>/seed<n>`, and collected from there."""
 
 import os
 import subprocess
@@ -13,21 +13,22 @@ from typing import Any
 
 import yaml
 
-from config import TREE, load_config
 from engine.checkpoint import peek_checkpoint
-from tools.complexity import Complexity, classifier_complexity
+from tools.complexity import Complexity
 from tools.plot import read_run
 from tools.study.plan import Study, StudyError
+from tools.study.tasks import Task
 from utils import available_cores
 
-MAIN = Path(__file__).parent.parent.parent / 'main.py'
+ROOT = Path(__file__).parent.parent.parent
 
 # Metrics of an epoch that results keep; those of EMA weights where there are any
-METRICS = ('train_loss', 'val_loss', 'acc1', 'acc5', 'ema_val_loss', 'ema_acc1', 'ema_acc5')
+METRICS = ('val_loss', 'acc1', 'acc5', 'box_AP', 'box_AP50', 'mask_AP', 'mask_AP50')
+METRICS = ('train_loss', *METRICS, *(f'ema_{name}' for name in METRICS))
 
 
 class Runner:
-    """Trains the runs of a study through main.py.
+    """Trains the runs of a study through its task's program.
 
     Args:
         study: the study.
@@ -54,13 +55,16 @@ class Runner:
             StudyError: it failed, or its folder holds a run with other settings.
         """
         options = self.study.options(variant, seed, self.opts)
-        command = [sys.executable, str(MAIN), '--cfg', str(self.study.cfg_file), '--data-path', str(self.data_path)]
-        command += ['--output', str(self.output), '--opts', *options]
+        command = [sys.executable, '-m', self.study.task.module, '--cfg', str(self.study.cfg_file.resolve())]
+        command += ['--data-path', str(self.data_path.resolve()), '--output', str(self.output.resolve())]
+        command += ['--opts', *options]
         with TemporaryFile() as errors:
             with self.lock:
                 if self.is_stopped:
                     return None
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=self.environment)
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, env=self.environment
+                )
                 self.processes.add(process)
             code = process.wait()
             self.processes.discard(process)
@@ -94,7 +98,7 @@ def finished_run(
     if not (folder / 'config.yaml').exists():
         return None
     config = study.config(variant, seed, opts)
-    changed = TREE.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text()))
+    changed = study.task.tree.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text()))
     if changed:
         raise StudyError(
             f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
@@ -104,7 +108,7 @@ def finished_run(
         return None
     checkpoint = peek_checkpoint(last)
     epochs, images = read_run(folder, variant).epochs, checkpoint['data']['train']['images']
-    complexity = _complexity(study.cfg_file, tuple(study.options(variant, 0, opts)))
+    complexity = _complexity(study.task, study.cfg_file, tuple(study.options(variant, 0, opts)))
     return {
         'variant': variant,
         'seed': seed,
@@ -135,14 +139,15 @@ def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, A
             first, other = (f'{x["variant"]}, seed {x["seed"]}' for x in (runs[0], run))
             raise StudyError(f'{output}: {first} and {other} have been trained on other data: write another --output')
     labels = {name: variant.label for name, variant in study.variants.items()}
-    head = {'study': study.name, 'reference': study.reference, 'labels': labels, 'comparisons': study.comparisons}
+    head = {'study': study.name, 'metric': study.task.metric, 'metric_name': study.task.metric_name}
+    head |= {'reference': study.reference, 'labels': labels, 'comparisons': study.comparisons}
     return head | {'runs': runs}
 
 
 @cache
-def _complexity(cfg_file: Path, options: tuple[str, ...]) -> Complexity:
+def _complexity(task: Task, cfg_file: Path, options: tuple[str, ...]) -> Complexity:
     """Count a variant once."""
-    return classifier_complexity(load_config(cfg_file, options))
+    return task.count(task.tree.load(cfg_file, options))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Accuracy of variants over seeds: mean, standard deviation, paired differences with intervals."""
+"""A metric of variants over seeds: mean, standard deviation, paired differences with intervals."""
 
 import math
 from collections.abc import Mapping
@@ -36,8 +36,8 @@ class Summary(NamedTuple):
         label: what tables and charts call it.
         parameters: number of them.
         multiply_adds: for one image, measured.
-        accuracies: top-1 after the last epoch, in percent, by seed.
-        curves: top-1 after each epoch, in percent, (seeds, epochs).
+        values: the metric after the last epoch, in percent, by seed.
+        curves: the metric after each epoch, in percent, (seeds, epochs).
         difference: to the reference, over the seeds of both; None for the reference, or without such seeds.
     """
 
@@ -45,19 +45,19 @@ class Summary(NamedTuple):
     label: str
     parameters: int
     multiply_adds: int
-    accuracies: dict[int, float]
+    values: dict[int, float]
     curves: np.ndarray
     difference: Difference | None
 
     @property
     def mean(self) -> float:
-        """Mean accuracy."""
-        return float(np.mean([*self.accuracies.values()]))
+        """Mean of the metric."""
+        return float(np.mean([*self.values.values()]))
 
     @property
     def deviation(self) -> float:
-        """Sample standard deviation of the accuracy; NaN for one seed."""
-        values = [*self.accuracies.values()]
+        """Sample standard deviation of the metric; NaN for one seed."""
+        values = [*self.values.values()]
         return float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
 
 
@@ -84,14 +84,14 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     return Difference(pairs, mean, (float(low), float(high)), (mean - margin, mean + margin))
 
 
-def accuracy_curve(run: dict[str, Any]) -> list[float]:
-    """Top-1 of a run after each epoch, in percent; of the EMA weights where it has any, NaN without evaluation."""
-    return [epoch.get('ema_acc1', epoch.get('acc1', math.nan)) for epoch in run['epochs']]
+def metric_curve(run: dict[str, Any], metric: str) -> list[float]:
+    """A metric of a run after each epoch, in percent; of the EMA weights where it has any, NaN without evaluation."""
+    return [epoch.get(f'ema_{metric}', epoch.get(metric, math.nan)) for epoch in run['epochs']]
 
 
 def compare_pairs(results: dict[str, Any]) -> list[tuple[str, str, Difference]]:
     """Labels and differences of the study's `comparisons`, as far as they have seeds in common."""
-    final = {summary.variant: summary.accuracies for summary in summarise(results)}
+    final = {summary.variant: summary.values for summary in summarise(results)}
     compared = []
     for name, other in results.get('comparisons', []):
         if difference := paired_difference(final.get(name, {}), final.get(other, {})):
@@ -105,8 +105,9 @@ def summarise(results: dict[str, Any]) -> list[Summary]:
     Args:
         results: see `tools.study.runs.collect`.
     """
+    metric = results['metric']
     runs = {name: {run['seed']: run for run in results['runs'] if run['variant'] == name} for name in results['labels']}
-    final = {name: {seed: accuracy_curve(run)[-1] for seed, run in seeds.items()} for name, seeds in runs.items()}
+    final = {name: {seed: metric_curve(run, metric)[-1] for seed, run in seeds.items()} for name, seeds in runs.items()}
     reference = final[results['reference']]
     summaries = []
     for name, seeds in runs.items():
@@ -114,7 +115,7 @@ def summarise(results: dict[str, Any]) -> list[Summary]:
             continue
         first, own = next(iter(seeds.values())), final[name]
         difference = None if name == results['reference'] else paired_difference(own, reference)
-        curves = np.array([accuracy_curve(run) for run in seeds.values()])
+        curves = np.array([metric_curve(run, metric) for run in seeds.values()])
         sizes = first['parameters'], first['multiply_adds']
         summaries.append(Summary(name, results['labels'][name], *sizes, own, curves, difference))
     return summaries
