@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detection.data.coco import CocoDataset, Target
 from detection.models.masks import BoxMasks
+from engine.config_tree import ConfigError
 from engine.distributed import gather_on_main_process, on_main_process
 from utils import atomic_write, report_write_errors
 
@@ -26,6 +27,9 @@ _RECALL = ('AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 _MAX_PENDING = 2
 
 
+EVALUATORS = ('pycocotools', 'hotcoco')
+
+
 class Evaluator(NamedTuple):
     """A program that computes COCO's metrics; all have pycocotools' interface, and give equal metrics (tested)."""
 
@@ -34,16 +38,24 @@ class Evaluator(NamedTuple):
     COCOeval: type
 
 
-def choose_evaluator() -> Evaluator:
-    """Hotcoco where it is installed, which takes a fraction of the time, else pycocotools."""
-    try:
-        import hotcoco
-    except ImportError:
-        import pycocotools.coco
-        import pycocotools.cocoeval
+def choose_evaluator(name: str | None = None) -> Evaluator:
+    """The evaluator of a name; by default hotcoco, which takes a fraction of the time, where it is installed.
 
-        return Evaluator('pycocotools', pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval)
-    return Evaluator('hotcoco', hotcoco.COCO, hotcoco.COCOeval)
+    Raises:
+        ConfigError: hotcoco is asked for and not installed.
+    """
+    if name != 'pycocotools':
+        try:
+            import hotcoco
+        except ImportError:
+            if name is not None:
+                raise ConfigError('hotcoco is not installed: pip install hotcoco') from None
+        else:
+            return Evaluator('hotcoco', hotcoco.COCO, hotcoco.COCOeval)
+    import pycocotools.coco
+    import pycocotools.cocoeval
+
+    return Evaluator('pycocotools', pycocotools.coco.COCO, pycocotools.cocoeval.COCOeval)
 
 
 class CocoEvaluation:
@@ -51,15 +63,16 @@ class CocoEvaluation:
 
     Args:
         dataset: the images, with everything COCO's file says about them.
+        evaluator: that computes the metrics; by default the fastest that is installed.
     """
 
-    def __init__(self, dataset: CocoDataset):
+    def __init__(self, dataset: CocoDataset, evaluator: Evaluator | None = None):
         self.ground_truth, self.is_labelled = dataset.ground_truth, dataset.is_labelled
         self.with_masks = dataset.with_masks
         self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
-        self.class_names, self.evaluator = dataset.class_names, choose_evaluator()
+        self.class_names, self.evaluator = dataset.class_names, evaluator or choose_evaluator()
         self.metrics: dict[str, float] = {}
         self.class_precision: dict[str, list[float]] = {}  # on rank 0, by kind
         self._encoder = ThreadPoolExecutor(1)

@@ -231,9 +231,8 @@ class CascadeHeads(nn.Module):
         """Mask probabilities (n, 1, size, size) of each image's detections: the mean over the stages."""
         labels = torch.cat([x['labels'] for x in detections])
         pooled = self.mask_pool(feature_maps, [x['boxes'] for x in detections])
-        mean = sum(head(pooled).sigmoid() for head in self.mask_heads) / len(self.mask_heads)
-        masks = mean[torch.arange(len(labels), device=labels.device), labels - 1]
-        return masks[:, None].split([len(x['labels']) for x in detections])
+        masks = sum(head(pooled, labels).sigmoid() for head in self.mask_heads) / len(self.mask_heads)
+        return masks.split([len(x['labels']) for x in detections])
 
 
 def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[GroundTruth]) -> Tensor:

@@ -56,6 +56,16 @@ class MaskHead(nn.Sequential):
             MaskRCNNHeads(channels, list(convs), dilation=1), MaskRCNNPredictor(convs[-1], upsampled, classes)
         )
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Features (n, C, size, size) to logits (n, K, 2 size, 2 size), in fp32."""
-        return super().forward(pooled).float()
+    def forward(self, pooled: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Features (n, C, size, size) to logits (n, K, 2 size, 2 size), in fp32.
+
+        With labels, 1 to K, (n,): those of the RoI's label alone, (n, 1, 2 size, 2 size), which is less work.
+        """
+        if labels is None:
+            return super().forward(pooled).float()
+        trunk, predictor = self
+        x = predictor.relu(predictor.conv5_mask(trunk(pooled)))
+        last = predictor.mask_fcn_logits
+        weight, bias = last.weight[labels - 1, :, 0, 0], last.bias[labels - 1]  # (n, channels), (n,)
+        logits = (weight[:, None] @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return logits.float() + bias.view(-1, 1, 1, 1)

@@ -34,12 +34,13 @@ class AlignedPooler(nn.Module):
             boxes: RoIs of each image, (n, 4), x1 y1 x2 y2 in pixels.
 
         Returns:
-            Features (n of all images, C, size, size).
+            Features (n of all images, C, size, size), in channels-last layout, in which heads are faster.
         """
         image_index = [torch.full((len(x), 1), float(i), device=x.device) for i, x in enumerate(boxes)]
         rois = torch.cat((torch.cat(image_index), torch.cat(boxes).float()), dim=1)  # (n, 5)
         levels = self.map_levels(boxes)
-        pooled = feature_maps[0].new_zeros(len(rois), feature_maps[0].shape[1], self.size, self.size)
+        shape = len(rois), feature_maps[0].shape[1], self.size, self.size
+        pooled = feature_maps[0].new_zeros(shape).contiguous(memory_format=torch.channels_last)
         for level, (features, stride) in enumerate(zip(feature_maps, self.strides, strict=False)):
             selected = torch.where(levels == level)[0]
             # In fp32: coordinates in half precision are off by pixels.

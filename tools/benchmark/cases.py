@@ -6,16 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.profiler import profile
 
 from config import load_config
 from engine.config_tree import ConfigError
+from engine.memory import peak_allocation
 from engine.precision import Precision
 from engine.timing import synchronize
 from models import build_model
@@ -175,17 +174,7 @@ class BenchmarkCase:
 
         It does not include workspace that libraries allocate themselves, nor the memory pools of CUDA graphs.
         """
-        if self.device.type == 'cuda':
-            before = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self()
-            return self.resident_bytes() + torch.cuda.max_memory_allocated(self.device) - before
-        with profile(profile_memory=True, acc_events=True) as run:
-            self()
-        events = [e for e in run.profiler.kineto_results.events() if e.name() == '[memory]']
-        events.sort(key=lambda event: event.start_ns())
-        changes = np.array([event.nbytes() for event in events])
-        return self.resident_bytes() + int(max(0, changes.cumsum().max(initial=0)))
+        return self.resident_bytes() + peak_allocation(self, self.device)
 
     def multiply_adds(self) -> int:
         """Multiply-adds of a run, over the real operators."""

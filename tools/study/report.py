@@ -79,8 +79,8 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str) -> str:
         "differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)",
     ]
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
-        values = {run['environment'][key] for run in runs}
-        facts.append(f'{name} {", ".join(sorted(x[:7] if key == "revision" else x for x in values))}')
+        values = {run['environment'][key][: 7 if key == 'revision' else None] for run in runs}
+        facts.append(f'{name} {", ".join(sorted(values))}')
     return '; '.join(facts) + '.'
 
 

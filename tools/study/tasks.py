@@ -1,7 +1,7 @@
 """What a study needs to know of a task: its program, its keys, how networks are counted, and the metric."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
@@ -11,7 +11,8 @@ from engine.config_tree import ConfigTree
 from tools.complexity import Complexity, classifier_complexity, detector_complexity
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Task:
     """A task.
 
     Attributes:

@@ -122,9 +122,9 @@ class ConstantHead(nn.Module):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, pooled):
+    def forward(self, pooled, labels=None):
         outputs = tuple(x.expand(len(pooled), *x.shape) for x in self.outputs)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return outputs if labels is None else outputs[0][:, labels[0] - 1, None]
 
 
 def test_scores_and_masks_are_means_over_stages_and_boxes_are_refined_by_each():

@@ -1,0 +1,87 @@
+"""Compute COCO's metrics of detections in COCO's result format, such as `results.json` of `--eval`.
+
+    python -m detection.tools.score <results.json> --data-path <coco>
+    python -m detection.tools.score <results.json> --data-path <coco> --by pycocotools hotcoco
+
+No network is run. With several evaluators, their times can be compared; their metrics are equal.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from detection.config import TREE
+from detection.data import open_split, with_classes_of_data
+from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
+from utils import UserError, exit_on_user_error
+
+
+class ResultsError(UserError):
+    """A file of results that cannot be used."""
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read a file in COCO's result format.
+
+    Raises:
+        ResultsError: it cannot be read, or is none.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise ResultsError(f'{path}: {error.strerror}') from error
+    except ValueError as error:
+        raise ResultsError(f'{path} is not JSON: {error}') from error
+    keys = {'image_id', 'category_id', 'bbox', 'score'}
+    if not isinstance(results, list) or not all(isinstance(x, dict) and keys <= x.keys() for x in results):
+        raise ResultsError(f'{path} is not in the result format of COCO: a list of objects with {", ".join(keys)}')
+    return results
+
+
+def by_image(results: list[dict[str, Any]], image_ids: set[Any], path: Path) -> dict[Any, list[dict[str, Any]]]:
+    """Results of each image.
+
+    Raises:
+        ResultsError: one is of no image of the data.
+    """
+    grouped: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
+    for result in results:
+        if result['image_id'] not in grouped:
+            raise ResultsError(f'{path}: image {result["image_id"]} is not in the annotation file')
+        grouped[result['image_id']].append(result)
+    return grouped
+
+
+def main() -> None:
+    """Read the command line, evaluate and print."""
+    parser = argparse.ArgumentParser('python -m detection.tools.score', description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('results', type=Path, help='JSON file of detections')
+    add('--cfg', metavar='FILE', help='YAML config (the defaults)')
+    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add('--data-path', required=True, metavar='DIR', help='the dataset (DATA.DATA_PATH); its evaluation split is used')
+    add('--by', nargs='+', choices=EVALUATORS, default=[choose_evaluator().name], help='evaluators (the fastest here)')
+    args = parser.parse_args()
+    with exit_on_user_error():
+        results = read_results(args.results)
+        options = ['DATA.DATA_PATH', args.data_path]
+        if '--cfg' not in sys.argv and 'MODEL.NUM_CLASSES' not in args.opts:
+            options += ['MODEL.NUM_CLASSES', 'None']
+        options += ['MODEL.MASK.ENABLED', str(bool(results) and all('segmentation' in x for x in results))]
+        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]))
+        dataset = open_split(config, 'VAL')
+        detections = by_image(results, {image['id'] for image in dataset.images}, args.results)
+        for name in args.by:
+            evaluation = CocoEvaluation(dataset, choose_evaluator(name))
+            evaluation.detections = detections
+            start = time.perf_counter()
+            evaluation.finish()
+            seconds = time.perf_counter() - start
+            print(f'{evaluation.table()}\n\n{len(results)} detections, {name}: {seconds:.2f} s\n')
+
+
+if __name__ == '__main__':
+    main()

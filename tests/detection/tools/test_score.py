@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from tests.helpers.paths import TINY_DETECTOR
+from tests.helpers.processes import error_line, run_here
+
+PROGRAM = ['-m', 'detection.tools.score']
+
+
+@pytest.fixture
+def data(coco):
+    return ['--cfg', TINY_DETECTOR, '--data-path', coco]
+
+
+@pytest.fixture
+def results(coco):
+    """Every annotation as a detection, without crowds."""
+    tree = json.loads((coco / 'annotations' / 'instances_val.json').read_text())
+    objects = [x for x in tree['annotations'] if not x.get('iscrowd')]
+    return [{key: x[key] for key in ('image_id', 'category_id', 'bbox')} | {'score': 0.9} for x in objects]
+
+
+def test_each_evaluator_finds_the_annotations_perfect(data, results, tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps(results))
+    done = run_here(*PROGRAM, path, *data, '--by', 'pycocotools', 'hotcoco')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('| box | 100.00 | 100.00 | 100.00 |') == 2
+    assert f'{len(results)} detections, pycocotools: ' in done.stdout
+    path.write_text('[]')
+    assert '| box | 0.00 |' in run_here(*PROGRAM, path, *data).stdout
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('[{"image_id": "x", "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', 'image x is not in the annotation'),
+        ('{}', 'is not in the result format'),
+        ('[', 'is not JSON'),
+        (None, 'No such file'),
+    ],
+)
+def test_what_is_wrong_is_one_line(data, content, message, tmp_path):
+    path = tmp_path / 'results.json'
+    if content is not None:
+        path.write_text(content)
+    assert message in error_line(*PROGRAM, path, *data)
