@@ -23,6 +23,13 @@ _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}
 _PRECISION = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 _RECALL = ('AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 
+# What evaluators read of an annotation file.
+_EVALUATED_KEYS = {
+    'images': ('id', 'width', 'height'),
+    'categories': ('id', 'name'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'segmentation'),
+}
+
 # Images whose masks wait to be encoded, or are being encoded, while the network goes on.
 _MAX_PENDING = 2
 
@@ -149,7 +156,12 @@ class CocoEvaluation:
 
     def _load_ground_truth(self, kind: str) -> Any:
         """The objects, for the evaluator; for masks, those without one are crowd regions, which do not count."""
-        ground_truth, tree = self.evaluator.COCO(), self.ground_truth
+        ground_truth = self.evaluator.COCO()
+        # Nothing else, since hotcoco refuses, say, a license that is a text.
+        tree = {
+            part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
+            for part, keys in _EVALUATED_KEYS.items()
+        }
         if kind == 'mask':
             annotations = [x if 'segmentation' in x else x | _box_as_crowd(x) for x in tree['annotations']]
             tree = tree | {'annotations': annotations}

@@ -1,6 +1,5 @@
 """Images and video frames for prediction, in batches, and their detections."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.images import DataError, decode_image
+from data.images import decode_image
 from data.inference import InferenceLoader
 from detection.tta import Detections, build_detect_fn
 from engine.inference import Predictor
@@ -46,23 +45,18 @@ def frames_of_images(images: InferenceLoader) -> Iterator[Frame]:
 
 
 class Video:
-    """The frames of a video file.
+    """The frames of a video file; none if it cannot be read.
 
     Args:
         path: the file.
 
     Attributes:
         fps: frames per second.
-
-    Raises:
-        DataError: it cannot be read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.capture = cv2.VideoCapture(str(path))
-        if not self.capture.isOpened():
-            raise DataError(f'video {path} cannot be read: replace or remove it')
         self.fps = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
 
     def __iter__(self) -> Iterator[Frame]:
@@ -75,8 +69,6 @@ class Video:
             yield Frame(self.path, number, torch.from_numpy(rgb).permute(2, 0, 1))
             number += 1
         self.capture.release()
-        if number == 0:
-            print(f'error: video {self.path} has no frame that can be read', file=sys.stderr)
 
 
 class FrameDetector:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from pycocotools import mask as coco_mask
+
 from detection.inference import Frame
 from detection.tta import Detections
 
@@ -91,6 +93,7 @@ class CocoJson:
                 'score': round(score, 5),
             }
             if rle is not None:
+                annotation['area'] = int(coco_mask.area(rle))
                 annotation['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
             self.annotations.append(annotation)
 

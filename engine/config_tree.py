@@ -165,7 +165,7 @@ class ConfigTree:
     def _coerce(self, name: str, value: Any, source: str) -> Any:
         """The value in the key's type: an integer serves as a float, lists and tuples as each other."""
         key = self.keys[name]
-        if key.optional and value is None:
+        if key.optional and (value is None or (value == 'None' and key.optional is not str)):  # which YAML calls null
             return None
         kind = key.type
         if kind in (list, tuple) and isinstance(value, list | tuple):

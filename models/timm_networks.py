@@ -18,7 +18,7 @@ PREFIX = 'timm:'
 RESERVED = {
     'num_classes': 'MODEL.NUM_CLASSES',
     'in_chans': 'MODEL.MSG.IN_CHANS',
-    'features_only': 'nothing: main.py trains classifiers',
+    'features_only': 'nothing: the program sets it',
     'checkpoint_path': '--pretrained with a state-dict file',
 }
 
@@ -71,7 +71,7 @@ def create_timm_network(
         if config.TRAIN.USE_CHECKPOINT:
             network.set_grad_checkpointing()
         return network
-    except (TypeError, ValueError, AssertionError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, OSError) as error:
         given = ', '.join(f'{key}={value!r}' for key, value in options.items() if value is not None)
         raise ValueError(
             f'{key} {value} cannot be built with {given}: {error} (MODEL.TIMM_ARGS name=None leaves one out)'

@@ -78,15 +78,19 @@ def split_files(config: CfgNode, split: str) -> SplitFiles:
     return SplitFiles(root / annotations, root / (data[f'{split}_IMAGES'] or name))
 
 
-def with_classes_of_data(config: CfgNode) -> CfgNode:
+def with_classes_of_data(config: CfgNode, split: str | None = None) -> CfgNode:
     """The config with the number of classes of its annotation file, where `MODEL.NUM_CLASSES` is None.
+
+    Args:
+        config: the config tree.
+        split: `TRAIN` or `VAL`; by default the one that the run begins with.
 
     Raises:
         DataError: the file cannot be read.
     """
     if config.MODEL.NUM_CLASSES is not None:
         return config
-    files = split_files(config, 'VAL' if config.EVAL_MODE else 'TRAIN')
+    files = split_files(config, split or ('VAL' if config.EVAL_MODE else 'TRAIN'))
     config = config.clone()
     config.defrost()
     config.MODEL.NUM_CLASSES = len(read_class_names(files.annotations, list(filter(None, config.DATA.CLASSES))))

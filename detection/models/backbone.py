@@ -162,6 +162,8 @@ class TimmBackbone(nn.Module):
         names = [name for name, _ in self.model.named_parameters()]  # in the order of the forward pass
         prefix = f'{self.stages[max(count - 1, 0)]}.'
         inside = [i for i, name in enumerate(names) if name.startswith(prefix)]
+        if not inside:
+            raise ValueError(f'stages of {type(self.model).__name__} cannot be frozen: {prefix[:-1]} has no parameters')
         end = inside[-1] + 1 if count else inside[0]
         frozen = {parameter for _, parameter in list(self.model.named_parameters())[:end]}
         for parameter in frozen:
@@ -202,6 +204,7 @@ def check_backbone(config: CfgNode) -> None:
 
         def build_and_run(config: CfgNode, **overrides: Any) -> None:
             backbone = TimmBackbone(config, **overrides)
+            _check_frozen_stages(backbone, config)
             try:
                 backbone(torch.empty(1, 3, 7 * STRIDES[-1], 9 * STRIDES[-1]))
             except NotImplementedError:  # on this device
@@ -213,12 +216,24 @@ def check_backbone(config: CfgNode) -> None:
 
         check_on_meta(config, build_and_run)
         return
+    if config.MODEL.TIMM_ARGS:
+        raise ValueError('MODEL.TIMM_ARGS is for networks of timm: write MODEL.BACKBONE timm:<name>, or no arguments')
     if len(config.MODEL.MSG.DEPTHS) != 4:
         raise ValueError(f'MODEL.MSG.DEPTHS is {config.MODEL.MSG.DEPTHS}: write four, one per level of the pyramid')
     check_msg_network(config, img_size=None)
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch & (patch - 1):
         raise ValueError(f'MODEL.MSG.PATCH_SIZE is {patch}: write a power of 2, like the strides of the pyramid')
+    if config.TRAIN.FROZEN_STAGES >= 0:
+        with torch.device('meta'):
+            _check_frozen_stages(build_backbone(config), config)
+
+
+def _check_frozen_stages(backbone: Backbone, config: CfgNode) -> None:
+    try:
+        backbone.freeze_stages(config.TRAIN.FROZEN_STAGES)
+    except ValueError as error:
+        raise ValueError(f'TRAIN.FROZEN_STAGES is {config.TRAIN.FROZEN_STAGES}: {error}') from error
 
 
 def freeze_batch_norms(backbone: Backbone) -> int:

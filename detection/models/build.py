@@ -15,6 +15,7 @@ from detection.models.cascade import CascadeHeads
 from detection.models.masks import BoxMasks
 from detection.models.rpn import build_rpn
 from detection.models.transform import DetectorTransform
+from engine.config_tree import ConfigError
 
 
 class FeaturePyramid(nn.Module):
@@ -101,9 +102,12 @@ def build_detector(config: CfgNode) -> Detector:
 
     Raises:
         ValueError: an unknown type; see also `MSGTransformer`.
+        ConfigError: the number of classes is that of data, which are not there.
     """
     if config.MODEL.TYPE != 'cascade_rcnn':
         raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write cascade_rcnn')
+    if config.MODEL.NUM_CLASSES is None:
+        raise ConfigError('MODEL.NUM_CLASSES is None, which is for training and evaluation: write a number')
     body = build_backbone(config)
     strides = [*body.strides, 2 * body.strides[-1]]
     return Detector(

@@ -89,7 +89,12 @@ def build(name: str, height: int, width: int, opts: Sequence[str]) -> nn.Module:
         if plain not in torchvision.models.list_models(torchvision.models.detection):
             raise ConfigError(f'torchvision has no detector {plain!r}: see torchvision.models.list_models()')
         options = {'weights': None, 'weights_backbone': None, 'min_size': short, 'max_size': long}
-        return torchvision.models.get_model(plain, **options, box_score_thresh=0.0)
+        try:
+            return torchvision.models.get_model(plain, **options, box_score_thresh=0.0)
+        except TypeError as error:
+            raise ConfigError(
+                f'{name} cannot be measured, as it is not of the family of Faster R-CNN: {error}'
+            ) from error
     sizes = ['INPUT.TEST_SHORT', str(short), 'INPUT.MAX_LONG', str(long)]
     model = build_detector(load_config(name, [*sizes, *opts]))
     model.roi_heads.min_score = 0.0
@@ -106,7 +111,12 @@ def random_objects(height: int, width: int) -> dict[str, Tensor]:
     masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = True
-    return {'boxes': boxes, 'labels': torch.ones(OBJECTS, dtype=torch.long), 'masks': masks}
+    return {
+        'boxes': boxes,
+        'labels': torch.ones(OBJECTS, dtype=torch.long),
+        'masks': masks,
+        'keypoints': torch.zeros(OBJECTS, 17, 3),
+    }
 
 
 def table(times: dict[tuple[str, str], list[float]], memory: dict[tuple[str, str], int], mode: str) -> str:
@@ -140,10 +150,11 @@ def main() -> None:
     torch.manual_seed(0)
     with exit_on_user_error():
         device = choose_device(args.device)
+        detectors = list(dict.fromkeys(args.detectors))
         for mode in args.modes:
             cases = {
                 key: DetectorCase(key[0], mode, key[1], args.height, args.width, device, args.opts)
-                for key in product(args.detectors, args.precisions)
+                for key in product(detectors, args.precisions)
             }
             for case in cases.values():
                 case()

@@ -31,9 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error():
         options = ['DATA.DATA_PATH', args.data_path]
-        if '--cfg' not in sys.argv and 'MODEL.NUM_CLASSES' not in args.opts:
+        if args.cfg is None and 'MODEL.NUM_CLASSES' not in args.opts:
             options += ['MODEL.NUM_CLASSES', 'None']
-        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]))
+        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]), args.split.upper())
         dataset = open_split(config, args.split.upper(), TrainTransform(config) if args.augmented else None)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -32,28 +32,28 @@ examples:
   python -m detection.tools.predict --resume ckpt_best.pth --output drawn film.mp4 --batch-size 4
   python -m detection.tools.predict --resume ckpt_best.pth --json found.json 'photos/**/*.jpg' --opts TEST.FLIP True
 
-exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images that cannot be read
+exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images or videos that cannot be read
 """
 
 
-def output_paths(paths: list[Path], output: Path) -> dict[Path, Path]:
-    """Where to draw each of the images among files and below folders.
+def output_paths(paths: list[Path], videos: list[Path], output: Path) -> dict[Path, Path]:
+    """Where to draw each of the images among files and below folders, and each video.
 
     Raises:
-        DataError: there are no images, or drawing would overwrite one of them or another drawing.
+        DataError: there are no images, or drawing would overwrite one of them, a video or another drawing.
     """
-    drawings = {}
+    drawings = {video: output / f'{video.stem}.mp4' for video in videos}
     for path in paths:
         if path.resolve() in (output.resolve(), *output.resolve().parents):
             raise DataError(f'--output {output} is in {path}, with the images: write another')
         for image in find_images([path]):
             drawings[image] = output / (image.relative_to(path) if path.is_dir() else image.name)
-    images = {image.resolve() for image in drawings}
+    inputs = {path.resolve() for path in drawings}
     for drawing in drawings.values():
-        if drawing.resolve() in images:
+        if drawing.resolve() in inputs:
             raise DataError(f'{drawing} would be overwritten: write another --output')
     if len(set(drawings.values())) < len(drawings):
-        raise DataError('several images have the same name: give the folder that holds them all, or fewer of them')
+        raise DataError('several files have the same name: give the folder that holds them all, or fewer of them')
     return drawings
 
 
@@ -141,23 +141,32 @@ def predict_images(
 
 
 def predict_video(
-    video: Video, detector: FrameDetector, results: Results, output: Path | None, limit: int | None
-) -> None:
+    path: Path, detector: FrameDetector, results: Results, drawing: Path | None, limit: int | None
+) -> bool:
     """Report and draw the frames of a video, or the first of them.
+
+    Returns:
+        Whether it can be read; if not, a line on stderr says so.
 
     Raises:
         UserError: the drawn video cannot be written.
     """
+    count = 0
     with ExitStack() as stack:
-        writer = VideoWriter(output / f'{video.path.stem}.mp4', video.fps) if output else None
+        video = Video(path)
+        writer = VideoWriter(drawing, video.fps) if drawing else None
         if writer:
             stack.callback(writer.close)
         frames = (frame for _, frame in zip(range(limit or sys.maxsize), video, strict=False))
         for frame, found in tqdm(detector(frames), unit=' frames', leave=False, disable=None):
+            count += 1
             results.add(frame, found)
             if writer:
                 picture = draw_detections(frame.pixels / 255, found, results.class_names, results.min_score)
                 writer.write(np.asarray(picture))
+    if count == 0:
+        print(f'error: video {path} cannot be read', file=sys.stderr)
+    return count > 0
 
 
 def main() -> None:
@@ -182,7 +191,7 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     """Predict as the command line says.
 
     Returns:
-        The number of images that cannot be read, and of all.
+        The number of images and videos that cannot be read, and of all.
 
     Raises:
         UserError: something cannot be read or written.
@@ -190,20 +199,20 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
     videos = [path for path in args.images if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     sources = [path for path in args.images if path not in videos]
-    if args.output and len({path.stem for path in videos}) < len(videos):
-        raise DataError('several videos have the same name: give fewer of them')
+    if args.csv and args.csv == args.json:
+        raise DataError(f'--csv and --json are both {args.csv}: write two files')
     detector = FrameDetector(predictor, args.batch_size)
     results = Results(predictor.class_names, min_score, args.csv, args.json)
-    unreadable = count = 0
+    unreadable, count = 0, len(videos)
+    drawings = output_paths(sources, videos, args.output) if args.output else None
     if sources:
-        drawings = output_paths(sources, args.output) if args.output else None
         report_other_files(sources)
-        paths = choose_images(sorted(drawings or find_images(sources)), args.limit)
+        paths = choose_images(sorted(find_images(sources)), args.limit)
         images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
         predict_images(detector(frames_of_images(images)), results, drawings)
-        unreadable, count = images.unreadable, len(paths)
+        unreadable, count = images.unreadable, count + len(paths)
     for path in videos:
-        predict_video(Video(path), detector, results, args.output, args.limit)
+        unreadable += not predict_video(path, detector, results, drawings and drawings[path], args.limit)
     results.write()
     return unreadable, count
 

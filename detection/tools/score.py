@@ -8,13 +8,13 @@ No network is run. With several evaluators, their times can be compared; their m
 
 import argparse
 import json
-import sys
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from detection.config import TREE
-from detection.data import open_split, with_classes_of_data
+from detection.data import CocoDataset, open_split, with_classes_of_data
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from utils import UserError, exit_on_user_error
 
@@ -35,23 +35,47 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise ResultsError(f'{path}: {error.strerror}') from error
     except ValueError as error:
         raise ResultsError(f'{path} is not JSON: {error}') from error
-    keys = {'image_id', 'category_id', 'bbox', 'score'}
-    if not isinstance(results, list) or not all(isinstance(x, dict) and keys <= x.keys() for x in results):
-        raise ResultsError(f'{path} is not in the result format of COCO: a list of objects with {", ".join(keys)}')
+    if not isinstance(results, list):
+        raise ResultsError(f'{path} is not in the result format of COCO, which is a list')
+    for i, result in enumerate(results):
+        if not is_result(result):
+            raise ResultsError(
+                f'{path}: entry {i} is not in the result format of COCO: write image_id, category_id, bbox of four '
+                f'numbers, score, and perhaps segmentation with size and counts'
+            )
     return results
 
 
-def by_image(results: list[dict[str, Any]], image_ids: set[Any], path: Path) -> dict[Any, list[dict[str, Any]]]:
+def is_result(x: Any) -> bool:
+    """Whether it is a detection in COCO's result format."""
+    if not isinstance(x, dict) or not all(isinstance(x.get(key), int | str) for key in ('image_id', 'category_id')):
+        return False
+    if not isinstance(x.get('bbox'), list) or len(x['bbox']) != 4:
+        return False
+    is_finite = all(isinstance(value, int | float) and isfinite(value) for value in (*x['bbox'], x.get('score')))
+    mask = x.get('segmentation', {'size': [], 'counts': ''})
+    return is_finite and isinstance(mask, dict) and mask.keys() >= {'size', 'counts'}
+
+
+def by_image(results: list[dict[str, Any]], dataset: CocoDataset, path: Path) -> dict[Any, list[dict[str, Any]]]:
     """Results of each image.
 
     Raises:
-        ResultsError: one is of no image of the data.
+        ResultsError: one is of no image or category of the data, or has a mask of another size.
     """
-    grouped: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
+    images = {image['id']: image for image in dataset.images}
+    categories = {category['id'] for category in dataset.categories}
+    grouped: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in images}
     for result in results:
-        if result['image_id'] not in grouped:
+        image = images.get(result['image_id'])
+        if image is None:
             raise ResultsError(f'{path}: image {result["image_id"]} is not in the annotation file')
-        grouped[result['image_id']].append(result)
+        if result['category_id'] not in categories:
+            raise ResultsError(f'{path}: category {result["category_id"]} is not in the annotation file')
+        size = [image['height'], image['width']]
+        if result.get('segmentation', {'size': size})['size'] != size:
+            raise ResultsError(f'{path}: a mask of image {image["id"]} is not of its size, {size}')
+        grouped[image['id']].append(result)
     return grouped
 
 
@@ -68,12 +92,12 @@ def main() -> None:
     with exit_on_user_error():
         results = read_results(args.results)
         options = ['DATA.DATA_PATH', args.data_path]
-        if '--cfg' not in sys.argv and 'MODEL.NUM_CLASSES' not in args.opts:
+        if args.cfg is None and 'MODEL.NUM_CLASSES' not in args.opts:
             options += ['MODEL.NUM_CLASSES', 'None']
         options += ['MODEL.MASK.ENABLED', str(bool(results) and all('segmentation' in x for x in results))]
-        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]))
+        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]), 'VAL')
         dataset = open_split(config, 'VAL')
-        detections = by_image(results, {image['id'] for image in dataset.images}, args.results)
+        detections = by_image(results, dataset, args.results)
         for name in args.by:
             evaluation = CocoEvaluation(dataset, choose_evaluator(name))
             evaluation.detections = detections

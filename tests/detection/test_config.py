@@ -2,6 +2,7 @@ import pytest
 
 from detection.config import get_config, load_config
 from detection.main import parse_option
+from detection.models import build_detector
 from engine.config_tree import ConfigError
 from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
 
@@ -38,6 +39,9 @@ def test_a_dump_gives_the_same_tree(tmp_path):
         (['MODEL.BOX.LINEARS', '[]'], r'MODEL.BOX.LINEARS is \[\]'),
         (['MODEL.MASK.CONVS', '[]'], r'MODEL.MASK.CONVS is \[\]'),
         (['MODEL.MSG.DEPTHS', '[1, 1]'], 'write four'),
+        (['MODEL.TIMM_ARGS', 'embed_dim=48'], 'MODEL.TIMM_ARGS is for networks of timm'),
+        (['TRAIN.FROZEN_STAGES', '9'], 'TRAIN.FROZEN_STAGES is 9: 9 stages cannot be frozen: the network has 4'),
+        (['MODEL.BACKBONE', 'timm:vgg11', 'TRAIN.FROZEN_STAGES', '1'], 'stages of .* cannot be frozen'),
         (['MODEL.MSG.PATCH_SIZE', '3'], 'write a power of 2'),
         (['MODEL.RPN.NEGATIVE_IOU', '0.8'], 'write at most POSITIVE_IOU, 0.7'),
         (['MODEL.NUM_CLASSES', '0'], 'write a number at least 1'),
@@ -61,3 +65,12 @@ def test_flags_override_their_keys():
     assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH, config.MODEL.RESUME) == (3, 'd', 'r')
     assert (config.TRAIN.USE_CHECKPOINT, config.EVAL_MODE, config.SHOW, config.SHOW_SCORE) == (True, True, 4, 0.1)
     assert get_config(parse_option(['--cfg', str(TINY_DETECTOR), '--benchmark'])).BENCHMARK_MODE
+
+
+def test_the_number_of_classes_may_be_that_of_data_but_not_without_data(tmp_path):
+    for text in ('None', 'null'):
+        (tmp_path / 'classes.yaml').write_text(f'MODEL: {{NUM_CLASSES: {text}}}')
+        config = load_config(tmp_path / 'classes.yaml')
+        assert config.MODEL.NUM_CLASSES is None
+    with pytest.raises(ConfigError, match='MODEL.NUM_CLASSES is None, which is for training and evaluation'):
+        build_detector(config)

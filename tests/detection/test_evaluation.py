@@ -97,8 +97,10 @@ def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path,
     if name == 'pycocotools':
         monkeypatch.setitem(sys.modules, 'hotcoco', None)
     assert choose_evaluator().name == name
-    annotations = [*read_tree(coco, 'val')['annotations'], crowd(64, 48, rows=10) | {'image_id': 5}]
-    update_tree(coco, annotations=annotations)
+    tree = read_tree(coco, 'val')
+    annotations = [*tree['annotations'], crowd(64, 48, rows=10) | {'image_id': 5}]
+    # hotcoco refuses a license that is a text
+    update_tree(coco, annotations=annotations, images=[x | {'license': 'CC-BY'} for x in tree['images']])
     dataset = CocoDataset(coco, 'val')
     evaluation, metrics = evaluate(dataset, range(len(dataset)), noisy_detections)
     evaluation.write(tmp_path / 'results.json')

@@ -104,7 +104,7 @@ def read_results(path: Path) -> dict[str, Any]:
         StudyError: it is none, or holds no run.
     """
     try:
-        results = json.loads(path.read_text())
+        results = {'metric': 'acc1', 'metric_name': 'top-1'} | json.loads(path.read_text())  # older ones lack both
         if not results['runs']:
             raise StudyError(f'{path} holds no finished run yet')
         table(results)

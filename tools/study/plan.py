@@ -109,7 +109,7 @@ def read_study(path: Path) -> Study:
     if not isinstance(comparisons, list) or not all(_is_pair(pair, variants) for pair in comparisons):
         raise StudyError(f'study {path}: comparisons is {comparisons!r}: write a list of pairs of variants')
     task = content.get('task', 'classification')
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise StudyError(f'study {path}: task is {task}: write {" or ".join(TASKS)}')
     pairs = [(str(name), str(other)) for name, other in comparisons]
     return Study(path.stem, path.parent / str(content['config']), reference, seeds, variants, pairs, TASKS[task])

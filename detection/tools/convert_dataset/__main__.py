@@ -10,6 +10,9 @@ import argparse
 import json
 import random
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,11 @@ def convert(source: Source, output: Path, links: bool = False, val_fraction: flo
     """Write a dataset in COCO's layout: `annotations/instances_<split>.json`, and the images in `<split>/`.
 
     Where there is no `val`, the `test` images become it or, without these, a part of the training images.
+    There need not be training images.
 
     Args:
         source: the dataset.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet, or an empty one.
         links: make symbolic links to the images, instead of copies.
         val_fraction: part of the training images that becomes `val` where there is nothing else.
 
@@ -95,6 +99,43 @@ def _write_images(items: list[Item], folder: Path, links: bool) -> None:
             shutil.copyfile(item.path, target)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Context with a folder that becomes `path` at its end; after an error nothing is left of it.
+
+    Raises:
+        DataError: something of that name has come up meanwhile.
+        OutputError: the folder cannot be written.
+    """
+    with report_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if path.exists():
+            raise DataError(f'{path} exists by now: write another --output')
+        with report_write_errors(path):
+            folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_converted(folder: Path, split: str, source: Path) -> CocoDataset:
+    """Open a split, which checks it; with masks, if it has any.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    tree = json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
+    has_masks = any('segmentation' in x for x in tree['annotations'])
+    try:
+        return CocoDataset(folder, split, with_masks=has_masks)
+    except DataError as error:
+        text = str(error).replace(str(folder), '<converted>')
+        raise DataError(f'{source}, {split}: {text} (images and objects are counted from 1)') from error
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
@@ -123,21 +164,16 @@ def main() -> None:
         if args.output.exists():
             raise DataError(f'{args.output} exists: write another --output')
         source = READERS[args.format or detect_format(args.source)](args.source)
-        try:
-            counts = convert(source, args.output, args.link, args.val_fraction)
-            items = [item for items in source.splits.values() for item in items]
-            has_masks = any('segmentation' in x for item in items for x in item.objects)
-            datasets = {split: CocoDataset(args.output, split, with_masks=has_masks) for split in counts}
-        except BaseException:  # half a dataset would be taken for a whole one
-            shutil.rmtree(args.output, ignore_errors=True)
-            raise
-        draw_sheet(datasets['train']).save(args.output / 'samples.png')
+        with new_folder(args.output) as folder:
+            counts = convert(source, folder, args.link, args.val_fraction)
+            datasets = {split: open_converted(folder, split, args.source) for split in counts}
+            draw_sheet(next(iter(datasets.values()))).save(folder / 'samples.png')
     for split, dataset in datasets.items():
         objects = len(dataset.ground_truth['annotations'])
         print(f'{split}: {counts[split]} images, {objects} objects', *dataset.notes, sep='; ')
     opts = f'MODEL.NUM_CLASSES {len(source.categories)} DATA.TRAIN_SPLIT train DATA.VAL_SPLIT val'
-    opts += '' if has_masks else ' MODEL.MASK.ENABLED False'
-    print(f'Look at {args.output / "samples.png"}, then train: --data-path {args.output} --opts {opts}')
+    opts += '' if all(dataset.with_masks for dataset in datasets.values()) else ' MODEL.MASK.ENABLED False'
+    print(f'Look at {args.output / "samples.png"}, then: --data-path {args.output} --opts {opts}')
 
 
 if __name__ == '__main__':

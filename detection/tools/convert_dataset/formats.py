@@ -72,37 +72,42 @@ def read_roboflow(folder: Path) -> Source:
     Raises:
         DataError: a file cannot be read.
     """
-    categories, splits = None, {}
+    categories, used, splits = None, set(), {}
     for name, split in (('train', 'train'), ('valid', 'val'), ('test', 'test')):
         path = folder / name / '_annotations.coco.json'
         if not path.is_file():
             continue
         tree = _read_json(path)
         try:
-            names = {category['id']: category['name'] for category in _used_categories(tree)}
-            objects: dict[Any, list[dict[str, Any]]] = {image['id']: [] for image in tree['images']}
-            for x in tree['annotations']:
-                extra = {key: x[key] for key in ('segmentation', 'iscrowd') if x.get(key)}
-                objects[x['image_id']].append({'category': names[x['category_id']], 'bbox': x['bbox']} | extra)
-            splits[split] = [
-                Item(path.parent / x['file_name'], x['file_name'], (x['width'], x['height']), objects[x['id']])
-                for x in tree['images']
-            ]
-        except (KeyError, TypeError) as error:
+            entries = [(x['id'], x['name'], x.get('supercategory')) for x in tree['categories']]
+            splits[split] = _roboflow_items(tree, dict(entry[:2] for entry in entries), path.parent)
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not in COCO's format: {type(error).__name__} {error}") from error
-        if categories is not None and categories != list(names.values()):
+        if categories is not None and categories != entries:
             raise DataError(f'{path} has other categories than the splits before it: export them together')
-        categories = list(names.values())
+        categories = entries
+        used |= {x['category'] for item in splits[split] for x in item.objects}
     if not splits:
         raise DataError(f'{folder} has no train/_annotations.coco.json: give the folder of an export')
-    return Source(categories, splits)
+    # Roboflow adds a category for the whole set: the parent of others, which no object has.
+    parents = {parent for _, name, parent in categories if parent != name}
+    return Source([name for _, name, _ in categories if name in used or name not in parents], splits)
 
 
-def _used_categories(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The categories without the one that Roboflow adds for the whole set, which no object has."""
-    used = {annotation['category_id'] for annotation in tree['annotations']}
-    parents = {category.get('supercategory') for category in tree['categories']}
-    return [x for x in tree['categories'] if x['id'] in used or x['name'] not in parents]
+def _roboflow_items(tree: Mapping[str, Any], names: dict[Any, str], folder: Path) -> list[Item]:
+    objects: dict[Any, list[dict[str, Any]]] = {image['id']: [] for image in tree['images']}
+    if len(objects) < len(tree['images']):
+        raise DataError(f'{folder}: two images have the same id: export the data again')
+    for x in tree['annotations']:
+        extra = {key: x[key] for key in ('segmentation', 'iscrowd') if x.get(key)}
+        objects[x['image_id']].append({'category': names[x['category_id']], 'bbox': x['bbox']} | extra)
+    items = []
+    for x in tree['images']:
+        path = folder / x['file_name']
+        if not path.is_file() or not path.is_relative_to(folder):
+            raise DataError(f'image {x["file_name"]} is not in {folder}: add it')
+        items.append(Item(path, x['file_name'], (x['width'], x['height']), objects[x['id']]))
+    return items
 
 
 def _read_json(path: Path) -> Any:
@@ -112,6 +117,16 @@ def _read_json(path: Path) -> Any:
         raise DataError(f'{path}: {error.strerror}') from error
     except ValueError as error:
         raise DataError(f'{path} is not JSON ({error}): replace it') from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without spaces around them."""
+    try:
+        return [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    except OSError as error:
+        raise DataError(f'{path}: {error.strerror}') from error
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path} is not text in UTF-8: {error.reason}') from error
 
 
 # YOLO
@@ -132,19 +147,27 @@ def read_yolo(path: Path) -> Source:
         raise DataError(f'{file}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f'{file} is not YAML: {" ".join(str(error).split())}') from error
-    names = content.get('names') if isinstance(content, Mapping) else None
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names)]
-    if not names:
-        raise DataError(f'{file} has no names: write the names of the classes')
-    names, splits = list(map(str, names)), {}
+    names, splits = _yolo_names(content, file), {}
     for key, split in (('train', 'train'), ('val', 'val'), ('test', 'test')):
         if content.get(key):
             images = list(_yolo_images(file, content, key))
             splits[split] = [_yolo_item(image, root, names) for image, root in images]
     if not splits:
         raise DataError(f'{file} has no train: write the folder of the training images')
-    return Source(names, splits)
+    return Source(list(names.values()), splits)
+
+
+def _yolo_names(content: Any, file: Path) -> dict[int, str]:
+    """Names of the classes by their numbers in label files."""
+    names = content.get('names') if isinstance(content, Mapping) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping) or not names or not all(str(key).isdecimal() for key in names):
+        raise DataError(f'{file} has no names of the classes: write a list, or numbers with their names')
+    names = {int(key): str(names[key]) for key in sorted(names, key=int)}
+    if len(set(names.values())) < len(names):
+        raise DataError(f'{file} has two classes of one name: rename one of them')
+    return names
 
 
 def _yolo_images(file: Path, content: Mapping[str, Any], key: str) -> Iterator[tuple[Path, Path]]:
@@ -160,34 +183,33 @@ def _yolo_images(file: Path, content: Mapping[str, Any], key: str) -> Iterator[t
         if found.is_dir():
             yield from ((x, found) for x in sorted(found.rglob('*')) if x.is_file() and is_image_file(x.name))
         else:  # a list of files
-            lines = [line.strip() for line in found.read_text().splitlines() if line.strip()]
+            lines = filter(None, _read_lines(found))
             paths = [Path(line) if Path(line).is_absolute() else found.parent / line for line in lines]
             yield from ((path, path.parent) for path in paths)
 
 
-def _yolo_item(image: Path, root: Path, names: list[str]) -> Item:
+def _yolo_item(image: Path, root: Path, names: dict[int, str]) -> Item:
     parts = list(image.with_suffix('.txt').parts)
     if 'images' in parts:
         last = len(parts) - 1 - parts[::-1].index('images')
         parts[last] = 'labels'
     label, size, objects = Path(*parts), read_header(image).upright_size, []
-    lines = label.read_text().splitlines() if label.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
+    for number, line in enumerate(_read_lines(label) if label.is_file() else (), start=1):
+        if line:
             objects.append(_yolo_object(line, size, names, f'{label}, line {number}'))
     return Item(image, str(image.relative_to(root)), size, objects)
 
 
-def _yolo_object(line: str, size: tuple[int, int], names: list[str], where: str) -> dict[str, Any]:
+def _yolo_object(line: str, size: tuple[int, int], names: dict[int, str], where: str) -> dict[str, Any]:
     try:
         index, *values = map(float, line.split())
     except ValueError as error:
-        raise DataError(f'{where} is {line.strip()!r}: write a class and numbers') from error
+        raise DataError(f'{where} is {line!r}: write a class and numbers') from error
     is_polygon = len(values) >= 6 and len(values) % 2 == 0
     if not (is_polygon or len(values) == 4) or not all(-1 <= x <= 2 and math.isfinite(x) for x in values):
-        raise DataError(f'{where} is {line.strip()!r}: write a class and a box, or corners, between 0 and 1')
-    if index not in range(len(names)):
-        raise DataError(f'{where} has class {index:g}, but names has {len(names)}: add it there')
+        raise DataError(f'{where} is {line!r}: write a class and a box, or corners, between 0 and 1')
+    if index not in names:
+        raise DataError(f'{where} has class {index:g}, which names does not have: add it there')
     width, height = size
     category = names[int(index)]
     if not is_polygon:
@@ -220,7 +242,7 @@ def read_voc(folder: Path) -> Source:
         files = {split: sorted(path.glob('*.xml')) for split, path in found.items() if path.is_dir()}
     elif any(path.is_file() for path in lists.values()):
         files = {
-            split: [annotations / f'{line.split()[0]}.xml' for line in path.read_text().splitlines() if line.strip()]
+            split: [_voc_file(annotations, line) for line in _read_lines(path) if line]
             for split, path in lists.items()
             if path.is_file()
         }
@@ -233,6 +255,12 @@ def read_voc(folder: Path) -> Source:
     return Source(sorted(names), splits)
 
 
+def _voc_file(annotations: Path, entry: str) -> Path:
+    """The file of an entry of a list: a name, or a name and whether the image has an object of a class."""
+    whole = annotations / f'{entry}.xml'
+    return whole if whole.is_file() else annotations / f'{entry.split()[0]}.xml'
+
+
 def _voc_item(path: Path, images: Path) -> Item:
     try:
         tree = ElementTree.parse(path)
@@ -240,7 +268,7 @@ def _voc_item(path: Path, images: Path) -> Item:
         raise DataError(f'{path}: {error.strerror}') from error
     except ElementTree.ParseError as error:
         raise DataError(f'{path} is not XML: {error}') from error
-    name = Path(tree.findtext('filename') or f'{path.stem}.jpg').name
+    name = Path(tree.findtext('filename') or '').name or f'{path.stem}.jpg'
     image = next((x for x in (images / name, path.with_name(name)) if x.is_file()), None)
     if image is None:
         raise DataError(f'{path}: image {name} is neither in {images} nor beside it: add it')

@@ -20,6 +20,6 @@ def test_it_prints_time_and_memory_of_each_mode():
     assert 'revision' in done.stdout
 
 
-@pytest.mark.parametrize('name', ['torchvision:resnet50', 'nothing.yaml'])
+@pytest.mark.parametrize('name', ['torchvision:resnet50', 'torchvision:ssdlite320_mobilenet_v3_large', 'nothing.yaml'])
 def test_what_is_no_detector_is_one_line(name):
     assert name.split(':')[-1] in error_line(*PROGRAM, name, *SMALL)

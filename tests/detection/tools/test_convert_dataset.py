@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 from xml.etree import ElementTree
 
 import cv2
@@ -14,7 +15,7 @@ from PIL import Image
 
 from data import DataError
 from detection.data import CocoDataset
-from detection.tools.convert_dataset.__main__ import convert
+from detection.tools.convert_dataset.__main__ import convert, new_folder
 from detection.tools.convert_dataset.formats import READERS, detect_format, read_roboflow, read_voc, read_yolo
 from tests.helpers.coco_data import read_tree, write_coco
 from tests.helpers.images import set_orientation
@@ -217,15 +218,19 @@ def test_images_are_copied_or_linked(original, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda f: (f / 'data.yaml').write_text('train: images/train\n'), 'data.yaml has no names: write the names of'),
+        (lambda f: (f / 'data.yaml').write_text('train: images/train\n'), 'data.yaml has no names of the classes'),
         (lambda f: (f / 'data.yaml').write_text('names: [a]\ntrain: none\n'), 'train is none, which does not exist in'),
         (lambda f: (f / 'data.yaml').write_text('names: [a'), 'data.yaml is not YAML'),
+        (lambda f: (f / 'data.yaml').write_text('names: cat\n'), 'data.yaml has no names of the classes'),
+        (lambda f: (f / 'data.yaml').write_text('names: {0: cat, x: dog}\n'), 'data.yaml has no names of the classes'),
+        (lambda f: (f / 'data.yaml').write_text('names: [a, b, a]\n'), 'data.yaml has two classes of one name'),
+        (lambda f: label(f).write_bytes(b'\xff'), 'is not text in UTF-8'),
         (lambda f: (f / 'data.yaml').write_text('names: [a]\n'), 'data.yaml has no train'),
         (lambda f: (f / 'data.yaml').unlink(), 'is of no known format'),
         (lambda f: label(f).write_text('0 0.5 0.5\n'), "line 1 is '0 0.5 0.5': write a class and a box, or corners"),
         (lambda f: label(f).write_text('0 20 30 40 50\n'), 'between 0 and 1'),
         (lambda f: label(f).write_text('\nbox 0.5 0.5 0.1 0.1\n'), 'line 2 is .*: write a class and numbers'),
-        (lambda f: label(f).write_text('3 0.5 0.5 0.1 0.1\n'), 'has class 3, but names has 3'),
+        (lambda f: label(f).write_text('3 0.5 0.5 0.1 0.1\n'), 'has class 3, which names does not have'),
         (lambda f: image(f).write_bytes(b'no image'), '0.png cannot be read'),
     ],
 )
@@ -264,3 +269,56 @@ def test_other_mistakes(original, tmp_path):
     xml.write_text('<annotation><filename>none.png</filename></annotation>')
     with pytest.raises(DataError, match='image none.png is neither in'):
         read_voc(voc)
+
+
+def test_numbers_of_yolo_classes_are_kept(original, tmp_path):
+    folder = as_yolo(original, tmp_path / 'in')
+    content = yaml.safe_load((folder / 'data.yaml').read_text())
+    for text in folder.rglob('labels/**/*.txt'):  # the classes count from 10
+        lines = [line.split(maxsplit=1) for line in text.read_text().splitlines()]
+        text.write_text('\n'.join(f'{int(number) + 10} {box}' for number, box in lines))
+    names = {str(i + 10): name for i, name in enumerate(content['names'].values())}
+    (folder / 'data.yaml').write_text(yaml.safe_dump(content | {'names': names}))
+    source, plain = read_yolo(folder), read_yolo(as_yolo(original, tmp_path / 'plain'))
+    assert source.categories == plain.categories
+    for split, items in plain.splits.items():
+        assert [item.objects for item in source.splits[split]] == [item.objects for item in items]
+
+
+def test_splits_may_lack_training_images_or_masks(original, tmp_path):
+    folder = as_roboflow(original, tmp_path / 'in')
+    shutil.rmtree(folder / 'train')
+    done = run_here(*PROGRAM, folder, '--output', tmp_path / 'val')
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / 'val').iterdir()) == ['annotations', 'samples.png', 'val']
+
+    folder = as_roboflow(original, tmp_path / 'two')
+    path = folder / 'valid' / '_annotations.coco.json'
+    tree = json.loads(path.read_text())
+    for annotation in tree['annotations']:
+        del annotation['segmentation']
+    path.write_text(json.dumps(tree))
+    done = run_here(*PROGRAM, folder, '--output', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith('MODEL.MASK.ENABLED False')
+
+
+def test_categories_without_objects_stay_unless_roboflow_added_them(original, tmp_path):
+    folder = as_roboflow(original, tmp_path / 'in')
+    names = read_roboflow(folder).categories
+    for path in folder.rglob('*.json'):
+        tree = json.loads(path.read_text())
+        tree['categories'] += [{'id': 1000, 'name': 'unused', 'supercategory': 'unused'}]
+        path.write_text(json.dumps(tree))
+    assert read_roboflow(folder).categories == [*names, 'unused']
+
+
+def test_what_another_process_has_made_meanwhile_stays(tmp_path):
+    output = tmp_path / 'out'
+    context = new_folder(output)
+    (context.__enter__() / 'mine').write_text('')
+    output.mkdir()
+    (output / 'theirs').write_text('')
+    with pytest.raises(DataError, match='exists by now'):
+        context.__exit__(None, None, None)
+    assert [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob('*'))] == [Path('out'), Path('out/theirs')]

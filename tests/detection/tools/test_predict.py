@@ -32,23 +32,23 @@ def images(tmp_path):
 def test_drawings_keep_their_images_paths_and_overwrite_none(images, tmp_path):
     train, val = images / 'train', images / 'val' / '000001.jpg'
     output = tmp_path / 'drawn'
-    assert output_paths([train], output)[train / '000003.jpg'] == output / '000003.jpg'
-    assert output_paths([images], output)[val] == output / 'val' / '000001.jpg'
-    with pytest.raises(DataError, match='several images have the same name'):
-        output_paths([train, val], output)
+    assert output_paths([train], [], output)[train / '000003.jpg'] == output / '000003.jpg'
+    assert output_paths([images], [], output)[val] == output / 'val' / '000001.jpg'
+    with pytest.raises(DataError, match='several files have the same name'):
+        output_paths([train, val], [], output)
     with pytest.raises(DataError, match=r'000001.jpg would be overwritten: write another --output'):
-        output_paths([val], images / 'val')
+        output_paths([val], [], images / 'val')
     for inside in (images, images / 'drawn'):
         with pytest.raises(DataError, match='is in .*, with the images: write another'):
-            output_paths([images], inside)
+            output_paths([images], [], inside)
 
 
 def test_paths_without_images_are_refused(tmp_path):
     (tmp_path / 'none').mkdir()
     with pytest.raises(DataError, match='no images in'):
-        output_paths([tmp_path / 'none'], tmp_path / 'drawn')
+        output_paths([tmp_path / 'none'], [], tmp_path / 'drawn')
     with pytest.raises(DataError, match='nowhere does not exist: give image files or folders'):
-        output_paths([tmp_path / 'nowhere'], tmp_path / 'drawn')
+        output_paths([tmp_path / 'nowhere'], [], tmp_path / 'drawn')
 
 
 @pytest.mark.slow
@@ -172,7 +172,12 @@ def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
     assert {line.split('\t')[0] for line in predict(path, '--resume', weights, '--limit', '2')} == {
         f'{path}:0', f'{path}:1'
     }  # fmt: skip
-    path.write_bytes(b'no video')
-    done = run_here(*PROGRAM, path, '--resume', weights)
-    assert done.returncode == 1
-    assert f'error: video {path} cannot be read' in done.stderr
+    drawn = tmp_path / 'drawn' / 'film.mp4'
+    done = run_here(*PROGRAM, drawn, '--resume', weights, '--output', drawn.parent)
+    assert (done.returncode, f'{drawn} would be overwritten' in done.stderr) == (1, True)
+    bad = tmp_path / 'bad.mp4'
+    bad.write_bytes(b'no video')
+    done = run_here(*PROGRAM, bad, path, '--resume', weights, '--csv', tmp_path / 'again.csv', '--score', '0')
+    assert done.returncode == 3
+    assert f'error: video {bad} cannot be read\nerror: 1 of 2 images cannot be read' in done.stderr
+    assert f'{path},0,' in (tmp_path / 'again.csv').read_text()

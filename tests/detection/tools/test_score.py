@@ -36,6 +36,13 @@ def test_each_evaluator_finds_the_annotations_perfect(data, results, tmp_path):
     ('content', 'message'),
     [
         ('[{"image_id": "x", "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', 'image x is not in the annotation'),
+        (
+            '[{"image_id": 5, "category_id": 99, "bbox": [0, 0, 1, 1], "score": 1}]',
+            'category 99 is not in the annotation',
+        ),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 1], "score": 1}]', 'entry 0 is not in the result format'),
+        ('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": NaN}]', 'entry 0 is not in the result'),
+        ('[{"image_id": [1], "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]', 'entry 0 is not in the result'),
         ('{}', 'is not in the result format'),
         ('[', 'is not JSON'),
         (None, 'No such file'),
