@@ -12,6 +12,8 @@ from engine.precision import Precision, build_precision, import_apex_amp
 from engine.timing import time_interleaved
 from engine.trainer import Trainer
 from models import MSGTransformer, build_model
+from models.attention import attend, choose_path
+from tests.helpers.attention import relative_errors
 from tests.helpers.golden import fill_, golden, images, labels, micro
 from tests.helpers.runs import PLAIN, RANDOM, differences, folder_of, last_checkpoint, records
 from tools.benchmark.cases import BenchmarkCase, Setting
@@ -54,6 +56,16 @@ def test_mixed_precision_is_near_fp32(dtype):
         with Precision('O1', dtype, torch.device('cuda')).autocast():
             low = model(x).float()
     assert (low - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.parametrize('shape', [(64, 50, 3, 32), (70_001, 50, 2, 32), (5, 10, 2, 24), (9, 64, 1, 64)])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_attention_kernel_equals_the_formula(shape, dtype):
+    def kernel(qkv, bias, scale):
+        assert choose_path(qkv, bias, 0.0, False) == 'kernel'
+        return attend(qkv, bias, scale)
+
+    assert max(relative_errors(kernel, *shape, dtype, 'cuda')) < (2e-3 if dtype is torch.float16 else 1.2e-2)
 
 
 @pytest.mark.parametrize('compile_mode', ['compiled', 'graphs'])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.msg_block import MSGBlock, WindowAttention
+from models.attention import WindowAttention
+from models.msg_block import MSGBlock
 from models.windows import WindowPadding, join_windows, shuffle_msg_tokens, split_windows, window_padding
 from tests.helpers import numpy_block
 from tests.helpers.golden import fill_, normal
@@ -52,11 +53,10 @@ def test_dropout_and_drop_path_act_everywhere():
     block, x = small_block(drop=0.25, attn_drop=0.5, drop_path=0.75)
     block.train()
     calls = []
-    for module in (block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop, block.drop_path):
+    for module in (block.attn.proj_drop, block.mlp.drop, block.drop_path):
         module.register_forward_hook(lambda module, inputs, out: calls.append((module, tuple(out.shape))))
     block(x)
     assert calls == [
-        (block.attn.attn_drop, (16, 2, 10, 10)),
         (block.attn.proj_drop, (2, 4, 2, 10, 16)),
         (block.drop_path, (2, 4, 2, 10, 16)),
         (block.mlp.drop, (2, 4, 2, 10, 64)),

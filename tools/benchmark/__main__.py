@@ -3,7 +3,8 @@
     python -m tools.benchmark configs/msg_tiny_p4_win7_224.yaml swin_tiny_patch4_window7_224
     python -m tools.benchmark configs/msg_tiny_p4_win7_224.yaml --best --batches 8
 
-The last network is the peer that the others are compared with. Writes a Markdown table, JSON and a chart.
+The last network is the peer that the others are compared with. A network of timm whose fused attention is off by
+default is measured in both forms, and counts with the faster. Writes a Markdown table, JSON and a chart.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from tools.benchmark.cases import (
     image_channels,
     short_name,
     unavailable,
+    with_fused_attention,
 )
 from tools.benchmark.chart import draw
 from tools.benchmark.report import compare_fastest, variants_table, write
-from tools.benchmark.timing import Result, compare, find_fastest
+from tools.benchmark.timing import Result, compare, find_fastest, network_name
 from utils import exit_on_user_error, positive_int, report_write_errors
 
 
@@ -66,6 +68,8 @@ def main() -> None:
     torch.manual_seed(0)
     with exit_on_user_error():
         device = choose_device(args.device)
+        if not args.best:
+            args.networks = with_fused_attention(args.networks)
         settings = check_all(args, device)
         if args.best:
             fastest, variants = find_fastest(args.networks[0], settings[0], args.max_error, args.rounds, device)
@@ -126,7 +130,7 @@ def measure(args: argparse.Namespace, settings: Sequence[Setting], device: torch
     summary, text = [], ''
     for group in compare(args.networks, settings, args.rounds, device):
         results += group
-        if len(args.networks) > 1:
+        if len({network_name(name) for name in args.networks}) > 1:
             summary.append(compare_fastest(group))
         with report_write_errors(output.parent):  # after each group, since the next may fail
             text = write(results, summary, output, device)

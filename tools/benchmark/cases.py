@@ -1,7 +1,7 @@
 """Benchmark cases: a network under one setting, its memory and its multiply-adds."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 
 from config import load_config
@@ -23,6 +24,9 @@ from tools.flops import count_multiply_adds
 MODES = ('inference', 'train')
 PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 COMPILE_MODES = ('eager', 'compiled', 'graphs', 'freezing')
+
+# After the name of a timm network: with fused attention, also where timm's default is not to use it
+FUSED = '+fused'
 
 
 class Setting(NamedTuple):
@@ -68,7 +72,7 @@ def build_network(name: str, size: int) -> nn.Module:
     """Build a network with random weights, from a config file or by timm's or torchvision's name.
 
     Args:
-        name: a config file, `NAME`, `timm:NAME` or `torchvision:NAME`.
+        name: a config file, `NAME`, `timm:NAME` or `torchvision:NAME`; after one of timm's, `+fused`.
         size: image size, in pixels.
 
     Raises:
@@ -76,15 +80,41 @@ def build_network(name: str, size: int) -> nn.Module:
     """
     if name.endswith(('.yaml', '.yml')):
         return build_model(load_config(name, ['DATA.IMG_SIZE', str(size)]))
-    library, _, plain = name.rpartition(':')
+    library, _, plain = name.removesuffix(FUSED).rpartition(':')
     if library in ('', 'timm') and timm.is_model(plain):
-        try:
-            return timm.create_model(plain, img_size=size)
-        except TypeError:  # a convolutional network, which takes any size
-            return timm.create_model(plain)
+        with fused_attention(name.endswith(FUSED)):
+            try:
+                return timm.create_model(plain, img_size=size)
+            except TypeError:  # a convolutional network, which takes any size
+                return timm.create_model(plain)
     if library in ('', 'torchvision') and plain in torchvision.models.list_models(torchvision.models):
         return torchvision.models.get_model(plain)
     raise ConfigError(f'no network {name!r}: give a config file, or a name that timm or torchvision lists')
+
+
+@contextmanager
+def fused_attention(everywhere: bool) -> Iterator[None]:
+    """Context in which timm's networks are made with fused attention: everywhere, or where timm does so by default."""
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    set_fused_attn(True, everywhere)
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)
+
+
+def with_fused_attention(names: Sequence[str]) -> list[str]:
+    """The names, each of a timm network whose fused attention is off by default followed by that with `+fused`."""
+    result = []
+    for name in names:
+        result.append(name)
+        if name.endswith(('.yaml', '.yml', FUSED)) or not timm.is_model(name.removeprefix('timm:')):
+            continue
+        with torch.device('meta'):
+            network = build_network(name, 224)
+        if any(getattr(module, 'fused_attn', True) is False for module in network.modules()):
+            result.append(name + FUSED)
+    return result
 
 
 def short_name(name: str) -> str:

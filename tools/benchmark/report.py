@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tools.benchmark.timing import Result, Variant, ratio
+from tools.benchmark.timing import Result, Variant, network_name, ratio
 from utils import environment
 
 
@@ -31,8 +31,9 @@ def compare_fastest(results: Sequence[Result]) -> str:
     """Each network's fastest compile mode against the peer's fastest, among results measured together; a line each."""
     fastest: dict[str, Result] = {}
     for r in results:
-        if r.network not in fastest or r.seconds.median < fastest[r.network].seconds.median:
-            fastest[r.network] = r
+        name = network_name(r.network)
+        if name not in fastest or r.seconds.median < fastest[name].seconds.median:
+            fastest[name] = r
     *others, peer = fastest.values()
     lines = []
     for r in others:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from engine.timing import Quartiles, time_interleaved
 from tools.benchmark.cases import (
     COMPILE_MODES,
+    FUSED,
     PRECISIONS,
     BenchmarkCase,
     Setting,
@@ -30,7 +32,8 @@ class Result(NamedTuple):
         network: its name.
         setting: how it was run.
         times: seconds per run, in each round.
-        peer_times: the peer's under the same setting, in the same rounds; None without a peer.
+        peer_times: the peer's under the same setting, in the same rounds, in the faster of its forms; None without a
+            peer.
         matmul_times: seconds of a plain matmul of as many multiply-adds, in the same rounds.
         memory: peak bytes.
         multiply_adds: multiply-adds of a run, counted over the real operators.
@@ -67,6 +70,11 @@ class Result(NamedTuple):
         return record | {'memory': self.memory, 'multiply_adds': self.multiply_adds}
 
 
+def network_name(name: str) -> str:
+    """A network's name in either form of its attention."""
+    return name.removesuffix(FUSED)
+
+
 def ratio(times: Sequence[float], others: Sequence[float]) -> Quartiles:
     """Quartiles of the ratios of times of the same rounds."""
     return Quartiles.from_values([a / b for a, b in zip(times, others, strict=True)])
@@ -100,7 +108,7 @@ def compare(
     """Measure all networks, interleaved, under settings that differ in `compile_mode` only; then under the next ones.
 
     Args:
-        names: networks to compare; the last one is the peer.
+        names: networks to compare; the last one is the peer, with its form without `+fused` before it, if it has two.
         settings: how to run them.
         rounds: how often each is timed.
         device: device to run on.
@@ -126,12 +134,18 @@ def compare(
             matmul()
         show_progress(f'{group[0]}: {rounds} rounds')
         times = time_interleaved({**cases, **matmuls}, rounds, device)
+        peers = [name for name in map(short_name, names) if network_name(name) == network_name(short_name(names[-1]))]
+        others = len(peers) < len(names)
+        fastest = {
+            setting: min((times[peer, setting] for peer in peers), key=np.median) if others else None
+            for setting in group
+        }
         yield [
             Result(
                 network=name,
                 setting=setting,
                 times=times[name, setting],
-                peer_times=times[short_name(names[-1]), setting] if len(names) > 1 else None,
+                peer_times=fastest[setting],
                 matmul_times=[seconds * counts[name] / matmuls[name].multiply_adds for seconds in times[name]],
                 memory=case.peak_memory(),
                 multiply_adds=counts[name],

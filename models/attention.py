@@ -1,0 +1,139 @@
+"""Multi-head self-attention within windows, by the fastest way that the device, precision and gradients allow.
+
+Letters: N = w^2 + 1 tokens in a window of w x w patches (the MSG token first), C channels, h heads of d = C/h channels.
+
+Source: Fang et al., arXiv:2105.15168, section 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .resize import resize_bias_table
+from .windows import attention_bias_index, relative_position_index
+
+try:
+    from .attention_kernel import MAX_HEAD_CHANNELS, MAX_TOKENS, window_attention
+except ImportError:  # no Triton on this system
+    MAX_HEAD_CHANNELS = MAX_TOKENS = 0
+
+
+def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_only: bool = False) -> Tensor:
+    """softmax(scale q k^T + bias) v in each window and head.
+
+    Args:
+        qkv: queries, keys and values (windows, N, 3C), each of h heads of d channels.
+        bias: of every query (row) towards every key (column), (1, h, N, N).
+        scale: factor on q.k.
+        dropout: rate after the softmax.
+        msg_only: for the MSG tokens' queries alone.
+
+    Returns:
+        (windows, N, C), or (windows, 1, C) with `msg_only`.
+    """
+    path = choose_path(qkv, bias, dropout, msg_only)
+    num_heads = bias.shape[1]
+    if path == 'kernel':
+        return window_attention(qkv, bias.squeeze(0).float(), scale, num_heads)
+    windows, N, channels = qkv.shape
+    q, k, v = qkv.view(windows, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # each (windows, h, N, d)
+    if msg_only:
+        q, bias = q[:, :, :1], bias[:, :, :1]
+    if path == 'matmuls':
+        attn = (q * scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
+        x = F.dropout(attn.softmax(dim=-1), dropout) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)
+    return x.transpose(1, 2).reshape(windows, -1, channels // 3)
+
+
+def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> str:
+    """The fastest of the ways that can compute a call: 'kernel', 'sdpa' or 'matmuls'; docs/performance.md."""
+    if qkv.is_cuda and qkv.dtype != torch.float32 and not dropout and not msg_only and fits_kernel(qkv, bias):
+        return 'kernel'
+    # PyTorch's fused CPU kernel has no gradient for a bias, and its fallback is slower than matmuls.
+    return 'matmuls' if bias.requires_grad and torch.is_grad_enabled() else 'sdpa'
+
+
+def fits_kernel(qkv: Tensor, bias: Tensor) -> bool:
+    """Whether the Triton kernel holds a window's tokens and a head's channels."""
+    _, num_heads, N, _ = bias.shape
+    return N <= MAX_TOKENS and qkv.shape[-1] // 3 // num_heads <= MAX_HEAD_CHANNELS
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention among the N tokens of each window, with a learned position bias.
+
+    Args:
+        dim: channels C.
+        window_size: window size w, in patches.
+        num_heads: heads h; must divide `dim`.
+        qkv_bias: add a learned bias to query, key and value.
+        qk_scale: factor on q.k; None for d^-0.5.
+        attn_drop: dropout rate after the softmax.
+        proj_drop: dropout rate after the output projection.
+        use_msg_tokens: whether windows have a MSG token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        use_msg_tokens: bool = True,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads))
+        self.use_msg_tokens = use_msg_tokens
+        if use_msg_tokens:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
+            self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
+        # Part of published checkpoints; `bias_index` extends it to all N tokens.
+        self.register_buffer('relative_position_index', relative_position_index(window_size))
+        self.register_buffer('bias_index', self._make_bias_index(window_size), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        if use_msg_tokens:
+            nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
+
+    def _make_bias_index(self, window_size: int) -> Tensor:
+        return attention_bias_index(window_size) if self.use_msg_tokens else relative_position_index(window_size)
+
+    def set_window_size(self, window_size: int) -> None:
+        """Change the window size w; the bias table is interpolated."""
+        table = self.relative_position_bias_table
+        resized = resize_bias_table(table.detach(), window_size)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.relative_position_index = relative_position_index(window_size).to(table.device)
+        self.bias_index = self._make_bias_index(window_size).to(table.device)
+
+    def position_bias(self) -> Tensor:
+        """Bias of every query (row) towards every key (column), (1, h, N, N)."""
+        table = self.relative_position_bias_table.T  # (h, (2w - 1)^2)
+        if self.use_msg_tokens:
+            table = torch.cat((table, self.rel_pos_msg.flatten(1)), dim=1)
+        return table.index_select(1, self.bias_index.flatten()).view(1, self.num_heads, *self.bias_index.shape)
+
+    def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: tokens (..., N, C).
+            msg_only: compute the MSG token's output alone: patches are keys and values, but not queries.
+
+        Returns:
+            (..., N, C), or (..., 1, C) with `msg_only`.
+        """
+        *windows, N, C = x.shape
+        qkv = self.qkv(x).view(-1, N, 3 * C)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = attend(qkv, self.position_bias(), self.scale, dropout, msg_only)
+        return self.proj_drop(self.proj(x.view(*windows, -1, C)))

@@ -1,0 +1,68 @@
+"""Paths of window attention: each gives the same values and gradients."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models import attention
+from tests.helpers.attention import relative_errors
+from tests.helpers.paths import ROOT
+
+SHAPES = [(5, 50, 3, 32), (3, 49, 2, 24), (2, 10, 2, 16), (700, 10, 6, 8)]  # windows, N, heads, channels per head
+
+# Triton's interpreter, which cannot multiply bfloat16, must be chosen before Triton is imported.
+INTERPRETED = f"""
+import torch
+from models.attention_kernel import window_attention
+from tests.helpers.attention import relative_errors
+
+def kernel(qkv, bias, scale):
+    return window_attention(qkv, bias.squeeze(0), scale, bias.shape[1])
+
+for shape in {SHAPES}:
+    errors = relative_errors(kernel, *shape), relative_errors(kernel, *shape, dtype=torch.float16)
+    assert max(errors[0]) < 1e-6 and max(errors[1]) < 2e-3, (shape, errors)
+    assert max(errors[0]) > 0
+print('equal')
+"""
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_matmuls_equal_the_formula(shape):
+    assert max(relative_errors(attention.attend, *shape)) < 1e-6
+
+
+def test_kernel_equals_the_formula_in_the_interpreter():
+    pytest.importorskip('triton')
+    done = subprocess.run(
+        [sys.executable, '-c', INTERPRETED], cwd=ROOT, env=os.environ | {'TRITON_INTERPRET': '1'},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == 'equal', done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ('device', 'dtype', 'grad', 'dropout', 'msg_only', 'window', 'path'),
+    [
+        ('cpu', torch.float32, False, 0.0, False, 7, 'sdpa'),
+        ('cpu', torch.bfloat16, True, 0.0, False, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 7, 'kernel'),
+        ('cuda', torch.float16, False, 0.0, False, 7, 'kernel'),
+        ('cuda', torch.float32, True, 0.0, False, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.1, False, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.0, True, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 12, 'matmuls'),
+        ('cuda', torch.bfloat16, False, 0.0, False, 12, 'sdpa'),
+    ],
+)
+def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, window, path):
+    monkeypatch.setattr(attention, 'MAX_TOKENS', 64)
+    monkeypatch.setattr(attention, 'MAX_HEAD_CHANNELS', 64)
+    N = window**2 + 1
+    qkv = SimpleNamespace(is_cuda=device == 'cuda', dtype=dtype, shape=(4, N, 288))  # no GPU needed
+    bias = SimpleNamespace(shape=(1, 3, N, N), requires_grad=grad)
+    assert attention.choose_path(qkv, bias, dropout, msg_only) == path
