@@ -31,11 +31,16 @@ def build_optimizer(
     groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY, decay_biases)
     if layer_decay < 1:
         groups = layer_decay_groups(model, groups, layer_decay)
+    fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
     if options.NAME == 'adamw':
-        fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
         return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=fused)
     if options.NAME == 'sgd':
-        return torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0)
+        nesterov = options.MOMENTUM > 0
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=nesterov, fused=fused)
+        if fused and nesterov:  # or a first update that is skipped would leave the buffers uninitialized
+            for parameter in (p for group in groups for p in group['params']):
+                optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+        return optimizer
     raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: write adamw or sgd')
 
 

@@ -286,6 +286,7 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
         device_ids=[device.index] if device.type == 'cuda' else None,
         broadcast_buffers=False,
         find_unused_parameters=deterministic or device.type == 'cpu',
+        gradient_as_bucket_view=True,  # no second copy of the gradients
     )
 
 

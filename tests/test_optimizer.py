@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from engine.precision import Precision
 from lr_scheduler import build_scheduler
 from models import MSGTransformer
 from optimizer import build_optimizer
@@ -69,6 +70,21 @@ def test_layer_decay_scales_the_rates_of_blocks_and_keeps_weight_decay(tiny_conf
         scheduler.step_update(update)
         peak = max(group['lr'] for group in optimizer.param_groups)
         assert all(group['lr'] == pytest.approx(peak * group['lr_scale']) for group in optimizer.param_groups)
+
+
+def test_fused_sgd_equals_the_formula_though_its_first_update_is_skipped(tiny_config):
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='sgd', TRAIN__WEIGHT_DECAY='0.0'), model, lr=0.1)
+    expected, momentum, buffer = model.weight.detach().clone(), optimizer.param_groups[0]['momentum'], 0
+    precision = Precision('O0', torch.float32, torch.device('cpu'))
+    for skip in (True, False, False):
+        precision.backward(model(torch.ones(1, 3)).square().sum(), optimizer)
+        gradient = model.weight.grad.clone()
+        precision.step(optimizer, model, 0.0, torch.tensor(skip))
+        if not skip:
+            buffer = momentum * buffer + gradient
+            expected -= 0.1 * (gradient + momentum * buffer)
+        torch.testing.assert_close(model.weight.detach(), expected)
 
 
 def test_unknown_name_is_refused(tiny_config):
