@@ -12,13 +12,16 @@ from models import attention
 from tests.helpers.attention import relative_errors
 from tests.helpers.paths import ROOT
 
-SHAPES = [(5, 50, 3, 32), (3, 49, 2, 24), (2, 10, 2, 16), (700, 10, 6, 8)]  # windows, N, heads, channels per head
+SHAPES = [(5, 50, 3, 32), (3, 49, 2, 24), (2, 10, 2, 16), (11, 5, 2, 8)]  # windows, N, heads, channels per head
 
 # Triton's interpreter, which cannot multiply bfloat16, must be chosen before Triton is imported.
 INTERPRETED = f"""
 import torch
+from models import attention_kernel
 from models.attention_kernel import window_attention
 from tests.helpers.attention import relative_errors
+
+attention_kernel.MAX_PROGRAMS = 4  # so that a program has several windows, and the last one has fewer
 
 def kernel(qkv, bias, scale):
     return window_attention(qkv, bias.squeeze(0), scale, bias.shape[1])
@@ -27,6 +30,10 @@ for shape in {SHAPES}:
     errors = relative_errors(kernel, *shape), relative_errors(kernel, *shape, dtype=torch.float16)
     assert max(errors[0]) < 1e-6 and max(errors[1]) < 2e-3, (shape, errors)
     assert max(errors[0]) > 0
+qkv, bias = torch.randn(3, 10, 3 * 32, requires_grad=True), torch.randn(2, 10, 10, requires_grad=True)
+torch.library.opcheck(window_attention, (qkv, bias, 0.25, 2))
+compiled = torch.compile(lambda qkv, bias: window_attention(qkv, bias, 0.25, 2), backend='aot_eager', fullgraph=True)
+assert torch.equal(compiled(qkv, bias), window_attention(qkv, bias, 0.25, 2))
 print('equal')
 """
 
