@@ -46,6 +46,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--compile', nargs='+', choices=COMPILE_MODES, default=['eager', 'compiled'], help='graphs: with CUDA graphs')
     add('--batches', nargs='+', type=positive_int, default=[8], metavar='N', help='images per run; 1 is latency (8)')
     add('--sizes', nargs='+', type=positive_int, default=[224], metavar='N', help='image size, in pixels (224)')
+    add('--threads', nargs='+', type=positive_int, default=[0], metavar='N', help='of the CPU (as PyTorch chooses)')
     add('--rounds', type=positive_int, default=20, metavar='N', help='how often each is timed (20)')
     add('--device', choices=['auto', 'cuda', 'mps', 'cpu'], default='auto', help='auto: a GPU if there is one')
     add('--best', action='store_true', help='find the fastest way to run inference of one network; prints only')
@@ -57,7 +58,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     changed = [
         name for name in ('modes', 'precisions', 'compile', 'output') if getattr(args, name) != parser.get_default(name)
     ]
-    if args.best and (changed or len(args.batches) > 1 or len(args.sizes) > 1):
+    if args.best and (changed or len(args.batches) > 1 or len(args.sizes) > 1 or len(args.threads) > 1):
         parser.error('--best tries every precision and compile mode of inference, and prints: give a batch and a size')
     return args
 
@@ -87,10 +88,10 @@ def check_all(args: argparse.Namespace, device: torch.device) -> list[Setting]:
     if len({short_name(name) for name in args.networks}) < len(args.networks):
         raise ConfigError('two of the networks have the same name: rename a config file')
     settings = []
-    for mode, precision, batch, size, compile_mode in product(
-        args.modes, args.precisions, args.batches, args.sizes, args.compile
+    for mode, precision, threads, batch, size, compile_mode in product(
+        args.modes, args.precisions, args.threads, args.batches, args.sizes, args.compile
     ):
-        setting = Setting(mode, precision, compile_mode, batch, size)
+        setting = Setting(mode, precision, compile_mode, batch, size, threads)
         if reason := unavailable(setting, device):
             print(f'{setting}: not run: {reason}')
         else:

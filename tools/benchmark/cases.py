@@ -22,7 +22,13 @@ from models import build_model
 from tools.flops import count_multiply_adds
 
 MODES = ('inference', 'train')
-PRECISIONS = {'fp32': torch.float32, 'tf32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+PRECISIONS = {
+    'fp32': torch.float32,
+    'tf32': torch.float32,
+    'bf16': torch.bfloat16,
+    'bf16-weights': torch.bfloat16,
+    'fp16': torch.float16,
+}
 COMPILE_MODES = ('eager', 'compiled', 'graphs', 'freezing')
 
 # After the name of a timm network: with fused attention, also where timm's default is not to use it
@@ -34,11 +40,13 @@ class Setting(NamedTuple):
 
     Attributes:
         mode: 'inference', or 'train': forward, loss, backward, clipping and AdamW.
-        precision: 'fp32', 'tf32', or autocast to 'bf16' or 'fp16'.
+        precision: 'fp32', 'tf32', autocast to 'bf16' or 'fp16'; 'bf16-weights', with weights and images in bfloat16
+            (inference).
         compile_mode: 'eager'; 'compiled' by torch.compile; 'graphs', which adds CUDA graphs; 'freezing', compiled with
             weights as constants (inference).
         batch: images.
         size: image size, in pixels.
+        threads: of the CPU; 0 leaves their number as it is.
     """
 
     mode: str = 'inference'
@@ -46,25 +54,28 @@ class Setting(NamedTuple):
     compile_mode: str = 'eager'
     batch: int = 8
     size: int = 224
+    threads: int = 0
 
     def __str__(self) -> str:
-        return f'{self.mode}, {self.precision}, {self.compile_mode}, batch {self.batch}, {self.size} px'
+        threads = f', {self.threads} thread(s)' if self.threads else ''
+        return f'{self.mode}, {self.precision}, {self.compile_mode}, batch {self.batch}, {self.size} px{threads}'
 
 
 def unavailable(setting: Setting, device: torch.device) -> str:
     """Why the device cannot run a setting; '' if it can."""
-    if setting.mode == 'train' and setting.compile_mode == 'freezing':
-        return 'freezing is for inference'
+    if setting.mode == 'train' and (setting.compile_mode == 'freezing' or setting.precision == 'bf16-weights'):
+        return f'{setting.precision}, {setting.compile_mode}: for inference'
+    base = setting.precision.removesuffix('-weights')
     if device.type == 'cuda':
-        if setting.precision in ('tf32', 'bf16') and torch.cuda.get_device_capability(device) < (8, 0):
-            return f'this GPU has no {setting.precision}'
+        if base in ('tf32', 'bf16') and torch.cuda.get_device_capability(device) < (8, 0):
+            return f'this GPU has no {base}'
         return ''
     if setting.precision == 'tf32' or setting.compile_mode == 'graphs':
         return f'{setting.precision}, {setting.compile_mode}: for NVIDIA GPUs only'
-    if device.type == 'cpu' and setting.precision in ('bf16', 'fp16'):
+    if device.type == 'cpu' and base in ('bf16', 'fp16'):
         capabilities = torch.cpu.get_capabilities()
-        if not any(capabilities.get(f'{unit}_{setting.precision}') for unit in ('avx512', 'amx')):
-            return f'this processor has no {setting.precision} instructions'
+        if not any(capabilities.get(f'{unit}_{base}') for unit in ('avx512', 'amx')):
+            return f'this processor has no {base} instructions'
     return ''
 
 
@@ -139,9 +150,13 @@ class BenchmarkCase:
 
     def __init__(self, network: nn.Module, setting: Setting, device: torch.device):
         self.network, self.setting, self.device = network.to(device), setting, device
+        dtype = PRECISIONS[setting.precision]
         level = 'O1' if setting.precision in ('bf16', 'fp16') else 'O0'
-        self.precision = Precision(level, PRECISIONS[setting.precision], device)
+        self.precision = Precision(level, dtype, device)
         self.images = torch.randn(setting.batch, image_channels(network), setting.size, setting.size, device=device)
+        if setting.precision == 'bf16-weights':
+            network.to(dtype)
+            self.images = self.images.to(dtype)
         with torch.no_grad(), self.precision.autocast():
             classes = network.eval()(self.images[:1]).shape[1]
         self.targets = torch.randint(classes, (setting.batch,), device=device)
@@ -209,7 +224,7 @@ class BenchmarkCase:
     def multiply_adds(self) -> int:
         """Multiply-adds of a run, over the real operators."""
         with torch.device('meta'):
-            network, images = copy.deepcopy(self.network).to('meta'), torch.empty(self.images.shape)
+            network, images = copy.deepcopy(self.network).to('meta'), torch.empty_like(self.images, device='meta')
 
         def run() -> None:
             logits = network(images)

@@ -46,7 +46,8 @@ def _curves(axes: Axes, results: Sequence[Result], values: Sequence[float], unit
     curves: dict[str, list[tuple[float, float]]] = {}
     for r, value in zip(results, values, strict=True):
         s = r.setting
-        curves.setdefault(f'{r.network}, {s.mode}, {s.precision}, {s.compile_mode}', []).append(
+        threads = f', {s.threads} thread(s)' if s.threads else ''
+        curves.setdefault(f'{r.network}, {s.mode}, {s.precision}, {s.compile_mode}{threads}', []).append(
             (s.batch * s.size**2 / 1e6, value)
         )
     for number, (label, points) in enumerate(curves.items()):

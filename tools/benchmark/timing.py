@@ -117,9 +117,11 @@ def compare(
         The results of settings that were measured together.
     """
     groups: dict[Setting, list[Setting]] = {}
+    threads = torch.get_num_threads()
     for setting in settings:
         groups.setdefault(setting._replace(compile_mode=''), []).append(setting)
     for group in groups.values():
+        torch.set_num_threads(group[0].threads or threads)
         cases = {
             (short_name(name), setting): BenchmarkCase(build_network(name, setting.size), setting, device)
             for name, setting in product(names, group)
@@ -152,6 +154,7 @@ def compare(
             )
             for (name, setting), case in cases.items()
         ]
+    torch.set_num_threads(threads)
 
 
 class Variant(NamedTuple):
@@ -187,7 +190,7 @@ def find_fastest(
             continue
         label = f'{precision}, {compile_mode}'
         case = variants[label] = BenchmarkCase(copy.deepcopy(network), candidate, device)
-        case.images = reference.images
+        case.images = reference.images.to(case.images.dtype)
         show_progress(f'{label}: warm-up')
         case.warm_up()
     if device.type == 'cpu':

@@ -45,6 +45,13 @@ def test_precision():
     assert case().dtype is torch.bfloat16
     case = BenchmarkCase(network(), Setting(precision='tf32', batch=2, size=8), CPU)
     case()
+    exact, case = (
+        BenchmarkCase(network(), Setting(precision=p, batch=2, size=8), CPU) for p in ('bf16', 'bf16-weights')
+    )
+    assert case().dtype is torch.bfloat16
+    parameters = 8 * 48 + 32 * 5
+    assert case.resident_bytes() == exact.resident_bytes() - 2 * (parameters + 2 * 3 * 64)
+    assert case.multiply_adds() == exact.multiply_adds()
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'tf32'])
@@ -108,7 +115,8 @@ def test_peak_memory_is_resident_and_allocated_memory():
 
 
 def test_unavailable_settings(monkeypatch):
-    assert unavailable(Setting('train', compile_mode='freezing'), CPU) == 'freezing is for inference'
+    assert unavailable(Setting('train', compile_mode='freezing'), CPU) == 'fp32, freezing: for inference'
+    assert unavailable(Setting('train', 'bf16-weights'), GPU) == 'bf16-weights, eager: for inference'
     assert unavailable(Setting(), CPU) == unavailable(Setting(precision='fp16'), torch.device('mps')) == ''
     assert 'for NVIDIA GPUs' in unavailable(Setting(precision='tf32'), CPU)
     assert 'for NVIDIA GPUs' in unavailable(Setting(compile_mode='graphs'), CPU)
@@ -116,6 +124,7 @@ def test_unavailable_settings(monkeypatch):
         monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda unit=unit: {unit: True})
         reason = 'this processor has no bf16 instructions' if unit == 'avx2' else ''
         assert unavailable(Setting(precision='bf16'), CPU) == reason
+        assert unavailable(Setting(precision='bf16-weights'), CPU) == reason
         assert unavailable(Setting(precision='fp16'), CPU) == 'this processor has no fp16 instructions'
     for capability, reason in (((7, 0), 'this GPU has no bf16'), ((9, 0), '')):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)

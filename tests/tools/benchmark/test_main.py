@@ -84,6 +84,22 @@ def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'new' / 'all.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_threads_are_compared_and_set_back(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(
+        timing,
+        'time_interleaved',
+        lambda cases, *_: seen.append(torch.get_num_threads()) or {name: [1.0] for name in cases},
+    )
+    monkeypatch.setattr('sys.argv', [
+        'benchmark', str(TINY), '--compile', 'eager', '--sizes', '28', '--threads', '1', '3', '--device', 'cpu',
+        '--output', str(tmp_path / 'threads'),
+    ])  # fmt: skip
+    program.main()
+    assert (seen, torch.get_num_threads()) == ([1, 3], before)
+    assert 'eager, batch 8, 28 px, 3 thread(s) |' in (tmp_path / 'threads.md').read_text()
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
@@ -141,7 +157,7 @@ def test_best_is_the_fastest_within_the_error(monkeypatch):
     class Case:
         def __init__(self, network, setting, device):
             self.off = 0.1 if isinstance(network, str) else {'fp32': 0.0, 'bf16': 0.01}[setting.precision]
-            self.images = None
+            self.images = torch.zeros(2, 3)
 
         def warm_up(self):
             pass
@@ -153,7 +169,7 @@ def test_best_is_the_fastest_within_the_error(monkeypatch):
     monkeypatch.setattr(timing, 'BenchmarkCase', Case)
     monkeypatch.setattr(timing, '_in_int8', lambda network: 'int8')
     monkeypatch.setattr(
-        timing, 'unavailable', lambda s, device: s.compile_mode != 'eager' or s.precision in ('tf32', 'fp16')
+        timing, 'unavailable', lambda s, device: s.compile_mode != 'eager' or s.precision not in ('fp32', 'bf16')
     )
     monkeypatch.setattr(timing, 'time_interleaved', lambda variants, *_: {name: [seconds[name]] for name in variants})
     setting = Setting(batch=2, size=28)
