@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection app test test-slow test-timm lint format docs clean
+.PHONY: help demo demo-detection app test test-slow test-timm growth lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +21,7 @@ LAST = $$(ls -v $(dir $<)ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
 STORED := msg_transformer_nano
 PHOTOGRAPHS = $$($(PY) -c 'from sklearn import datasets; print(*datasets.__path__)')/images
 
+GROWING := $(patsubst %,configs/msg_%_p4_win7_224.yaml,tiny small base)
 DETECTION_CONFIG := detection/configs/digits.yaml
 DIGITS_COCO := $(OUTPUT)/digits_coco
 DETECTION_RUN := $(OUTPUT)/cascade_mask_rcnn_msg_digits/$(TAG)
@@ -33,6 +34,7 @@ help:
 	@echo "make test            install, lint, and run the tests that take seconds"
 	@echo "make test-slow       the tests that take minutes: compilation, demos, 20 kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
+	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md"
 	@echo "make clean           remove $(OUTPUT) and $(VENV)"
@@ -129,6 +131,12 @@ $(OUTPUT)/timm/downloaded: requirements.txt | $(VENV)/installed-dev
 
 test-timm: $(OUTPUT)/timm/downloaded
 	OMP_NUM_THREADS=1 $(PY) -m pytest -c $(<D)/pyproject.toml -p tests.helpers.timm_plugin -n 2 -rx $(<D)/tests/test_models.py
+
+# Ten minutes on two cores.
+growth: $(VENV)/installed
+	$(PY) -m tools.benchmark $(GROWING) --compile eager --threads 1 2 --batches 1 --sizes 224 448 672 896 1120 1344 \
+		--rounds 3 --output $(OUTPUT)/growth_size
+	$(PY) -m tools.benchmark $(GROWING) --compile eager --threads 2 --batches 1 4 16 64 --rounds 3 --output $(OUTPUT)/growth_batch
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .

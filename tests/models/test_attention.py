@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models import attention
+from models import MSGTransformer, attention
 from tests.helpers.attention import relative_errors
+from tests.helpers.golden import fill_, images
 from tests.helpers.paths import ROOT
 
 SHAPES = [(5, 50, 3, 32), (3, 49, 2, 24), (2, 10, 2, 16), (11, 5, 2, 8)]  # windows, N, heads, channels per head
@@ -73,3 +74,14 @@ def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, win
     qkv = SimpleNamespace(is_cuda=device == 'cuda', dtype=dtype, shape=(4, N, 288))  # no GPU needed
     bias = SimpleNamespace(shape=(1, 3, N, N), requires_grad=grad)
     assert attention.choose_path(qkv, bias, dropout, msg_only) == path
+
+
+def test_logits_in_bf16_are_within_two_percent_of_fp32():
+    model, x = fill_(MSGTransformer()).eval(), images(2, 224)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            autocast = model(x)
+        converted = model.to(torch.bfloat16)(x.to(torch.bfloat16))
+    for logits in (autocast, converted):
+        assert 0 < (logits.float() - exact).norm() < 0.02 * exact.norm()
