@@ -97,6 +97,10 @@ def _backward_kernel(
     tl.store(bias_grad_pointer + rows * N + columns, tile_bias_grad, mask=(rows < N) & (columns < N))
 
 
+# Its own in each copy of the package that a process imports: PyTorch crashes where an operator is registered twice.
+_NAMESPACE = __name__.replace('.', '_')
+
+
 def _launch(qkv: Tensor, num_heads: int) -> tuple[int, dict[str, int]]:
     """Programs per head, and the kernels' sizes; few different ones, since each is compiled."""
     windows, N, channels = qkv.shape
@@ -114,7 +118,7 @@ def _launch(qkv: Tensor, num_heads: int) -> tuple[int, dict[str, int]]:
     return triton.cdiv(windows, windows_per_program), sizes
 
 
-@torch.library.custom_op('msg_transformer::window_attention', mutates_args=())
+@torch.library.custom_op(f'{_NAMESPACE}::window_attention', mutates_args=())
 def window_attention(qkv: Tensor, bias: Tensor, scale: float, num_heads: int) -> Tensor:
     """softmax(scale q k^T + bias) v in each window.
 
@@ -139,7 +143,7 @@ def _(qkv: Tensor, bias: Tensor, scale: float, num_heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
 
 
-@torch.library.custom_op('msg_transformer::window_attention_backward', mutates_args=())
+@torch.library.custom_op(f'{_NAMESPACE}::window_attention_backward', mutates_args=())
 def window_attention_backward(
     out_grad: Tensor, qkv: Tensor, bias: Tensor, scale: float, num_heads: int
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ SHAPES = [(5, 50, 3, 32), (3, 49, 2, 24), (2, 10, 2, 16), (11, 5, 2, 8)]  # wind
 
 # Triton's interpreter, which cannot multiply bfloat16, must be chosen before Triton is imported.
 INTERPRETED = f"""
+import importlib.util, sys
 import torch
 from models import attention_kernel
 from models.attention_kernel import window_attention
@@ -35,6 +36,14 @@ qkv, bias = torch.randn(3, 10, 3 * 32, requires_grad=True), torch.randn(2, 10, 1
 torch.library.opcheck(window_attention, (qkv, bias, 0.25, 2))
 compiled = torch.compile(lambda qkv, bias: window_attention(qkv, bias, 0.25, 2), backend='aot_eager', fullgraph=True)
 assert torch.equal(compiled(qkv, bias), window_attention(qkv, bias, 0.25, 2))
+# The same folder as another package, as torch.hub imports it
+spec = importlib.util.spec_from_file_location('copy_of_models', 'models/__init__.py')
+sys.modules['copy_of_models'] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from copy_of_models.attention_kernel import window_attention as copied
+assert copied is not window_attention
+for function in (window_attention, copied, window_attention):
+    assert torch.equal(function(qkv, bias, 0.25, 2), compiled(qkv, bias))
 print('equal')
 """
 
