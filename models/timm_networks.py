@@ -19,6 +19,7 @@ RESERVED = {
     'num_classes': 'MODEL.NUM_CLASSES',
     'in_chans': 'MODEL.MSG.IN_CHANS',
     'features_only': 'nothing: the program sets it',
+    'feature_cls': 'nothing: the program sets it',
     'checkpoint_path': '--pretrained with a state-dict file',
 }
 

@@ -206,7 +206,7 @@ def check_backbone(config: CfgNode) -> None:
             backbone = TimmBackbone(config, **overrides)
             _check_frozen_stages(backbone, config)
             try:
-                backbone(torch.empty(1, 3, 7 * STRIDES[-1], 9 * STRIDES[-1]))
+                backbone(torch.empty(2, 3, 7 * STRIDES[-1], 9 * STRIDES[-1]))  # batch norms refuse one, if pooled
             except NotImplementedError:  # on this device
                 pass
             except (AssertionError, RuntimeError) as error:
