@@ -41,7 +41,10 @@ def test_a_dump_gives_the_same_tree(tmp_path):
         (['MODEL.MSG.DEPTHS', '[1, 1]'], 'write four'),
         (['MODEL.TIMM_ARGS', 'embed_dim=48'], 'MODEL.TIMM_ARGS is for networks of timm'),
         (['TRAIN.FROZEN_STAGES', '9'], 'TRAIN.FROZEN_STAGES is 9: 9 stages cannot be frozen: the network has 4'),
-        (['MODEL.BACKBONE', 'timm:vgg11', 'TRAIN.FROZEN_STAGES', '1'], 'stages of .* cannot be frozen'),
+        (
+            ['MODEL.BACKBONE', 'timm:vgg11', 'MODEL.TIMM_ARGS', 'drop_path_rate=None', 'TRAIN.FROZEN_STAGES', '1'],
+            'TRAIN.FROZEN_STAGES is 1: stages of .* cannot be frozen',
+        ),
         (['MODEL.MSG.PATCH_SIZE', '3'], 'write a power of 2'),
         (['MODEL.RPN.NEGATIVE_IOU', '0.8'], 'write at most POSITIVE_IOU, 0.7'),
         (['MODEL.NUM_CLASSES', '0'], 'write a number at least 1'),
