@@ -23,7 +23,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.3, axis='both' if has_curves else 'x')
         axes.set_axisbelow(True)
-    time.legend()
+    figure.legend(*time.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=120)
 
 
