@@ -75,7 +75,7 @@ def test_tutorial_runs_as_written(tmp_path):
 def test_detection_demo_reaches_90_ap50_on_held_out_images(output):
     printed = make_demo(output, 'demo-detection')
     run = output / 'cascade_mask_rcnn_msg_digits' / 'demo_seed0'
-    table = re.findall(r'^\| (?:box|mask) .*', (run / 'evaluation.txt').read_text(), re.MULTILINE)
+    table = re.findall(r'^\| (?:box|mask) \|.*', (run / 'evaluation.txt').read_text(), re.MULTILINE)
     assert len(table) == 2
     assert all(float(row.split('|')[3]) >= 90 for row in table)  # AP50
     assert all(row in printed for row in table)
