@@ -351,8 +351,6 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
         raise ConfigError('--eval evaluates raw and EMA weights: leave out --raw and --ema')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         raise ConfigError('--resume resumes a run and --pretrained starts one: give one of them')
-    if config.MODEL.TYPE == 'msg' and config.MODEL.TIMM_ARGS:
-        raise ConfigError('MODEL.TIMM_ARGS is for networks of timm: write MODEL.TYPE timm:<name>, or no arguments')
     try:
         check_network(config)
     except ValueError as error:

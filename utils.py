@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
+import yaml
 
 
 class UserError(ValueError):
@@ -156,6 +157,25 @@ def set_backend_flags(tf32: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
+
+
+def read_yaml(path: Path, label: str, error_class: type[UserError]) -> Any:
+    """Content of a YAML file.
+
+    Args:
+        path: the file.
+        label: what messages call it.
+        error_class: of the error.
+
+    Raises:
+        error_class: it cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise error_class(f'{label}: {error.strerror}') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise error_class(f'{label} is not YAML: {" ".join(str(error).split())}') from error
 
 
 def environment(device: torch.device) -> dict[str, str]:

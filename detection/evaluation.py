@@ -113,8 +113,8 @@ class CocoEvaluation:
             for box, label, score in zip(*columns, strict=True)
         ]
         if self.with_masks:
-            for result, rle in zip(results, detections['masks'].rle(), strict=True):
-                result['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
+            for result, segmentation in zip(results, detections['masks'].segmentations(), strict=True):
+                result['segmentation'] = segmentation
         self.detections[image_id] = results
 
     def finish(self) -> dict[str, float]:
@@ -141,9 +141,14 @@ class CocoEvaluation:
         results, metrics = self.results(), {}
         if not self.is_labelled:
             return metrics
+        # Nothing else, since hotcoco refuses, say, a license that is a text.
+        tree = {
+            part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
+            for part, keys in _EVALUATED_KEYS.items()
+        }
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each of its steps
             for kind in self.kinds:
-                ground_truth = self._load_ground_truth(kind)
+                ground_truth = self._load_ground_truth(tree, kind)
                 detections = self._load_results(ground_truth, results, kind)
                 evaluation = self.evaluator.COCOeval(ground_truth, detections, _IOU_TYPES[kind])
                 evaluation.evaluate()
@@ -154,14 +159,9 @@ class CocoEvaluation:
                 self.class_precision[kind] = _class_precision(np.asarray(evaluation.eval['precision']))
         return metrics
 
-    def _load_ground_truth(self, kind: str) -> Any:
+    def _load_ground_truth(self, tree: dict[str, Any], kind: str) -> Any:
         """The objects, for the evaluator; for masks, those without one are crowd regions, which do not count."""
         ground_truth = self.evaluator.COCO()
-        # Nothing else, since hotcoco refuses, say, a license that is a text.
-        tree = {
-            part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
-            for part, keys in _EVALUATED_KEYS.items()
-        }
         if kind == 'mask':
             annotations = [x if 'segmentation' in x else x | _box_as_crowd(x) for x in tree['annotations']]
             tree = tree | {'annotations': annotations}

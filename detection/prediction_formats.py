@@ -80,9 +80,9 @@ class CocoJson:
         self.images.append(image | ({} if frame.number is None else {'frame': frame.number}))
         kept = detections['scores'] >= min_score
         chosen = {key: x[kept.nonzero()[:, 0]] for key, x in detections.items()}
-        rles = chosen['masks'].rle() if 'masks' in chosen else [None] * len(chosen['boxes'])
+        masks = chosen['masks'].segmentations() if 'masks' in chosen else [None] * len(chosen['boxes'])
         columns = (chosen[key].tolist() for key in ('boxes', 'labels', 'scores'))
-        for (x1, y1, x2, y2), label, score, rle in zip(*columns, rles, strict=True):
+        for (x1, y1, x2, y2), label, score, mask in zip(*columns, masks, strict=True):
             annotation = {
                 'id': len(self.annotations) + 1,
                 'image_id': image_id,
@@ -92,9 +92,8 @@ class CocoJson:
                 'iscrowd': 0,
                 'score': round(score, 5),
             }
-            if rle is not None:
-                annotation['area'] = int(coco_mask.area(rle))
-                annotation['segmentation'] = {'size': rle['size'], 'counts': rle['counts'].decode()}
+            if mask is not None:
+                annotation |= {'area': int(coco_mask.area(mask)), 'segmentation': mask}
             self.annotations.append(annotation)
 
     def text(self) -> str:

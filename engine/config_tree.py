@@ -10,11 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from engine.config_keys import ChangedKey, Key, KeyGroup
-from utils import UserError
+from utils import UserError, read_yaml
 
 
 class ConfigError(UserError):
@@ -136,12 +135,7 @@ class ConfigTree:
         """Merge a YAML file's BASE files, in order, then the file; `included_from` are the files that led to it."""
         if path.resolve() in included_from:
             raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
-        try:
-            tree = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f'config file {path}: {error.strerror}') from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f'config file {path} is not YAML: {" ".join(str(error).split())}') from error
+        tree = read_yaml(path, f'config file {path}', ConfigError)
         if not isinstance(tree, Mapping):
             raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
         default = self.keys['BASE'].default

@@ -1,10 +1,20 @@
-"""Peak memory of a call."""
+"""Memory: what stays from call to call, and the peak of a call."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import profile
+
+
+def resident_bytes(network: nn.Module, optimizer: Optimizer | None, *others: Tensor) -> int:
+    """Bytes of weights, buffers, the optimizer's moments and other tensors."""
+    tensors = [*network.parameters(), *network.buffers(), *others]
+    if optimizer is not None:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def peak_allocation(function: Callable[[], object], device: torch.device) -> int:

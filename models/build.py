@@ -74,16 +74,19 @@ def check_network(config: 'CfgNode', img_size: int) -> None:
     check_msg_network(config, img_size)
 
 
-def check_msg_network(config: 'CfgNode', img_size: int | None) -> None:
+def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL.TYPE') -> None:
     """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
 
     Args:
         config: the config tree.
         img_size: image size in pixels; None for no size in particular.
+        key: the config key that names the network, for messages.
 
     Raises:
-        ValueError: see `plan_pyramid`.
+        ValueError: there are arguments for a network of timm; see also `plan_pyramid`.
     """
+    if config.MODEL.TIMM_ARGS:
+        raise ValueError(f'MODEL.TIMM_ARGS is for networks of timm: write {key} timm:<name>, or no arguments')
     msg = config.MODEL.MSG
     try:
         plan_pyramid(

@@ -216,11 +216,9 @@ def check_backbone(config: CfgNode) -> None:
 
         check_on_meta(config, build_and_run)
         return
-    if config.MODEL.TIMM_ARGS:
-        raise ValueError('MODEL.TIMM_ARGS is for networks of timm: write MODEL.BACKBONE timm:<name>, or no arguments')
     if len(config.MODEL.MSG.DEPTHS) != 4:
         raise ValueError(f'MODEL.MSG.DEPTHS is {config.MODEL.MSG.DEPTHS}: write four, one per level of the pyramid')
-    check_msg_network(config, img_size=None)
+    check_msg_network(config, img_size=None, key='MODEL.BACKBONE')
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch & (patch - 1):
         raise ValueError(f'MODEL.MSG.PATCH_SIZE is {patch}: write a power of 2, like the strides of the pyramid')

@@ -89,6 +89,10 @@ class BoxMasks:
             canvas[rows, columns] = 0
         return rles
 
+    def segmentations(self) -> list[dict[str, Any]]:
+        """`rle` as JSON files of COCO have it: the counts are text."""
+        return [{'size': rle['size'], 'counts': rle['counts'].decode()} for rle in self.rle()]
+
 
 def _pixels(low: float, high: float, count: int) -> range:
     """The pixels, of `count`, whose centres lie between two coordinates."""

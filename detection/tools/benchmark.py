@@ -19,7 +19,7 @@ from detection.config import load_config
 from detection.models import build_detector
 from engine.config_tree import ConfigError
 from engine.distributed import choose_device
-from engine.memory import peak_allocation
+from engine.memory import peak_allocation, resident_bytes
 from engine.precision import Precision
 from engine.timing import Quartiles, time_interleaved
 from utils import environment, exit_on_user_error, positive_int
@@ -69,12 +69,9 @@ class DetectorCase:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def resident_bytes(self) -> int:
-        """Bytes kept from run to run: weights, buffers and AdamW's moments."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        if self.optimizer is not None:
-            tensors += [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(tensor.nbytes for tensor in tensors)
+    def peak_memory(self) -> int:
+        """Peak bytes of a run after the first: weights, buffers and AdamW's moments, and what the run allocates."""
+        return resident_bytes(self.model, self.optimizer) + peak_allocation(self, self.images[0].device)
 
 
 def build(name: str, height: int, width: int, opts: Sequence[str]) -> nn.Module:
@@ -159,7 +156,7 @@ def main() -> None:
             for case in cases.values():
                 case()
             times = time_interleaved(cases, args.rounds, device)
-            memory = {key: case.resident_bytes() + peak_allocation(case, device) for key, case in cases.items()}
+            memory = {key: case.peak_memory() for key, case in cases.items()}
             print(table(times, memory, f'{mode}, {args.width} x {args.height}'), end='\n\n', flush=True)
         print(' | '.join(f'{name} {value}' for name, value in environment(device).items()))
 

@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from detection.config import TREE
-from detection.data import open_split, with_classes_of_data
+from detection.data import open_split
 from detection.data.transforms import TrainTransform
 from detection.draw import draw_sheet
+from detection.tools.options import add_data_options, load_data_config
 from utils import exit_on_user_error, non_negative_int, positive_int
 
 
@@ -20,9 +20,7 @@ def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser('python -m detection.tools.browse', description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--cfg', metavar='FILE', help='YAML config (the defaults)')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add('--data-path', required=True, metavar='DIR', help='the dataset (DATA.DATA_PATH)')
+    add_data_options(parser)
     add('--split', choices=('train', 'val'), default='train', help='split to draw (train)')
     add('--augmented', action='store_true', help='draw what training makes of the images')
     add('--count', type=positive_int, default=24, metavar='N', help='number of images, a random but fixed choice (24)')
@@ -30,10 +28,7 @@ def main() -> None:
     add('--output', type=Path, required=True, metavar='FILE', help='picture to write, .png or .jpg')
     args = parser.parse_args()
     with exit_on_user_error():
-        options = ['DATA.DATA_PATH', args.data_path]
-        if args.cfg is None and 'MODEL.NUM_CLASSES' not in args.opts:
-            options += ['MODEL.NUM_CLASSES', 'None']
-        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]), args.split.upper())
+        config = load_data_config(args, args.split.upper())
         dataset = open_split(config, args.split.upper(), TrainTransform(config) if args.augmented else None)
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

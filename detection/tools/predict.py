@@ -207,7 +207,8 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     drawings = output_paths(sources, videos, args.output) if args.output else None
     if sources:
         report_other_files(sources)
-        paths = choose_images(sorted(find_images(sources)), args.limit)
+        found = find_images(sources) if drawings is None else drawings.keys() - set(videos)
+        paths = choose_images(sorted(found), args.limit)
         images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
         predict_images(detector(frames_of_images(images)), results, drawings)
         unreadable, count = images.unreadable, count + len(paths)

@@ -9,13 +9,13 @@ No network is run. With several evaluators, their times can be compared; their m
 import argparse
 import json
 import time
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from detection.config import TREE
-from detection.data import CocoDataset, open_split, with_classes_of_data
+from detection.data import CocoDataset, open_split
+from detection.data.annotation_checks import are_numbers
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
+from detection.tools.options import add_data_options, load_data_config
 from utils import UserError, exit_on_user_error
 
 
@@ -52,9 +52,9 @@ def is_result(x: Any) -> bool:
         return False
     if not isinstance(x.get('bbox'), list) or len(x['bbox']) != 4:
         return False
-    is_finite = all(isinstance(value, int | float) and isfinite(value) for value in (*x['bbox'], x.get('score')))
     mask = x.get('segmentation', {'size': [], 'counts': ''})
-    return is_finite and isinstance(mask, dict) and mask.keys() >= {'size', 'counts'}
+    is_mask = isinstance(mask, dict) and mask.keys() >= {'size', 'counts'}
+    return is_mask and are_numbers([*x['bbox'], x.get('score')])
 
 
 def by_image(results: list[dict[str, Any]], dataset: CocoDataset, path: Path) -> dict[Any, list[dict[str, Any]]]:
@@ -83,20 +83,14 @@ def main() -> None:
     """Read the command line, evaluate and print."""
     parser = argparse.ArgumentParser('python -m detection.tools.score', description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('results', type=Path, help='JSON file of detections')
-    add('--cfg', metavar='FILE', help='YAML config (the defaults)')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add('--data-path', required=True, metavar='DIR', help='the dataset (DATA.DATA_PATH); its evaluation split is used')
+    add('results', type=Path, help='JSON file of detections in the evaluation split')
+    add_data_options(parser)
     add('--by', nargs='+', choices=EVALUATORS, default=[choose_evaluator().name], help='evaluators (the fastest here)')
     args = parser.parse_args()
     with exit_on_user_error():
         results = read_results(args.results)
-        options = ['DATA.DATA_PATH', args.data_path]
-        if args.cfg is None and 'MODEL.NUM_CLASSES' not in args.opts:
-            options += ['MODEL.NUM_CLASSES', 'None']
-        options += ['MODEL.MASK.ENABLED', str(bool(results) and all('segmentation' in x for x in results))]
-        config = with_classes_of_data(TREE.load(args.cfg, [*options, *args.opts]), 'VAL')
-        dataset = open_split(config, 'VAL')
+        has_masks = bool(results) and all('segmentation' in x for x in results)
+        dataset = open_split(load_data_config(args, 'VAL', MODEL__MASK__ENABLED=has_masks), 'VAL')
         detections = by_image(results, dataset, args.results)
         for name in args.by:
             evaluation = CocoEvaluation(dataset, choose_evaluator(name))

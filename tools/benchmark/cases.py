@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from config import load_config
 from engine.config_tree import ConfigError
-from engine.memory import peak_allocation
+from engine.memory import peak_allocation, resident_bytes
 from engine.precision import Precision
 from engine.timing import synchronize
 from models import build_model
@@ -209,10 +209,7 @@ class BenchmarkCase:
 
     def resident_bytes(self) -> int:
         """Bytes kept from run to run: weights, buffers, the optimizer's moments and the images."""
-        resident: list[Tensor] = [*self.network.parameters(), *self.network.buffers(), self.images, self.targets]
-        if self.optimizer is not None:
-            resident += [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(tensor.nbytes for tensor in resident)
+        return resident_bytes(self.network, self.optimizer, self.images, self.targets)
 
     def peak_memory(self) -> int:
         """Peak bytes of a run after `warm_up`: resident ones, and what the run allocates.

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from tools.study.tasks import TASKS, Task
-from utils import UserError
+from utils import UserError, read_yaml
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
 OPTIONAL = {'comparisons', 'options', 'task'}
@@ -130,12 +129,7 @@ def _read(path: Path, *readers: Path) -> dict[str, Any]:
     """The keys of a study file and its base; `readers` have this one as their base."""
     if path in readers:
         raise StudyError(f'study {path} is its own base: remove it there')
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise StudyError(f'study {path}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f'study {path} is not YAML: {" ".join(str(error).split())}') from error
+    content = read_yaml(path, f'study {path}', StudyError)
     if not isinstance(content, Mapping) or not isinstance(content.get('variants', {}), Mapping):
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
     if 'base' not in content:

@@ -23,8 +23,8 @@ from utils import available_cores
 ROOT = Path(__file__).parent.parent.parent
 
 # Metrics of an epoch that results keep; those of EMA weights where there are any
-METRICS = ('val_loss', 'acc1', 'acc5', 'box_AP', 'box_AP50', 'mask_AP', 'mask_AP50')
-METRICS = ('train_loss', *METRICS, *(f'ema_{name}' for name in METRICS))
+_EVALUATED = ('val_loss', 'acc1', 'acc5', 'box_AP', 'box_AP50', 'mask_AP', 'mask_AP50')
+METRICS = ('train_loss', *_EVALUATED, *(f'ema_{name}' for name in _EVALUATED))
 
 
 class Runner:

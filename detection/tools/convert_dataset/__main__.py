@@ -8,7 +8,6 @@ as they are; images are copied. `samples.png` shows some of the result with its 
 
 import argparse
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DataError
+from data.images import choose_images
 from detection.data import CocoDataset
 from detection.draw import draw_sheet
 from detection.tools.convert_dataset.formats import READERS, Item, Source, detect_format
@@ -81,7 +81,7 @@ def _divide(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]
     if len(items) < 2:
         raise DataError(f'there are {len(items)} images, and none to validate on: give two or more')
     count = min(max(round(fraction * len(items)), 1), len(items) - 1)
-    chosen = set(random.Random(0).sample(range(len(items)), count))
+    chosen = set(choose_images(range(len(items)), count))
     return [x for i, x in enumerate(items) if i not in chosen], [x for i, x in enumerate(items) if i in chosen]
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-import yaml
 from torchvision.datasets.folder import is_image_file
 
 from data import DataError
 from data.images import read_header
+from utils import read_yaml
 
 
 class Item(NamedTuple):
@@ -141,12 +141,7 @@ def read_yolo(path: Path) -> Source:
         DataError: a file cannot be read, or a line is something else.
     """
     file = path if path.is_file() else path / 'data.yaml'
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise DataError(f'{file}: {error.strerror}') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f'{file} is not YAML: {" ".join(str(error).split())}') from error
+    content = read_yaml(file, str(file), DataError)
     names, splits = _yolo_names(content, file), {}
     for key, split in (('train', 'train'), ('val', 'val'), ('test', 'test')):
         if content.get(key):
