@@ -97,7 +97,7 @@ def _backward_kernel(
     tl.store(bias_grad_pointer + rows * N + columns, tile_bias_grad, mask=(rows < N) & (columns < N))
 
 
-# Its own in each copy of the package that a process imports: PyTorch crashes where an operator is registered twice.
+# Its own in each copy of the package that a process imports: of two with one name, the first may crash PyTorch.
 _NAMESPACE = __name__.replace('.', '_')
 
 
