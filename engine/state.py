@@ -91,14 +91,13 @@ class TrainingState:
         self.sums += torch.where(skipped, 0, torch.stack((loss, grad_norm, torch.ones_like(loss))))
 
     def advance(self, updated: bool) -> None:
-        """Count an update; schedule and EMA advance only if it has changed the weights."""
-        if updated:
-            self.scheduler.step_update(self.updates)
-            if self.ema is not None:
-                self.ema.update(self.model)
-        else:
+        """Advance schedule and EMA after an update, already counted in `step`; only if it has changed the weights."""
+        if not updated:
             self.skipped += 1
-        self.step += 1
+            return
+        self.scheduler.step_update(self.updates - 1)
+        if self.ema is not None:
+            self.ema.update(self.model)
 
     def end_epoch(self) -> None:
         """Go on to the next epoch."""

@@ -77,6 +77,7 @@ class Trainer:
         self.nonfinite = NonFiniteCheck(run.config, run.precision.may_overflow, run.process.device, run.logger)
         self.metrics = MetricsLog(None)
         self.compiles, self.best_score = compiles, -math.inf
+        self._unsettled = False  # whether schedule and EMA have yet to follow the last update
 
     def fit(self) -> None:
         """Train; evaluate every `EVAL_FREQ` epochs, and save.
@@ -174,17 +175,17 @@ class Trainer:
         images_before, lr = state.images, state.lr
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
         for chunk in chunked(meter.watch(batches), run.accumulation_steps):
-            lr = state.lr
             update = self.train_step(chunk)
-            updated = self.nonfinite.record(
-                update.nonfinite_ranks, update.grad_norm, update.skipped, state.epoch, state.step, lr
-            )
+            lr = state.lr
+            self.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, state.epoch, state.step, lr)
             state.record(update.loss, update.grad_norm, update.skipped)
-            state.advance(updated)
+            state.step += 1
+            self._unsettled = True
             if self.compiles:  # in this update
                 self.compiles = False
                 meter.leave_out()
             if (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done:
+                self.settle()
                 self.nonfinite.check()
                 run.lock.check()
                 meter.log(lr, update.loss, update.grad_norm, update.losses)
@@ -202,11 +203,17 @@ class Trainer:
         }
 
     def train_step(self, batches: list[Any]) -> Update:
-        """Make one update from the mean gradient of some batches; gradients are reduced at the last batch only."""
+        """Make one update from the mean gradient of some batches; gradients are reduced at the last batch only.
+
+        Raises:
+            NonFiniteError: as `settle`, for the update before.
+        """
         run, optimizer = self.run, self.state.optimizer
         loss, losses = torch.zeros((), device=run.process.device), {}
         # Batch-norm statistics, which a nonfinite batch reaches before its update is skipped
         statistics = [(b, b.clone()) for b in self.state.model.buffers() if b.is_floating_point()]
+        if statistics and self.state.ema is not None:  # which averages them as they are after the last update
+            self.settle()
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with synchronize_gradients(self.network, enabled=is_last):
@@ -217,12 +224,25 @@ class Trainer:
             loss += batch_loss.detach()
             for name, value in batch_losses.items():
                 losses[name] = losses.get(name, 0.0) + value.detach()
+        self.settle()
         nonfinite_ranks = all_reduce_sum((~loss.isfinite()).float())
         skip_update = self.nonfinite.skip_update | (nonfinite_ranks > 0)
         norm, skipped = run.precision.step(optimizer, self.state.model, run.config.TRAIN.CLIP_GRAD, skip_update)
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
         return Update(loss, norm, nonfinite_ranks, skipped, losses)
+
+    def settle(self) -> None:
+        """Let schedule and EMA follow the last update, unless they have.
+
+        They wait for it until the gradients of the next one are on their way: so the device always has work.
+
+        Raises:
+            NonFiniteError: see `NonFiniteCheck.updated`.
+        """
+        if self._unsettled:
+            self._unsettled = False
+            self.state.advance(self.nonfinite.updated())
 
     def poll(self) -> None:
         """Stop where any process was asked to; every process calls it at the same points.
@@ -252,6 +272,7 @@ class Trainer:
             CheckpointError: it cannot be written.
             RunLockError: another process has taken the run's folder over.
         """
+        self.settle()
         self.nonfinite.check()
         state = self.state.state_dict()
 

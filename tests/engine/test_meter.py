@@ -29,6 +29,7 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
     def update(seconds, loss, grad_norm, skipped=NO):
         clock[0] += seconds
         state.record(torch.tensor(loss), torch.tensor(grad_norm), skipped)
+        state.step += 1
         state.advance(updated=not skipped)
 
     with caplog.at_level(logging.INFO, 'test'):
@@ -66,6 +67,7 @@ def test_eta_leaves_out_the_update_that_compiles(tiny_config, monkeypatch, caplo
     with caplog.at_level(logging.INFO, 'test'):
         for seconds in (60.0, 1.0, 1.0):
             clock[0] += seconds
+            state.step += 1
             state.advance(updated=True)
             if seconds == 60:
                 train_meter.leave_out()

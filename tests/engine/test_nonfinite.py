@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import main as program
 from engine.nonfinite import NonFiniteCheck
+from engine.precision import Precision
 from engine.state import TrainingState
 from engine.trainer import Trainer
 from models import build_model
@@ -56,7 +57,8 @@ def test_bad_update_and_later_ones_do_not_reach_the_weights(tiny_config, optimiz
     def step():
         update = trainer.train_step([batch()])
         trainer.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, 2, state.step, 0.125)
-        state.advance(updated=True)
+        state.step += 1
+        state.advance(trainer.nonfinite.updated())
         return update.skipped.item()
 
     assert not step()
@@ -105,10 +107,39 @@ def test_host_reads_no_loss_or_norm_between_log_lines(tiny_config, options, read
         for _ in range(3):
             update = trainer.train_step([batch()])
             trainer.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, 0, 0, 0.1)
-            trainer.state.advance(updated=True)
+            trainer.state.step += 1
+            trainer.state.advance(trainer.nonfinite.updated())
         assert device.count == 3 * reads
         trainer.nonfinite.check()
         assert device.count == 3 * reads + 1
+
+
+@pytest.mark.parametrize(('batch_norm', 'order'), [(False, 'gradients, flag'), (True, 'flag, gradients')])
+def test_flag_of_an_update_is_read_when_the_next_gradients_are_on_their_way(
+    tiny_config, image_tree, monkeypatch, batch_norm, order
+):
+    """But before the next batch where EMA has batch-norm statistics to average, which that batch changes."""
+    events = []
+
+    def note(owner, name, event):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (events.append(event), function(*args))[1])
+
+    note(NonFiniteCheck, 'record', 'update')
+    note(NonFiniteCheck, 'updated', 'flag')
+    note(Precision, 'backward', 'gradients')
+    options = {'TRAIN__NONFINITE': 'skip', 'TRAIN__EMA_DECAY': '0.5', 'PRINT_FREQ': '1000'}
+    options |= {'TRAIN__EPOCHS': '1', 'TRAIN__WARMUP_EPOCHS': '0'}
+    if batch_norm:
+        options |= {'MODEL__TYPE': 'timm:test_resnet'}
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), **options)
+    program.main(config)
+    updates = ', '.join(events).split('update')
+    assert updates[0] == 'gradients, '
+    assert updates[1] == ', flag, gradients, '  # the first update is logged
+    assert updates[2:-1] == [f', {order}, '] * (len(updates) - 3)
+    assert updates[-1] == ', flag'
+    assert len(updates) > 4
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'sgd'])

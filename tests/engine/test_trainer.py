@@ -30,6 +30,7 @@ def test_sixteen_recorded_steps(tiny_config):
         batch = (normal(f'step-{step}', (8, 3, 224, 224)), (torch.arange(8) * 7 % 10 + step) % 10)
         assert trainer.state.optimizer.param_groups[0]['lr'] == pytest.approx(expected['lr'], rel=1e-9)
         update = trainer.train_step([batch])
+        trainer.state.step += 1
         trainer.state.advance(updated=True)
         assert update.loss.item() == pytest.approx(expected['loss'], rel=1e-5), step
         assert update.grad_norm.item() == pytest.approx(expected['grad_norm'], rel=1e-3), step
