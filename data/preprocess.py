@@ -5,6 +5,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.dataset import Sample
+from data.device_copies import DeviceCopies
 from data.transforms import mean_and_std
 
 
@@ -18,23 +19,25 @@ class Preprocess:
 
     def __init__(self, config: CfgNode, device: torch.device):
         self.device, self.fill = device, config.AUG.REMODE
+        self.copies = DeviceCopies(device)
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in mean_and_std(config))
 
     def __call__(self, batch: Sample) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, H, W), float32, and class indices (B,)."""
-        images = self.prepare(batch.image)
-        targets = batch.target.to(self.device, non_blocking=True)
+        images, targets = self.copies([batch.image, batch.target])
+        images = self.normalise(images)
         if batch.image.dtype == torch.uint8:
             self.erase(images, batch.erasing)
         return images, targets
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images of either pipeline, see `Sample`, as normalised ones (B, C, H, W) on the device, without erasing."""
-        images = images.to(self.device, non_blocking=True)
-        return self.normalise(images) if images.dtype == torch.uint8 else images
+        return self.normalise(self.copies(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize compute it."""
+        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize compute it; others are normalised."""
+        if images.dtype != torch.uint8:
+            return images
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(255).sub_(self.mean).div_(self.std)
 
@@ -51,7 +54,7 @@ class Preprocess:
         for image, rectangles in zip(images, erasing.tolist(), strict=True):
             for top, left, height, width, seed in rectangles:
                 shape = (len(image), height, width) if self.fill == 'pixel' else (len(image), 1, 1)
-                colours = torch.zeros(())
+                colours = 0.0
                 if self.fill != 'const' and height:
                     colours = torch.randn(shape, generator=generator.manual_seed(seed), device=self.device)
                 image[:, top : top + height, left : left + width] = colours

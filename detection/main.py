@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.device_copies import DeviceCopies
 from detection.config import TREE, get_config
 from detection.confusion import BACKGROUND, confusion_matrix, draw_confusion
 from detection.data import build_eval_loader, build_loaders, with_classes_of_data
@@ -131,8 +132,10 @@ def train(run: Run, model: Detector, start: Start | None) -> None:
     record = begin_training(run, state, start, record, TREE)
 
     # Losses, metrics
+    to_device = DeviceCopies(process.device)
+
     def loss_fn(batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
-        return network(*to_device(*batch, process.device))
+        return network(*to_device(batch))
 
     def evaluate_fn(model: nn.Module, poll: Poll) -> dict[str, float]:
         return validate(run, model, eval_loader, poll).metrics
@@ -175,19 +178,6 @@ def write_class_report(evaluation: CocoEvaluation, folder: Path, suffix: str, mi
         draw_confusion(counts, evaluation.class_names).savefig(folder / f'confusion{suffix}.png', dpi=100)
 
 
-def to_device(
-    images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """A batch's images and ground truth, on the device."""
-    return (
-        [image.to(device, non_blocking=True) for image in images],
-        [
-            {k: x.to(device, non_blocking=True) for k, x in target.items() if isinstance(x, Tensor)}
-            for target in targets
-        ],
-    )
-
-
 def freeze(run: Run, backbone: Backbone, start: Start | None) -> None:
     """Freeze stages and batch norms as the config says, where they are trained ones.
 
@@ -223,9 +213,10 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
     model.eval()
     evaluation, class_names = CocoEvaluation(loader.dataset), loader.dataset.class_names
     loop, detect = EvaluationLoop(run, loader, poll), build_detect_fn(run.config, model)
+    to_device = DeviceCopies(device)
     for images, targets in loop:
         with run.precision.autocast():
-            detections = detect([image.to(device, non_blocking=True) for image in images])
+            detections = detect(to_device(images))
         evaluation.update(targets, detections)
         counts = [len(x['boxes']) for x in detections]
         loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')

@@ -5,6 +5,7 @@ from PIL import Image
 from torchvision import transforms
 
 from data import Preprocess, Sample
+from data.device_copies import DeviceCopies
 from data.transforms import mean_and_std
 from tests.helpers.runs import CPU, as_samples
 
@@ -34,6 +35,14 @@ def test_published_images_pass_through(tiny_config):
     result, targets = Preprocess(tiny_config(), CPU)(batch)
     assert torch.equal(result, images)
     assert targets.tolist() == [0, 1, 2]
+
+
+def test_copies_keep_the_batch_as_it_is():
+    image, boxes = torch.rand(3, 4, 4), torch.arange(4)
+    images, targets = DeviceCopies(CPU)(([image], [{'boxes': boxes, 'image_id': 7}]))
+    assert torch.equal(images[0], image)
+    assert torch.equal(targets[0]['boxes'], boxes)
+    assert targets[0]['image_id'] == 7
 
 
 def test_erasing_depends_on_the_rectangles_seed_and_on_nothing_else(tiny_config):

@@ -10,10 +10,9 @@ from pycocotools import mask as coco_mask
 
 from detection.data import build_loaders
 from detection.evaluation import CocoEvaluation
-from detection.main import to_device
 from detection.models import build_detector
 from tests.helpers.detectors import tiny_detector
-from tests.helpers.runs import CPU, one_thread
+from tests.helpers.runs import one_thread
 
 DATASETS, GROUPS = 200, 10
 
@@ -102,7 +101,7 @@ def check(root, seed):
         detector = build_detector(config).train()
         train_loader.sampler.set_epoch(0)
         for number, (images, targets) in enumerate(train_loader):
-            losses = detector(*to_device(images, targets, CPU))
+            losses = detector(images, targets)
             assert all(loss.isfinite() for loss in losses.values()), (seed, losses)
             sum(losses.values()).backward()
             if number == 1:
