@@ -64,9 +64,10 @@ class RegionDropPath(nn.Module):
             return x
         B, nH, nW = x.shape[:3]
         s, keep = self.region_size, 1.0 - self.rate
-        mask = x.new_empty(B, -(-nH // s), -(-nW // s)).bernoulli_(keep) / keep
-        mask = mask.repeat_interleave(s, dim=1).repeat_interleave(s, dim=2)[:, :nH, :nW]
-        return x * mask[..., None, None]
+        rows, columns = -(-nH // s), -(-nW // s)
+        mask = x.new_empty(B, rows, 1, columns, 1).bernoulli_(keep).div_(keep)
+        mask = mask.expand(B, rows, s, columns, s).reshape(B, rows * s, columns * s)
+        return x * mask[:, :nH, :nW, None, None]
 
     def extra_repr(self) -> str:
         """Arguments shown by `print(model)`."""

@@ -18,7 +18,7 @@ from .pyramid import Size
 from .windows import (
     WindowPadding,
     join_windows,
-    shuffle_msg_tokens,
+    shuffle_windows,
     split_windows,
     window_padding,
 )
@@ -88,10 +88,9 @@ class MSGBlock(nn.Module):
         Returns:
             Windows (B, nH, nW, N, C), or their MSG tokens (B, nH, nW, 1, C) with `msg_only`.
         """
-        x = x[:, :, :, : 1 if msg_only else None] + self.drop_path(self._attend(x, padding, msg_only))
+        x = (x[:, :, :, :1] if msg_only else x) + self.drop_path(self._attend(x, padding, msg_only))
         if self.shuffle_size > 1:
-            msg = shuffle_msg_tokens(x[:, :, :, 0], self.shuffle_size)
-            x = torch.cat((msg.unsqueeze(3), x[:, :, :, 1:]), dim=3)
+            x = shuffle_windows(x, self.shuffle_size)
         return x + self.drop_path(self._transform(x, None if msg_only else padding))
 
     def _attend(self, x: Tensor, padding: WindowPadding | None, msg_only: bool) -> Tensor:

@@ -80,10 +80,18 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
     """
     B, nH, nW, N, C = windows.shape
     w, (H, W) = window_size, grid
-    has_msg = w * w < N
-    x = windows[:, :, :, has_msg:].view(B, nH, nW, w, w, C)
-    patches = _swapped(x, 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W)), windows[:, :, :, 0] if has_msg else None
+    msg, patches = split_msg_tokens(windows) if w * w < N else (None, windows)
+    patches = _swapped(patches.view(B, nH, nW, w, w, C), 2, 3).view(B, nH * w, nW * w, C)
+    return crop(patches, (H, W)), msg
+
+
+def split_msg_tokens(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """MSG tokens (B, nH, nW, C) and patches (B, nH, nW, N - 1, C) of windows (B, nH, nW, N, C), as views.
+
+    The gradient of a split is one concatenation. That of two slices would be two tensors of zeros, filled and added.
+    """
+    msg, patches = windows.split((1, windows.shape[3] - 1), dim=3)
+    return msg.squeeze(3), patches
 
 
 class WindowPadding(NamedTuple):
@@ -142,6 +150,12 @@ def window_padding(
     return WindowPadding(is_padding, real_index)
 
 
+def shuffle_windows(windows: Tensor, region_size: int) -> Tensor:
+    """Windows (B, nH, nW, N, C) after `shuffle_msg_tokens`."""
+    msg, patches = split_msg_tokens(windows)
+    return torch.cat((shuffle_msg_tokens(msg, region_size).unsqueeze(3), patches), dim=3)
+
+
 def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
@@ -170,11 +184,10 @@ def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
 
 def _transpose_chunks(msg: Tensor, region_size: int) -> Tensor:
     B, nH, nW, C = msg.shape
-    s, G = region_size, region_size**2
-    x = _swapped(msg.view(B, nH // s, s, nW // s, s, C), 2, 3)  # (B, nH/s, nW/s, s, s, C)
-    x = x.view(B, nH // s, nW // s, G, G, C // G)  # (B, nH/s, nW/s, token, chunk, C/G)
-    x = _swapped(x, 3, 4).view(B, nH // s, nW // s, s, s, C)
-    return _swapped(x, 2, 3).view(B, nH, nW, C)
+    s = region_size
+    x = msg.view(B, nH // s, s, nW // s, s, s, s, C // s**2)  # in a region: token's row, column; chunk's row, column
+    x = x.permute(0, 1, 5, 3, 6, 2, 4, 7).clone(memory_format=torch.contiguous_format)  # which change places
+    return x.view(B, nH, nW, C)
 
 
 def _swapped(x: Tensor, one: int, two: int) -> Tensor:
