@@ -5,9 +5,12 @@ Letters: N = w^2 + 1 tokens in a window of w x w patches (the MSG token first), 
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .resize import resize_bias_table
 from .windows import attention_bias_index, relative_position_index
@@ -16,6 +19,9 @@ try:
     from .attention_kernel import MAX_HEAD_CHANNELS, MAX_TOKENS, window_attention
 except ImportError:  # no Triton on this system
     MAX_HEAD_CHANNELS = MAX_TOKENS = 0
+
+# In more, the gradient of the bias fails in PyTorch's kernel for GPUs.
+SDPA_WINDOWS = 65_535
 
 
 def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_only: bool = False) -> Tensor:
@@ -43,15 +49,21 @@ def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_on
         attn = (q * scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
         x = F.dropout(attn.softmax(dim=-1), dropout) @ v
     else:
-        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)
+        with gpu_backends() if q.is_cuda else nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)
     return x.transpose(1, 2).reshape(windows, -1, channels // 3)
 
 
 def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> str:
     """The fastest of the ways that can compute a call: 'kernel', 'sdpa' or 'matmuls'; docs/performance.md."""
-    if qkv.is_cuda and qkv.dtype != torch.float32 and not dropout and not msg_only and fits_kernel(qkv, bias):
-        return 'kernel'
-    # PyTorch's fused CPU kernel has no gradient for a bias, and its fallback is slower than matmuls.
+    if qkv.is_cuda and qkv.dtype != torch.float32:
+        if not dropout and not msg_only and fits_kernel(qkv, bias):
+            return 'kernel'
+        if not msg_only and qkv.shape[0] <= SDPA_WINDOWS:
+            return 'sdpa'
+    # PyTorch's fused CPU kernel is slower than matmuls in bfloat16, and has no gradient for a bias.
+    if qkv.device.type == 'cpu' and qkv.dtype == torch.bfloat16:
+        return 'matmuls'
     return 'matmuls' if bias.requires_grad and torch.is_grad_enabled() else 'sdpa'
 
 
@@ -59,6 +71,14 @@ def fits_kernel(qkv: Tensor, bias: Tensor) -> bool:
     """Whether the Triton kernel holds a window's tokens and a head's channels."""
     _, num_heads, N, _ = bias.shape
     return N <= MAX_TOKENS and qkv.shape[-1] // 3 // num_heads <= MAX_HEAD_CHANNELS
+
+
+def gpu_backends() -> AbstractContextManager:
+    """Context of `scaled_dot_product_attention` without cuDNN's kernel.
+
+    That refuses more than 65,535 windows, and is wrong with a bias where N % 128 is 64 (PyTorch's issue 196678).
+    """
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class WindowAttention(nn.Module):

@@ -65,24 +65,28 @@ def test_kernel_equals_the_formula_in_the_interpreter():
 
 
 @pytest.mark.parametrize(
-    ('device', 'dtype', 'grad', 'dropout', 'msg_only', 'window', 'path'),
+    ('device', 'dtype', 'grad', 'dropout', 'msg_only', 'windows', 'window', 'path'),
     [
-        ('cpu', torch.float32, False, 0.0, False, 7, 'sdpa'),
-        ('cpu', torch.bfloat16, True, 0.0, False, 7, 'matmuls'),
-        ('cuda', torch.bfloat16, True, 0.0, False, 7, 'kernel'),
-        ('cuda', torch.float16, False, 0.0, False, 7, 'kernel'),
-        ('cuda', torch.float32, True, 0.0, False, 7, 'matmuls'),
-        ('cuda', torch.bfloat16, True, 0.1, False, 7, 'matmuls'),
-        ('cuda', torch.bfloat16, True, 0.0, True, 7, 'matmuls'),
-        ('cuda', torch.bfloat16, True, 0.0, False, 12, 'matmuls'),
-        ('cuda', torch.bfloat16, False, 0.0, False, 12, 'sdpa'),
+        ('cpu', torch.float32, False, 0.0, False, 4, 7, 'sdpa'),
+        ('cpu', torch.float32, True, 0.0, False, 4, 7, 'matmuls'),
+        ('cpu', torch.bfloat16, False, 0.0, False, 4, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 4, 7, 'kernel'),
+        ('cuda', torch.float16, False, 0.0, False, 4, 7, 'kernel'),
+        ('cuda', torch.float32, True, 0.0, False, 4, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.1, False, 4, 7, 'sdpa'),
+        ('cuda', torch.bfloat16, True, 0.0, True, 4, 7, 'matmuls'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 4, 12, 'sdpa'),
+        ('cuda', torch.bfloat16, False, 0.0, False, 4, 12, 'sdpa'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 65_536, 7, 'kernel'),
+        ('cuda', torch.bfloat16, True, 0.0, False, 65_536, 12, 'matmuls'),
     ],
 )
-def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, window, path):
+def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, windows, window, path):
     monkeypatch.setattr(attention, 'MAX_TOKENS', 64)
     monkeypatch.setattr(attention, 'MAX_HEAD_CHANNELS', 64)
     N = window**2 + 1
-    qkv = SimpleNamespace(is_cuda=device == 'cuda', dtype=dtype, shape=(4, N, 288))  # no GPU needed
+    device = torch.device(device)  # no GPU needed
+    qkv = SimpleNamespace(device=device, is_cuda=device.type == 'cuda', dtype=dtype, shape=(windows, N, 288))
     bias = SimpleNamespace(shape=(1, 3, N, N), requires_grad=grad)
     assert attention.choose_path(qkv, bias, dropout, msg_only) == path
 
