@@ -1,15 +1,21 @@
 """Batches of a loader, on their way to the device."""
 
+from collections import deque
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# How many batches the host may copy before the GPU has finished the first of them
+_MAX_LEAD = 2
+
 
 class DeviceCopies:
     """Copies batches to a device: to a GPU on a stream of their own, while it still computes the batch before.
 
-    For that, the host's memory must be pinned (`DATA.PIN_MEMORY`), and the host be ahead of the GPU.
+    For that, the host's memory must be pinned (`DATA.PIN_MEMORY`), and the host be ahead of the GPU. It waits where it
+    is more than two batches ahead, since the memory of each is taken until the GPU has read it.
 
     Args:
         device: where to.
@@ -17,13 +23,20 @@ class DeviceCopies:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self.stream = copy_stream(device) if device.type == 'cuda' else None
+        self._queued: deque[torch.cuda.Event] = deque()  # the work before each of the last copies
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with its tensors on the device, in lists and dicts too; what its current stream does next waits."""
+        """The batch with its tensors on the device, in lists and dicts too; tuples become lists.
+
+        Later work on the device's current stream waits for them.
+        """
         if self.stream is None:
             return self._copy(batch, None)
         current = torch.cuda.current_stream(self.device)
+        self._queued.append(current.record_event())
+        if len(self._queued) > _MAX_LEAD:
+            self._queued.popleft().synchronize()
         with torch.cuda.stream(self.stream):
             copies = self._copy(batch, current)
         current.wait_stream(self.stream)
@@ -40,3 +53,9 @@ class DeviceCopies:
         if user is not None:
             copy.record_stream(user)  # or its memory might be used again before that has read it
         return copy
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The device's stream for copies: one, as PyTorch keeps memory for each stream that has allocated some."""
+    return torch.cuda.Stream(device)

@@ -35,7 +35,7 @@ class Preprocess:
         return self.normalise(self.copies(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize compute it; others are normalised."""
+        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize do; normalised ones as they are."""
         if images.dtype != torch.uint8:
             return images
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -37,7 +37,7 @@ class NonFiniteCheck:
     With `stop`, the first one skips its update and all later ones on the device, and the host finds out where it reads
     the losses anyway: `check` raises there, on every rank, since every rank has the same flags. With `skip`, or where
     float16 overflows occasionally, the host reads one flag per update, so that schedule and EMA skip the update too:
-    with `updated`, as late as the next update's gradients are on their way.
+    by `updated`, which the trainer calls when the next update's gradients are on their way.
 
     Args:
         config: the config tree; `TRAIN.NONFINITE` and `TRAIN.NONFINITE_LIMIT` are read.
@@ -64,7 +64,7 @@ class NonFiniteCheck:
     def record(
         self, nonfinite_ranks: Tensor, grad_norm: Tensor, skipped: Tensor, epoch: int, step: int, lr: float
     ) -> None:
-        """Record an update; the host waits for nothing.
+        """Record an update; on an NVIDIA GPU, the host waits for nothing.
 
         Args:
             nonfinite_ranks: number of ranks with a nonfinite loss; a scalar on the device, like the next two.

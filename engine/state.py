@@ -95,7 +95,7 @@ class TrainingState:
         if not updated:
             self.skipped += 1
             return
-        self.scheduler.step_update(self.updates - 1)
+        self.scheduler.step_update(max(self.updates - 1, 0))
         if self.ema is not None:
             self.ema.update(self.model)
 

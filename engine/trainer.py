@@ -235,7 +235,8 @@ class Trainer:
     def settle(self) -> None:
         """Let schedule and EMA follow the last update, unless they have.
 
-        They wait for it until the gradients of the next one are on their way: so the device always has work.
+        Called when the gradients of the next one are on their way, so the device has work while the host waits. Batch
+        norm's statistics change in the forward pass: where EMA averages them, it is called before.
 
         Raises:
             NonFiniteError: see `NonFiniteCheck.updated`.

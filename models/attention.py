@@ -47,7 +47,7 @@ def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_on
         q, bias = q[:, :, :1], bias[:, :, :1]
     if path == 'matmuls':
         attn = (q * scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
-        x = F.dropout(attn.softmax(dim=-1), dropout) @ v
+        x = F.dropout(attn.softmax(dim=-1), dropout).to(v.dtype) @ v
     else:
         with gpu_backends() if q.is_cuda else nullcontext():
             x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)

@@ -149,7 +149,7 @@ def test_no_update_waits_for_the_gpu(tiny_config, image_tree, monkeypatch, dtype
         function = getattr(owner, name)
 
         def call(*args):
-            if len(updates) > 1:  # in the first, the optimizer allocates, and cuDNN chooses algorithms
+            if len(updates) > 1:  # before, the optimizer allocates, and cuDNN chooses algorithms
                 torch.cuda.set_sync_debug_mode('error')
             try:
                 return function(*args)
@@ -169,15 +169,37 @@ def test_no_update_waits_for_the_gpu(tiny_config, image_tree, monkeypatch, dtype
     assert len(updates) > 2
 
 
-def test_batches_are_copied_beside_the_work_before_and_read_after():
+def compute(matrix):
+    """Some tenths of a second of work on the current stream."""
+    for _ in range(20):
+        matrix @ matrix
+
+
+def test_batches_are_copied_beside_the_work_before():
     device = torch.device('cuda')
-    to_device, work = DeviceCopies(device), torch.randn(4096, 4096, device=device)
-    sums = []
+    to_device, matrix = DeviceCopies(device), torch.randn(8192, 8192, device=device)
+    batch = torch.full((16, 3, 224, 224), 2.0).pin_memory()
+    to_device(batch)  # allocates
+    compute(matrix)
+    torch.cuda.synchronize()
+    compute(matrix)
+    images = to_device(batch)
+    to_device.stream.synchronize()
+    assert not torch.cuda.current_stream().query()  # still computing
+    assert images.mean().item() == 2
+
+
+def test_batches_are_read_after_their_copy_and_before_the_next():
+    device = torch.device('cuda')
+    to_device, matrix = DeviceCopies(device), torch.randn(8192, 8192, device=device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(to_device.stream):
+        compute(matrix)  # delays the first copy
+    means = []
     for number in range(30):
-        batch = [torch.full((16, 3, 224, 224), number).pin_memory(), {'boxes': torch.arange(number), 'name': 'x'}]
-        images, target = to_device(batch)
-        work = (work @ work).tanh()
-        sums.append((images.double().mean(), target['boxes'].sum()))
-        assert target['name'] == 'x'
-        del images  # its memory is free for the next batch once the mean is there
-    assert [(mean.item(), total.item()) for mean, total in sums] == [(n, n * (n - 1) // 2) for n in range(30)]
+        images, target = to_device(
+            [torch.full((16, 3, 224, 224), number).pin_memory(), {'boxes': torch.arange(number)}]
+        )
+        means.append((images.double().mean(), target['boxes'].sum()))
+        del images, target  # their memory is free for the next batch once the sums are there
+    assert [(mean.item(), total.item()) for mean, total in means] == [(n, n * (n - 1) // 2) for n in range(30)]

@@ -196,6 +196,14 @@ def test_skipped_updates_advance_neither_schedule_nor_ema(tiny_config, image_tre
     assert log_of(config).count('update skipped at epoch 0, update') == 2
 
 
+def test_rate_is_the_first_one_where_a_resumed_run_has_skipped_more_than_it_counts(tiny_config):
+    config = tiny_config()
+    state = build_trainer(config, build_model(config)).state
+    first, state.skipped, state.step = state.lr, 5, 3
+    state.advance(updated=True)
+    assert state.lr == first > 0
+
+
 def test_skipping_has_a_limit(tiny_config, image_tree, monkeypatch):
     options = {'DATA__DATA_PATH': str(image_tree), 'TRAIN__NONFINITE': 'skip', 'TRAIN__NONFINITE_LIMIT': '2'}
     poison(monkeypatch, at=[0, 1, 3, 4, 6, 7, 8])
