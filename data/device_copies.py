@@ -23,7 +23,7 @@ class DeviceCopies:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = copy_stream(device) if device.type == 'cuda' else None
+        self.stream = _copy_stream(device) if device.type == 'cuda' else None
         self._queued: deque[torch.cuda.Event] = deque()  # the work before each of the last copies
 
     def __call__(self, batch: Any) -> Any:
@@ -56,6 +56,6 @@ class DeviceCopies:
 
 
 @cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The device's stream for copies: one, as PyTorch keeps memory for each stream that has allocated some."""
     return torch.cuda.Stream(device)

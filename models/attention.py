@@ -62,7 +62,7 @@ def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> st
         if not msg_only and qkv.shape[0] <= SDPA_WINDOWS:
             return 'sdpa'
     # PyTorch's fused CPU kernel is slower than matmuls in bfloat16, and has no gradient for a bias.
-    if qkv.device.type == 'cpu' and qkv.dtype == torch.bfloat16:
+    if qkv.is_cpu and qkv.dtype == torch.bfloat16:
         return 'matmuls'
     return 'matmuls' if bias.requires_grad and torch.is_grad_enabled() else 'sdpa'
 

@@ -86,8 +86,8 @@ def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, win
     monkeypatch.setattr(attention, 'MAX_TOKENS', 64)
     monkeypatch.setattr(attention, 'MAX_HEAD_CHANNELS', 64)
     N = window**2 + 1
-    device = torch.device(device)  # no GPU needed
-    qkv = SimpleNamespace(device=device, is_cuda=device.type == 'cuda', dtype=dtype, shape=(windows, N, 288))
+    shape = (windows, N, 288)
+    qkv = SimpleNamespace(is_cpu=device == 'cpu', is_cuda=device == 'cuda', dtype=dtype, shape=shape)  # no GPU needed
     bias = SimpleNamespace(shape=(1, 3, N, N), requires_grad=grad)
     assert attention.choose_path(qkv, bias, dropout, msg_only) == path
 
