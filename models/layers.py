@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .windows import is_open, missing, pad_to_multiple
+from .symbolic import is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -50,20 +50,20 @@ class RegionDropPath(nn.Module):
 
     Args:
         rate: probability of dropping a region's branch, in [0, 1); the others are divided by 1 - rate.
-        region_size: region size s, in windows.
+        shuffle_size: size s of a shuffle region, in windows.
     """
 
-    def __init__(self, rate: float, region_size: int):
+    def __init__(self, rate: float, shuffle_size: int):
         super().__init__()
         self.rate = rate
-        self.region_size = region_size
+        self.shuffle_size = shuffle_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop regions of windows (B, nH, nW, N, C) in training; the last regions may be cut by the border."""
         if not self.training or self.rate == 0.0:
             return x
         B, nH, nW = x.shape[:3]
-        s, keep = self.region_size, 1.0 - self.rate
+        s, keep = self.shuffle_size, 1.0 - self.rate
         rows, columns = -(-nH // s), -(-nW // s)
         mask = x.new_empty(B, rows, 1, columns, 1).bernoulli_(keep).div_(keep)
         mask = mask.expand(B, rows, s, columns, s).reshape(B, rows * s, columns * s)
@@ -71,7 +71,7 @@ class RegionDropPath(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments shown by `print(model)`."""
-        return f'rate={self.rate:.3f}, region_size={self.region_size}'
+        return f'rate={self.rate:.3f}, shuffle_size={self.shuffle_size}'
 
 
 class PatchEmbed(nn.Module):
@@ -107,8 +107,8 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         if height < p or width < p:
             raise ValueError(f'images of {height} x {width} pixels are smaller than one patch of {p} x {p}')
-        if is_open(height, width) or height % p or width % p:
-            images = F.pad(images, (0, missing(width, p), 0, missing(height, p)))
+        if not is_known_multiple((height, width), p):
+            images = F.pad(images, (0, padding_to_multiple(width, p), 0, padding_to_multiple(height, p)))
         return self.norm(self.proj(images).permute(0, 2, 3, 1))
 
     def flops(self, grid: tuple[int, int]) -> int:
@@ -163,12 +163,7 @@ class OverlapPatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge tokens (B, H, W, C) into (B, ceil(H/2), ceil(W/2), 2C)."""
-        if is_open(*x.shape[1:3]):
-            x = pad_to_multiple(x, 2)
-        x = x.permute(0, 3, 1, 2)
-        if is_open(*x.shape):  # a convolution would ask for the batch size where channels come last in memory
-            x = x.clone(memory_format=torch.contiguous_format)
-        x = self.reduction(x)  # (B, 2C, H/2, W/2)
+        x = self.reduction(to_convolution_input(x, stride=2))  # (B, 2C, ceil(H/2), ceil(W/2))
         return self.norm(x.permute(0, 2, 3, 1))
 
     def flops(self, grid: tuple[int, int]) -> int:

@@ -30,7 +30,7 @@ class MSGBlock(nn.Module):
     Args:
         dim: channels C.
         window_size: window size w, in patches.
-        region_size: size s of a shuffle region, in windows.
+        shuffle_size: size s of a shuffle region, in windows.
         num_heads: heads h.
         mlp_ratio: hidden channels of the MLP, relative to C.
         qkv_bias, qk_scale, attn_drop: see `WindowAttention`.
@@ -46,7 +46,7 @@ class MSGBlock(nn.Module):
         self,
         dim: int,
         window_size: int,
-        region_size: int,
+        shuffle_size: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
@@ -62,20 +62,20 @@ class MSGBlock(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.shuffle = shuffle and use_msg_tokens
-        self.shuffle_size = region_size if self.shuffle else 1
+        self.shuffle_size = shuffle_size
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, use_msg_tokens)
-        self.drop_path = RegionDropPath(drop_path, region_size)
+        self.drop_path = RegionDropPath(drop_path, shuffle_size)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
 
-    def set_windows(self, window_size: int, region_size: int) -> None:
-        """Change the window size w and the region size s; see `WindowAttention.set_window_size`."""
+    def set_windows(self, window_size: int, shuffle_size: int) -> None:
+        """Change the window size w and the size s of a shuffle region; see `WindowAttention.set_window_size`."""
         if window_size != self.window_size:
             self.attn.set_window_size(window_size)
         self.window_size = window_size
-        self.shuffle_size = region_size if self.shuffle else 1
-        self.drop_path.region_size = region_size
+        self.shuffle_size = shuffle_size
+        self.drop_path.shuffle_size = shuffle_size
 
     def forward(self, x: Tensor, padding: WindowPadding | None = None, msg_only: bool = False) -> Tensor:
         """Transform windows.
@@ -89,7 +89,7 @@ class MSGBlock(nn.Module):
             Windows (B, nH, nW, N, C), or their MSG tokens (B, nH, nW, 1, C) with `msg_only`.
         """
         x = (x[:, :, :, :1] if msg_only else x) + self.drop_path(self._attend(x, padding, msg_only))
-        if self.shuffle_size > 1:
+        if self.shuffle and self.shuffle_size > 1:
             x = shuffle_windows(x, self.shuffle_size)
         return x + self.drop_path(self._transform(x, None if msg_only else padding))
 
@@ -125,16 +125,16 @@ class MSGStage(nn.Module):
 
     def __init__(self, blocks: Sequence[MSGBlock], downsample: nn.Module | None, use_checkpoint: bool = False):
         super().__init__()
-        self.window_size = blocks[0].window_size
+        self.window_size, self.shuffle_size = blocks[0].window_size, blocks[0].shuffle_size
         self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def set_windows(self, window_size: int, region_size: int) -> None:
-        """Change the window size and the region size of all blocks."""
-        self.window_size = window_size
+    def set_windows(self, window_size: int, shuffle_size: int) -> None:
+        """Change the window size and the size of a shuffle region in all blocks."""
+        self.window_size, self.shuffle_size = window_size, shuffle_size
         for block in self.blocks:
-            block.set_windows(window_size, region_size)
+            block.set_windows(window_size, shuffle_size)
 
     def forward(
         self, patches: Tensor, msg: Tensor | None, msg_only: bool = False

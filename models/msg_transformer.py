@@ -25,8 +25,8 @@ from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, in
 from .msg_block import MSGBlock, MSGStage
 from .pyramid import Size, patch_grids, plan_pyramid
 from .resize import resize_grid
+from .symbolic import crop
 from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
-from .windows import crop
 
 MANIP_TYPES = ('shuf', 'none')
 HEAD_TOKENS = ('msg', 'patches')
@@ -142,7 +142,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         self.head_reads_msg = use_msg_tokens and head_tokens == 'msg'
         if use_msg_tokens:
             # One token for each window position in a region, in row-major order; all regions start from the same.
-            self.msg_tokens = nn.Parameter(torch.empty(1, layouts[0].region_size ** 2, 1, embed_dim))
+            self.msg_tokens = nn.Parameter(torch.empty(1, layouts[0].shuffle_size ** 2, 1, embed_dim))
             nn.init.trunc_normal_(self.msg_tokens, std=0.02)
         self.absolute_pos_embed = None
         if ape:
@@ -158,7 +158,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
                 MSGBlock(
                     dim=layout.dim,
                     window_size=layout.window_size,
-                    region_size=layout.region_size,
+                    shuffle_size=layout.shuffle_size,
                     num_heads=layout.num_heads,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
@@ -201,8 +201,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             patches = patches + self._position_embedding(H, W)
         if self.msg_tokens is None:
             return self.pos_drop(patches), None
-        block = self.layers[0].blocks[0]
-        w, s = block.window_size, block.drop_path.region_size
+        w, s = self.layers[0].window_size, self.layers[0].shuffle_size
         nH, nW = -(-H // w), -(-W // w)
         region = self.msg_tokens.view(1, s, s, C)
         regions = region.repeat(1, -(-nH // s), -(-nW // s), 1)

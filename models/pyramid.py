@@ -40,14 +40,14 @@ class StageLayout(NamedTuple):
         depth: blocks.
         num_heads: attention heads.
         window_size: window size w, in patches.
-        region_size: size s of a shuffle region, in windows.
+        shuffle_size: size s of a shuffle region, in windows.
     """
 
     dim: int
     depth: int
     num_heads: int
     window_size: int
-    region_size: int
+    shuffle_size: int
 
 
 def plan_pyramid(

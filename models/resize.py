@@ -8,12 +8,12 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from .windows import is_open
+from .symbolic import is_known_equal
 
 
 def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Interpolate a grid of values (1, rows, columns, C) to other rows and columns, bicubically."""
-    if not is_open(*grid) and x.shape[1:3] == tuple(grid):
+    if is_known_equal(x.shape[1:3], grid):
         return x
     resized = F.interpolate(x.permute(0, 3, 1, 2), grid, mode='bicubic', antialias=True)
     return resized.permute(0, 2, 3, 1)
@@ -30,11 +30,11 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], source: 
     return resize_grid(embedding.unflatten(1, source), grid).flatten(1, 2)
 
 
-def tile_msg_tokens(tokens: Tensor, region_size: int) -> Tensor:
+def tile_msg_tokens(tokens: Tensor, shuffle_size: int) -> Tensor:
     """Repeat or crop the MSG tokens (1, s^2, 1, C) of a shuffle region to another region size."""
     region = _as_square(tokens.squeeze(2))  # (1, s, s, C)
-    times = -(-region_size // region.shape[1])
-    region = region.repeat(1, times, times, 1)[:, :region_size, :region_size]
+    times = -(-shuffle_size // region.shape[1])
+    region = region.repeat(1, times, times, 1)[:, :shuffle_size, :shuffle_size]
     return region.flatten(1, 2).unsqueeze(2)
 
 

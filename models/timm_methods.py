@@ -68,9 +68,9 @@ class TimmMethods:
         window_size = self.window_size if window_size is None else window_size
         layouts = self.plan(size, window_size=window_size)
         for stage, layout in zip(self.layers, layouts):  # noqa: B905 (a pruned network has fewer stages)
-            stage.set_windows(layout.window_size, layout.region_size)
+            stage.set_windows(layout.window_size, layout.shuffle_size)
         if self.msg_tokens is not None:
-            self.msg_tokens = _replaced(self.msg_tokens, tile_msg_tokens(self.msg_tokens, layouts[0].region_size))
+            self.msg_tokens = _replaced(self.msg_tokens, tile_msg_tokens(self.msg_tokens, layouts[0].shuffle_size))
         source = self.patch_grid
         self.img_size, self.window_size = size, window_size
         if self.absolute_pos_embed is not None:

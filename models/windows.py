@@ -1,12 +1,8 @@
-"""Windows, shuffle regions and their padding: pure functions on shapes.
+"""Windows, the padding of windows, and the shuffle of MSG tokens: pure functions on shapes.
 
 Letters: B images, H x W the patch grid, w window size in patches, nH x nW = ceil(H/w) x ceil(W/w) the window grid (also
 the grid of MSG tokens: one per window), s size of a shuffle region in windows, G = s^2 windows in a region,
 N = w^2 + 1 tokens in a window, C channels.
-
-Where `torch.export` leaves the image size open, no branch depends on it: everything is padded, if only by nothing, and
-masked. The result is the same, in more time, and one graph serves all sizes. Its shapes stay simple enough for that, as
-a side is padded to a multiple of its ceiling, and a copy is made without asking whether the strides need one.
 
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
@@ -17,33 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def is_open(*sides: int) -> bool:
-    """Whether `torch.export` leaves one of these sides open."""
-    return any(isinstance(side, torch.SymInt) for side in sides)
-
-
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad a token grid (B, H, W, C) with zeros, right and bottom, to multiples of `multiple`."""
-    H, W = x.shape[1:3]
-    if not is_open(H, W) and H % multiple == 0 and W % multiple == 0:
-        return x
-    return F.pad(x, (0, 0, 0, missing(W, multiple), 0, missing(H, multiple)))
-
-
-def missing(side: int, multiple: int) -> int:
-    """What a side lacks to the next multiple."""
-    return -(-side // multiple) * multiple - side
-
-
-def crop(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The upper left part (B, H, W, C) of a token grid."""
-    H, W = grid
-    if not is_open(H, W):
-        return x[:, :H, :W]
-    # A slice would ask whether the grid is large enough.
-    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    return x.index_select(1, rows).index_select(2, columns)
+from .symbolic import SymbolicPadding, contiguous_copy, crop, is_known_multiple, pad_to_multiple, symbolic_padding
 
 
 def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tensor:
@@ -61,7 +31,7 @@ def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tenso
     w = window_size
     nH, nW = -(-H // w), -(-W // w)
     x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
-    x = _swapped(x, 2, 3).view(B, nH, nW, w * w, C)
+    x = contiguous_copy(x.transpose(2, 3)).view(B, nH, nW, w * w, C)
     if msg is None:
         return x
     return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
@@ -81,8 +51,8 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
     B, nH, nW, N, C = windows.shape
     w, (H, W) = window_size, grid
     msg, patches = split_msg_tokens(windows) if w * w < N else (None, windows)
-    patches = _swapped(patches.view(B, nH, nW, w, w, C), 2, 3).view(B, nH * w, nW * w, C)
-    return crop(patches, (H, W)), msg
+    patches = patches.view(B, nH, nW, w, w, C).transpose(2, 3)  # (B, nH, w, nW, w, C)
+    return crop(contiguous_copy(patches).view(B, nH * w, nW * w, C), (H, W)), msg
 
 
 def split_msg_tokens(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,26 +69,22 @@ class WindowPadding(NamedTuple):
 
     Attributes:
         is_padding: (nH, nW, N, 1) boolean.
-        real_index: positions of the other tokens among the nH * nW * N of an image, (L,); None to remove no padding.
+        real_index: positions of the other tokens among the nH * nW * N of an image, (L,).
     """
 
     is_padding: Tensor
-    real_index: Tensor | None
+    real_index: Tensor
 
     def zero(self, windows: Tensor) -> Tensor:
-        """Windows (B, nH, nW, N, C) with zeros for padding."""
+        """Set the padding of windows (B, nH, nW, N, C) to zero."""
         return windows.masked_fill(self.is_padding, 0.0)
 
     def remove(self, windows: Tensor) -> Tensor:
-        """The real tokens (B, L, C) of windows (B, nH, nW, N, C)."""
-        if self.real_index is None:
-            return windows
+        """Remove the padding from windows (B, nH, nW, N, C), which leaves tokens (B, L, C)."""
         return windows.flatten(1, 3).index_select(1, self.real_index)
 
     def restore(self, tokens: Tensor) -> Tensor:
-        """Undo `remove`, with zeros for padding."""
-        if self.real_index is None:
-            return tokens
+        """Undo `remove`: tokens (B, L, C) to windows (B, nH, nW, N, C), with zeros for padding."""
         nH, nW, N, _ = self.is_padding.shape
         B, _, C = tokens.shape
         windows = tokens.new_zeros(B, nH * nW * N, C).index_copy(1, self.real_index, tokens)
@@ -127,36 +93,45 @@ class WindowPadding(NamedTuple):
 
 def window_padding(
     grid: tuple[int, int], window_size: int, device: torch.device, use_msg_tokens: bool = True
-) -> WindowPadding | None:
-    """The padding that `join_windows` adds to a patch grid (H, W); None where windows tile it.
+) -> WindowPadding | SymbolicPadding | None:
+    """Find the padding that `join_windows` adds to a patch grid (H, W); None where windows tile the grid.
 
-    That of an open grid is masked and never removed.
+    Args:
+        grid: patch grid (H, W), without padding.
+        window_size: window size w, in patches.
+        device: device of the returned tensors.
+        use_msg_tokens: whether windows have a MSG token.
     """
     (H, W), w = grid, window_size
-    if not is_open(H, W) and H % w == 0 and W % w == 0:
+    if is_known_multiple(grid, w):
         return None
-    nH, nW, N = -(-H // w), -(-W // w), w * w + use_msg_tokens
+    nH, nW = -(-H // w), -(-W // w)
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
-    is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(use_msg_tokens), 0)).unsqueeze(3)  # an MSG token is not
-    if is_open(H, W):
-        return WindowPadding(is_padding, None)
+    is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(use_msg_tokens), 0)).unsqueeze(3)  # False for MSG tokens
+    return symbolic_padding(grid, is_padding) or WindowPadding(is_padding, _real_index(grid, w, device, use_msg_tokens))
+
+
+def _real_index(grid: tuple[int, int], window_size: int, device: torch.device, use_msg_tokens: bool) -> Tensor:
+    """Positions of MSG tokens, then of patches, among the nH * nW * N tokens of an image's padded windows, (L,)."""
+    (H, W), w = grid, window_size
+    nH, nW, N = -(-H // w), -(-W // w), w * w + use_msg_tokens
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
     token = use_msg_tokens + rows % w * w + columns % w  # (H, W)
     real_index = (window * N + token).flatten()
     if use_msg_tokens:
         real_index = torch.cat((torch.arange(nH * nW, device=device) * N, real_index))
-    return WindowPadding(is_padding, real_index)
+    return real_index
 
 
-def shuffle_windows(windows: Tensor, region_size: int) -> Tensor:
-    """Windows (B, nH, nW, N, C) after `shuffle_msg_tokens`."""
+def shuffle_windows(windows: Tensor, shuffle_size: int) -> Tensor:
+    """Exchange channel chunks among the MSG tokens of windows (B, nH, nW, N, C): see `shuffle_msg_tokens`."""
     msg, patches = split_msg_tokens(windows)
-    return torch.cat((shuffle_msg_tokens(msg, region_size).unsqueeze(3), patches), dim=3)
+    return torch.cat((shuffle_msg_tokens(msg, shuffle_size).unsqueeze(3), patches), dim=3)
 
 
-def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
+def shuffle_msg_tokens(msg: Tensor, shuffle_size: int) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
     Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
@@ -165,34 +140,29 @@ def shuffle_msg_tokens(msg: Tensor, region_size: int) -> Tensor:
 
     Args:
         msg: MSG tokens (B, nH, nW, C); C is a multiple of G.
-        region_size: region size s, in windows; 1 leaves the tokens as they are.
+        shuffle_size: size s of a shuffle region, in windows; 1 leaves the tokens as they are.
 
     Returns:
         Shuffled MSG tokens (B, nH, nW, C).
     """
-    if region_size == 1:
+    if shuffle_size == 1:
         return msg
-    padded = pad_to_multiple(msg, region_size)
-    shuffled = _transpose_chunks(padded, region_size)
+    padded = pad_to_multiple(msg, shuffle_size)
+    shuffled = _transpose_chunks(padded, shuffle_size)
     if padded is msg:
         return shuffled
     nH, nW, C = msg.shape[1:]
-    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), region_size)
-    from_token = _transpose_chunks(is_token, region_size)
+    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), shuffle_size)
+    from_token = _transpose_chunks(is_token, shuffle_size)
     return crop(torch.where(from_token, shuffled, padded), (nH, nW))
 
 
-def _transpose_chunks(msg: Tensor, region_size: int) -> Tensor:
+def _transpose_chunks(msg: Tensor, shuffle_size: int) -> Tensor:
     B, nH, nW, C = msg.shape
-    s = region_size
+    s = shuffle_size
     x = msg.view(B, nH // s, s, nW // s, s, s, s, C // s**2)  # in a region: token's row, column; chunk's row, column
-    x = x.permute(0, 1, 5, 3, 6, 2, 4, 7).clone(memory_format=torch.contiguous_format)  # which change places
-    return x.view(B, nH, nW, C)
-
-
-def _swapped(x: Tensor, one: int, two: int) -> Tensor:
-    """A copy with two axes exchanged; `reshape` or `contiguous` would ask whether the strides need one."""
-    return x.transpose(one, two).clone(memory_format=torch.contiguous_format)
+    x = x.permute(0, 1, 5, 3, 6, 2, 4, 7)  # token and chunk exchanged
+    return contiguous_copy(x).view(B, nH, nW, C)
 
 
 def relative_position_index(window_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from models import MSGTransformer
 from models.build import check_msg_network, class_weights, network_options
+from models.symbolic import contiguous_copy
 from models.timm_networks import PREFIX, check_on_meta, create_timm_network
 
 # Strides of the feature maps that are taken from timm's networks, in pixels
@@ -67,9 +68,7 @@ class MSGBackbone(MSGTransformer):
         """Images (B, 3, height, width) to feature maps (B, C, H, W), finest first, named '0', '1', ..."""
         feature_maps = self.forward_intermediates(images, output_fmt='NHWC', intermediates_only=True)
         normed = [norm(x) for norm, x in zip((*self.out_norms, self.norm), feature_maps, strict=True)]
-        # A copy in any case: `contiguous` would ask for the size, which an exported graph may leave open.
-        copies = (x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for x in normed)
-        return OrderedDict((str(i), x) for i, x in enumerate(copies))
+        return OrderedDict((str(i), contiguous_copy(x.permute(0, 3, 1, 2))) for i, x in enumerate(normed))
 
     def fit_classifier(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """A classifier's weights without its head, fitted to the windows, and this backbone's own `out_norms`."""

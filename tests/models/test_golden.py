@@ -51,7 +51,7 @@ def test_logits_and_the_tokens_of_every_stage(version, size):
         if stage is not following:
             patches, msg = stage.merge(patches, msg)
         block = following.blocks[0]
-        regions = in_regions(patches, msg, block.window_size, block.drop_path.region_size)
+        regions = in_regions(patches, msg, block.window_size, block.shuffle_size)
         assert list(regions.shape) == recorded['shape']
         for tokens, prefix in ((regions, ''), (regions[:, :, 0], 'msg_')):
             assert_close([tokens.mean(), tokens.std()], [recorded[f'{prefix}mean'], recorded[f'{prefix}std']])

@@ -7,7 +7,7 @@ from tests.helpers.golden import fill_, normal
 
 
 def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
-    drop = RegionDropPath(0.25, region_size=2).train()
+    drop = RegionDropPath(0.25, shuffle_size=2).train()
     x = torch.ones(500, 4, 4, 3, 2)
     out = drop(x)
     regions = out.view(500, 2, 2, 2, 2, 3, 2).transpose(2, 3).reshape(500 * 4, -1)
@@ -20,7 +20,7 @@ def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
 
 
 def test_drop_path_of_regions_cut_by_the_border():
-    drop, seen = RegionDropPath(0.5, region_size=2).train(), set()
+    drop, seen = RegionDropPath(0.5, shuffle_size=2).train(), set()
     for _ in range(10):
         for image in drop(torch.ones(3, 2, 3, 5, 4)):
             left, right = image[:, :2], image[:, 2:]

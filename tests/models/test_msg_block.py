@@ -14,7 +14,7 @@ from tests.helpers.golden import fill_, normal
 
 def small_block(**options):
     """A block of windows of 3 x 3 patches in regions of 2 x 2, and 4 x 2 windows of two images."""
-    arguments = {'dim': 16, 'window_size': 3, 'region_size': 2, 'num_heads': 2}
+    arguments = {'dim': 16, 'window_size': 3, 'shuffle_size': 2, 'num_heads': 2}
     return fill_(MSGBlock(**arguments | options)), torch.randn(2, 4, 2, 10, 16)
 
 
@@ -64,7 +64,7 @@ def test_dropout_and_drop_path_act_everywhere():
         (block.drop_path, (2, 4, 2, 10, 16)),
     ]
     assert (block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop.p) == (0.5, 0.25, 0.25)
-    assert (block.drop_path.rate, block.drop_path.region_size) == (0.75, 2)
+    assert (block.drop_path.rate, block.drop_path.shuffle_size) == (0.75, 2)
 
 
 def test_flops_count_the_layers_of_a_block():
@@ -120,7 +120,7 @@ def test_content_of_padding_is_ignored():
 
 @pytest.mark.parametrize('rate', [0.0, 0.5])
 def test_padding_of_no_token_changes_no_bit(rate):
-    block = fill_(MSGBlock(dim=8, window_size=3, region_size=2, num_heads=2, drop_path=rate)).train()
+    block = fill_(MSGBlock(dim=8, window_size=3, shuffle_size=2, num_heads=2, drop_path=rate)).train()
     x = normal('windows', (2, 2, 2, 10, 8))
     is_padding = torch.zeros(2, 2, 10, 1, dtype=torch.bool)
     outputs = []

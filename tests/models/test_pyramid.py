@@ -8,7 +8,7 @@ def plan(img_size, window=7, shuffle=(4, 4, 2, 1), patch_size=4, embed_dim=2304)
     img_size = img_size and (Size(img_size, img_size) if isinstance(img_size, int) else Size(*img_size))
     ones = (1,) * len(shuffle)
     layouts = plan_pyramid(img_size, patch_size, window, embed_dim, ones, ones, shuffle)
-    return [layout.window_size for layout in layouts], [layout.region_size for layout in layouts]
+    return [layout.window_size for layout in layouts], [layout.shuffle_size for layout in layouts]
 
 
 @pytest.mark.parametrize(
