@@ -1,4 +1,4 @@
-"""Multi-head self-attention within windows, by the fastest way that the device, precision and gradients allow.
+"""Multi-head self-attention within windows, with the fastest implementation for the device and precision.
 
 Letters: N = w^2 + 1 tokens in a window of w x w patches (the MSG token first), C channels, h heads of d = C/h channels.
 
@@ -20,19 +20,19 @@ try:
 except ImportError:  # no Triton on this system
     MAX_HEAD_CHANNELS = MAX_TOKENS = 0
 
-# In more, the gradient of the bias fails in PyTorch's kernel for GPUs.
-SDPA_WINDOWS = 65_535
+# With more windows, the gradient of the bias fails in PyTorch's GPU kernel.
+MAX_SDPA_WINDOWS = 65_535
 
 
 def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_only: bool = False) -> Tensor:
-    """softmax(scale q k^T + bias) v in each window and head.
+    """Compute attention, softmax(scale q k^T + bias) v, in each window and head.
 
     Args:
         qkv: queries, keys and values (windows, N, 3C), each of h heads of d channels.
-        bias: of every query (row) towards every key (column), (1, h, N, N).
+        bias: position bias (1, h, N, N) of every query (row) towards every key (column).
         scale: factor on q.k.
-        dropout: rate after the softmax.
-        msg_only: for the MSG tokens' queries alone.
+        dropout: dropout rate after the softmax.
+        msg_only: compute the outputs of the MSG tokens only.
 
     Returns:
         (windows, N, C), or (windows, 1, C) with `msg_only`.
@@ -55,11 +55,14 @@ def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_on
 
 
 def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> str:
-    """The fastest of the ways that can compute a call: 'kernel', 'sdpa' or 'matmuls'; docs/performance.md."""
+    """Choose the fastest implementation for a call of `attend`: 'kernel', 'sdpa' or 'matmuls'.
+
+    The measurements behind the choice are in docs/performance.md.
+    """
     if qkv.is_cuda and qkv.dtype != torch.float32:
         if not dropout and not msg_only and fits_kernel(qkv, bias):
             return 'kernel'
-        if not msg_only and qkv.shape[0] <= SDPA_WINDOWS:
+        if not msg_only and qkv.shape[0] <= MAX_SDPA_WINDOWS:
             return 'sdpa'
     # PyTorch's fused CPU kernel is slower than matmuls in bfloat16, and has no gradient for a bias.
     if qkv.is_cpu and qkv.dtype == torch.bfloat16:
@@ -68,15 +71,16 @@ def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> st
 
 
 def fits_kernel(qkv: Tensor, bias: Tensor) -> bool:
-    """Whether the Triton kernel holds a window's tokens and a head's channels."""
+    """Whether a window's tokens and a head's channels fit into the Triton kernel."""
     _, num_heads, N, _ = bias.shape
     return N <= MAX_TOKENS and qkv.shape[-1] // 3 // num_heads <= MAX_HEAD_CHANNELS
 
 
 def gpu_backends() -> AbstractContextManager:
-    """Context of `scaled_dot_product_attention` without cuDNN's kernel.
+    """Context in which `scaled_dot_product_attention` does not use cuDNN.
 
-    That refuses more than 65,535 windows, and is wrong with a bias where N % 128 is 64 (PyTorch's issue 196678).
+    cuDNN's kernel refuses more than 65,535 windows, and its results with a bias are wrong where N % 128 is 64
+    (https://github.com/pytorch/pytorch/issues/196678).
     """
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -92,7 +96,7 @@ class WindowAttention(nn.Module):
         qk_scale: factor on q.k; None for d^-0.5.
         attn_drop: dropout rate after the softmax.
         proj_drop: dropout rate after the output projection.
-        use_msg_tokens: whether windows have a MSG token.
+        use_msg_tokens: whether windows have an MSG token.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class WindowAttention(nn.Module):
         return attention_bias_index(window_size) if self.use_msg_tokens else relative_position_index(window_size)
 
     def set_window_size(self, window_size: int) -> None:
-        """Change the window size w; the bias table is interpolated."""
+        """Change the window size w, and interpolate the bias table."""
         table = self.relative_position_bias_table
         resized = resize_bias_table(table.detach(), window_size)
         self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
@@ -136,7 +140,7 @@ class WindowAttention(nn.Module):
         self.bias_index = self._make_bias_index(window_size).to(table.device)
 
     def position_bias(self) -> Tensor:
-        """Bias of every query (row) towards every key (column), (1, h, N, N)."""
+        """Look up the position bias (1, h, N, N) of every query (row) towards every key (column)."""
         table = self.relative_position_bias_table.T  # (h, (2w - 1)^2)
         if self.use_msg_tokens:
             table = torch.cat((table, self.rel_pos_msg.flatten(1)), dim=1)
@@ -147,7 +151,7 @@ class WindowAttention(nn.Module):
 
         Args:
             x: tokens (..., N, C).
-            msg_only: compute the MSG token's output alone: patches are keys and values, but not queries.
+            msg_only: compute only the MSG token's output: patches are keys and values, but not queries.
 
         Returns:
             (..., N, C), or (..., 1, C) with `msg_only`.

@@ -1,8 +1,8 @@
-"""Window attention in one Triton kernel each way: a window's scores never leave the multiprocessor.
+"""Window attention in one Triton kernel forward and one backward, which never write a window's scores to memory.
 
 Plain matmuls write and read the (windows, h, N, N) scores several times, and `scaled_dot_product_attention` writes the
-gradient of every window's bias. Here, a program keeps one head's bias, goes through some windows, and sums the gradient
-of the bias over them in registers. Probabilities are computed again in the backward pass.
+gradient of every window's bias. Here, a program keeps one head's bias, loops over several windows, and sums the
+gradient of the bias over these windows in registers. The backward pass recomputes the probabilities.
 
 Letters: N tokens in a window, C channels, h heads, d = C/h channels per head.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Registers hold a tile of tokens x tokens. The programs per call fill the largest GPUs several times.
+# A tile of tokens x tokens must fit into registers. MAX_PROGRAMS fill the largest GPUs several times over.
 MAX_TOKENS, MAX_HEAD_CHANNELS = 64, 64
 MAX_PROGRAMS = 2048
 
@@ -24,7 +24,7 @@ def _tile(pointer, tokens, channels, row_stride, mask):
 
 @triton.jit
 def _load_bias(pointer, tokens, N):
-    """One head's bias, with -inf for the columns of no token."""
+    """One head's bias, with -inf in the columns beyond N."""
     rows, columns = tokens[:, None], tokens[None, :]
     bias = tl.load(pointer + rows * N + columns, mask=(rows < N) & (columns < N), other=0.0)
     return tl.where(columns < N, bias.to(tl.float32), float('-inf'))
@@ -97,12 +97,12 @@ def _backward_kernel(
     tl.store(bias_grad_pointer + rows * N + columns, tile_bias_grad, mask=(rows < N) & (columns < N))
 
 
-# Its own in each copy of the package that a process imports: of two with one name, the first may crash PyTorch.
+# Each copy of the package in a process needs its own namespace: with two operators of one name, the first may crash.
 _NAMESPACE = __name__.replace('.', '_')
 
 
 def _launch(qkv: Tensor, num_heads: int) -> tuple[int, dict[str, int]]:
-    """Programs per head, and the kernels' sizes; few different ones, since each is compiled."""
+    """Choose the programs per head and the kernels' sizes: few distinct sizes, since each set is compiled."""
     windows, N, channels = qkv.shape
     d = channels // 3 // num_heads
     windows_per_program = triton.next_power_of_2(triton.cdiv(windows * num_heads, MAX_PROGRAMS))
@@ -120,11 +120,11 @@ def _launch(qkv: Tensor, num_heads: int) -> tuple[int, dict[str, int]]:
 
 @torch.library.custom_op(f'{_NAMESPACE}::window_attention', mutates_args=())
 def window_attention(qkv: Tensor, bias: Tensor, scale: float, num_heads: int) -> Tensor:
-    """softmax(scale q k^T + bias) v in each window.
+    """Compute attention, softmax(scale q k^T + bias) v, in each window and head.
 
     Args:
         qkv: queries, keys and values (windows, N, 3C), contiguous, in half precision.
-        bias: (h, N, N), float32.
+        bias: position bias (h, N, N), float32.
         scale: factor on q.k.
         num_heads: heads h.
 
@@ -147,7 +147,7 @@ def _(qkv: Tensor, bias: Tensor, scale: float, num_heads: int) -> Tensor:
 def window_attention_backward(
     out_grad: Tensor, qkv: Tensor, bias: Tensor, scale: float, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `window_attention` for `qkv` and `bias`."""
+    """Compute the gradients of `window_attention` with respect to `qkv` and `bias`."""
     programs, sizes = _launch(qkv, num_heads)
     qkv_grad = torch.empty_like(qkv)
     bias_grads = bias.new_empty(programs, *bias.shape)  # summed in a fixed order

@@ -1,4 +1,4 @@
-"""The network from the config tree."""
+"""Build the network from the config tree."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from .msg_transformer import MSGTransformer
 from .pyramid import Size, plan_pyramid
 from .timm_networks import PREFIX, build_timm_network, check_timm_network
 
-if TYPE_CHECKING:  # the installed package does without yacs
+if TYPE_CHECKING:  # the installed package does not need yacs
     from yacs.config import CfgNode
 
 
@@ -33,7 +33,7 @@ def build_model(config: 'CfgNode') -> nn.Module:
 
 
 def network_options(config: 'CfgNode') -> dict[str, Any]:
-    """Arguments of `MSGTransformer` shared by all tasks, from `config.MODEL` and `TRAIN`."""
+    """Get the arguments of `MSGTransformer` that all tasks share, from `config.MODEL` and `TRAIN`."""
     msg = config.MODEL.MSG
     return {
         'patch_size': msg.PATCH_SIZE,
@@ -59,7 +59,7 @@ def network_options(config: 'CfgNode') -> dict[str, Any]:
 
 
 def check_network(config: 'CfgNode', img_size: int) -> None:
-    """Refuse `config.MODEL` where no such network can be built, without its weights.
+    """Check that the network described by `config.MODEL` can be built, without allocating its weights.
 
     Args:
         config: the config tree.
@@ -75,15 +75,15 @@ def check_network(config: 'CfgNode', img_size: int) -> None:
 
 
 def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL.TYPE') -> None:
-    """Refuse `config.MODEL.MSG` where no network of that shape can be built, without building it.
+    """Check that the MSG-Transformer described by `config.MODEL.MSG` can be built, without building it.
 
     Args:
         config: the config tree.
-        img_size: image size in pixels; None for no size in particular.
+        img_size: image size in pixels; None for images of any size.
         key: the config key that names the network, for messages.
 
     Raises:
-        ValueError: there are arguments for a network of timm; see also `plan_pyramid`.
+        ValueError: the network cannot be built (see `plan_pyramid`), or `MODEL.TIMM_ARGS` is not empty.
     """
     if config.MODEL.TIMM_ARGS:
         raise ValueError(f'MODEL.TIMM_ARGS is for networks of timm: write {key} timm:<name>, or no arguments')
@@ -104,6 +104,6 @@ def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL
 
 
 def class_weights(model: nn.Module) -> str:
-    """Regular expression that matches the start of the names of the weights that depend on the classes."""
+    """Regular expression for the prefix of the classifier's weights, whose shapes depend on the number of classes."""
     names = getattr(model, 'pretrained_cfg', {}).get('classifier', 'head')
     return '|'.join(rf'{re.escape(name)}\.' for name in ([names] if isinstance(names, str) else names))

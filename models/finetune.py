@@ -1,4 +1,4 @@
-"""What fine-tuning needs of the network: weights fitted to its shapes, and frozen stages."""
+"""Fine-tuning: fit pretrained weights to the network's shapes, and freeze stages."""
 
 from collections import Counter
 
@@ -8,25 +8,25 @@ from .resize import resize_bias_table, resize_position_embedding, square_side, t
 
 
 class FineTuneMethods:
-    """Methods of `MSGTransformer` for starting from the weights of another one."""
+    """Methods of `MSGTransformer` for fine-tuning."""
 
-    # Modules that are not trained; they stay in evaluation mode.
+    # Frozen modules; they stay in evaluation mode.
     frozen = ()
 
     def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Fit the weights of a network with other windows, shuffle regions or another patch grid.
+        """Fit weights from a different window size, shuffle region size or image size to this network's shapes.
 
-        Bias tables and the position embedding, which must be of a square image, are interpolated bicubically; MSG
-        tokens are repeated or cropped. All else is left as it is.
+        Bias tables and the position embedding, which must come from a square image, are interpolated bicubically; MSG
+        tokens are repeated or cropped. All other weights are returned unchanged.
 
         Args:
             state_dict: weights; the mapping is not changed.
 
         Returns:
-            The weights with the shapes of this network, and what was done, in words; empty for nothing.
+            The weights in this network's shapes, and a note on each kind of change; no notes if nothing changed.
 
         Raises:
-            ValueError: a bias table, MSG tokens or a position embedding of a grid that is not square.
+            ValueError: a bias table, the MSG tokens or the position embedding belong to a grid that is not square.
         """
         own, fitted = self.state_dict(), dict(state_dict)
         windows, notes = Counter(), []
@@ -36,7 +36,7 @@ class FineTuneMethods:
             if name.endswith('relative_position_index'):
                 fitted[name] = own[name]
             if own[name].shape[-1] != value.shape[-1]:
-                continue  # other heads or channels: another network, which loading refuses
+                continue  # other heads or channels: loading reports the shape mismatch
             if name.endswith('relative_position_bias_table'):
                 old, new = ((square_side(len(table)) + 1) // 2 for table in (value, own[name]))
                 fitted[name] = resize_bias_table(value, new)
@@ -57,14 +57,14 @@ class FineTuneMethods:
         return fitted, notes
 
     def freeze_stages(self, count: int) -> None:
-        """Stop training the first stages; optimizers and DDP are to be built afterwards.
+        """Freeze the embedding and the first stages. Build optimizers and DDP afterwards.
 
         Args:
-            count: 0 for the embeddings of patches, MSG tokens and positions; n for the first n stages too, and the norm
-                before the head where these are all; -1 for nothing.
+            count: 0 freezes the patch embedding, MSG tokens and position embedding; n also freezes the first n stages,
+                and the norm before the head if these are all stages; -1 freezes nothing.
 
         Raises:
-            ValueError: there are fewer stages.
+            ValueError: the network has fewer stages.
         """
         if count > len(self.layers):
             raise ValueError(f'{count} stages cannot be frozen: the network has {len(self.layers)}')
@@ -80,7 +80,7 @@ class FineTuneMethods:
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'FineTuneMethods':
-        """Switch to training mode, but for what is frozen, or to evaluation mode."""
+        """Switch to training mode, except for frozen modules, or to evaluation mode."""
         super().train(mode)
         for module in self.frozen:
             module.eval()

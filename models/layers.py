@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         dim: channels C in and out.
         hidden_dim: channels between.
         drop: dropout rate.
-        recompute: compute GELU again in the backward pass instead of keeping its output.
+        recompute: recompute GELU in the backward pass instead of keeping its output.
     """
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, recompute: bool = False):
@@ -46,7 +46,7 @@ class Mlp(nn.Module):
 
 
 class RegionDropPath(nn.Module):
-    """Stochastic depth, drawn once per shuffle region of each image as in the published code.
+    """Drop path (stochastic depth) per shuffle region of each image, as in the published code.
 
     Args:
         rate: probability of dropping a region's branch, in [0, 1); the others are divided by 1 - rate.
@@ -59,7 +59,7 @@ class RegionDropPath(nn.Module):
         self.shuffle_size = shuffle_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop regions of windows (B, nH, nW, N, C) in training; the last regions may be cut by the border."""
+        """Drop regions of windows (B, nH, nW, N, C) in training; regions at the border may be incomplete."""
         if not self.training or self.rate == 0.0:
             return x
         B, nH, nW = x.shape[:3]
@@ -75,7 +75,7 @@ class RegionDropPath(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image to patch tokens: a strided convolution, then an optional norm.
+    """Embed an image as patch tokens: a strided convolution, then an optional norm.
 
     Args:
         patch_size: patch size in pixels: the stride.
@@ -172,18 +172,18 @@ class OverlapPatchMerging(nn.Module):
 
 
 def merging_flops(grid: tuple[int, int], weight: Tensor) -> int:
-    """The authors' formula for patch merging: a norm over C channels of all tokens, then the reduction."""
+    """Multiply-adds of patch merging by the authors' formula: a norm over C channels of all tokens, the reduction."""
     (H, W), dim = grid, weight.shape[0] // 2
     return H * W * dim + -(-H // 2) * -(-W // 2) * weight.numel()
 
 
 def make_head(dim: int, num_classes: int) -> nn.Module:
-    """A classifier of features (..., C): a linear layer, or the identity for 0 classes."""
+    """Create the classifier of features (..., C): a linear layer, or the identity for 0 classes."""
     return nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
 
 def init_linear(module: nn.Module) -> None:
-    """Linear weights from a truncated normal of 0.02; norms and convolutions keep PyTorch's default, as published."""
+    """Initialize a linear layer from a truncated normal; other layers keep PyTorch's default, as published."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -37,9 +37,9 @@ class MSGBlock(nn.Module):
         drop: dropout rate after the attention's projection and in the MLP.
         drop_path: stochastic-depth rate of both branches.
         norm_layer: called with C.
-        shuffle: exchange MSG tokens (`manip_type` 'shuf') or leave them ('none').
+        shuffle: whether MSG tokens exchange channel chunks (`manip_type` 'shuf') or not ('none').
         recompute_mlp: see `Mlp`.
-        use_msg_tokens: whether windows have a MSG token; without, there is nothing to shuffle.
+        use_msg_tokens: whether windows have an MSG token; without MSG tokens, there is nothing to shuffle.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class MSGBlock(nn.Module):
         self.drop_path.shuffle_size = shuffle_size
 
     def forward(self, x: Tensor, padding: WindowPadding | None = None, msg_only: bool = False) -> Tensor:
-        """Transform windows.
+        """Run attention, shuffle and MLP.
 
         Args:
             x: windows (B, nH, nW, N, C).
-            padding: which tokens are padding, if any: it is zero after the first norm and left out of the MLP.
-            msg_only: compute the MSG tokens alone.
+            padding: which tokens are padding, if any: they are zero after the first norm, and skip the MLP.
+            msg_only: compute only the MSG tokens.
 
         Returns:
             Windows (B, nH, nW, N, C), or their MSG tokens (B, nH, nW, 1, C) with `msg_only`.
@@ -144,7 +144,7 @@ class MSGStage(nn.Module):
         Args:
             patches: (B, H, W, C).
             msg: MSG tokens (B, nH, nW, C), or None.
-            msg_only: compute the last block's MSG tokens alone, as a classifier reads nothing else.
+            msg_only: compute only the MSG tokens in the last block: all that a classifier on MSG tokens reads.
 
         Returns:
             Patches (B, H, W, C), or None with `msg_only`, and MSG tokens (B, nH, nW, C), or None.
@@ -161,7 +161,7 @@ class MSGStage(nn.Module):
         return (None, x.squeeze(3)) if msg_only else split_windows(x, self.window_size, grid)
 
     def merge(self, patches: Tensor, msg: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Merge both grids into (B, ceil(H/2), ceil(W/2), 2C) and (B, ceil(nH/2), ceil(nW/2), 2C)."""
+        """Merge patches into (B, ceil(H/2), ceil(W/2), 2C) and MSG tokens into (B, ceil(nH/2), ceil(nW/2), 2C)."""
         return self.downsample(patches), None if msg is None else self.downsample(msg)
 
     def flops(self, grid: Size) -> int:

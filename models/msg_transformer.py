@@ -38,9 +38,9 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
     """A hierarchical vision transformer whose windows exchange information through messenger tokens.
 
     Args:
-        img_size: image size in pixels, or (height, width). Other sizes can be fed too; this one decides where windows
-            shrink to fit (see `plan_pyramid`), the grid of the absolute position embedding, and what `flops` counts.
-            None for no size in particular.
+        img_size: image size in pixels, or (height, width). The network takes images of any size; this size decides
+            where windows shrink to fit (see `plan_pyramid`), the grid of the absolute position embedding, and what
+            `flops` counts. None if no size is preferred.
         patch_size: patch size, in pixels.
         in_chans: image channels.
         num_classes: classes; 0 for no head.
@@ -58,13 +58,13 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         ape: add a learned absolute position embedding to the patches.
         patch_norm: norm after the patch embedding.
         shuffle_size: size of a shuffle region per stage, in windows.
-        manip_type: 'shuf' exchanges MSG tokens in every block, 'none' leaves windows to themselves.
+        manip_type: 'shuf' shuffles the MSG tokens in every block; with 'none', a stage's windows exchange nothing.
         embed_type: 'patch' (v1) or 'overlap' (v2).
         merge_type: 'patch' (v1) or 'overlap' (v2).
-        use_checkpoint: recompute blocks in the backward pass: less memory, more time.
-        recompute_mlp: recompute GELU alone in the backward pass: less memory, more time.
-        global_pool: 'avg' averages the tokens before the head, '' leaves them.
-        use_msg_tokens: False leaves windows without MSG tokens, and the head reads patches.
+        use_checkpoint: recompute blocks in the backward pass, which trades time for memory.
+        recompute_mlp: recompute only GELU in the backward pass: saves less memory than `use_checkpoint`, and is faster.
+        global_pool: 'avg' averages the tokens before the head, '' does not pool.
+        use_msg_tokens: False builds windows without MSG tokens, and the head reads patches.
         head_tokens: tokens that the head reads: 'msg' or 'patches'.
 
     Raises:
@@ -72,7 +72,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             option is unknown.
     """
 
-    output_fmt = 'NHWC'  # of `forward_features`, as timm calls it
+    output_fmt = 'NHWC'  # timm's name for the layout that `forward_features` returns
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             raise ValueError('an absolute position embedding needs an img_size')
         self.img_size = None if img_size is None else Size.of(img_size)
         self.window_size = window_size
-        self.plan = partial(  # lays the stages out, also for another image size or window size later
+        self.plan = partial(  # called again by `set_input_size`
             plan_pyramid,
             patch_size=patch_size,
             embed_dim=embed_dim,
@@ -194,7 +194,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         return tuple(last_grid.divided_by(self.layers[-1].window_size) if self.head_reads_msg else last_grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, in_chans, height, width) to patches (B, H, W, C) and MSG tokens (B, nH, nW, C), if any."""
+        """Embed images (B, in_chans, height, width) as patches (B, H, W, C) and MSG tokens (B, nH, nW, C), if any."""
         patches = self.patch_embed(images)
         B, H, W, C = patches.shape
         if self.absolute_pos_embed is not None:
@@ -213,7 +213,11 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         return resize_grid(self.absolute_pos_embed.unflatten(1, self.patch_grid), (H, W))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to the last stage's normed tokens: MSG (B, nH, nW, C), or patches."""
+        """Compute the last stage's normed tokens, MSG (B, nH, nW, C) or patches (B, H, W, C), of images.
+
+        Args:
+            images: (B, in_chans, height, width).
+        """
         patches, msg = self.embed(images)
         *stages, last = self.layers
         for stage in stages:
@@ -223,13 +227,21 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         return self.norm(msg if self.head_reads_msg else patches)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` to logits (B, num_classes), or to pooled features (B, C) with `pre_logits`."""
+        """Pool and classify the tokens of `forward_features`.
+
+        Args:
+            features: tokens (B, nH, nW, C) or (B, H, W, C).
+            pre_logits: return the pooled features (B, C).
+
+        Returns:
+            Logits (B, num_classes), or the features if there are no classes.
+        """
         if self.global_pool == 'avg':
             features = features.mean(dim=(1, 2))
         return features if pre_logits else self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to logits (B, num_classes), or features (B, C) without classes."""
+        """Classify images (B, in_chans, height, width): logits (B, num_classes), or features (B, C) without classes."""
         return self.forward_head(self.forward_features(images))
 
     def forward_intermediates(
@@ -241,21 +253,21 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute every token of every stage; give features and the stages' feature maps, taken before merging.
+        """Compute the features and the feature map of each stage, taken before patch merging.
 
         Args:
             images: (B, in_chans, height, width).
-            indices: stages whose feature maps to give: their indices, a number n for the last n, None for all.
+            indices: stages whose feature maps to return: their indices, a number n for the last n, None for all.
             norm: apply the network's final norm to the last stage's feature map.
-            stop_early: stop after the last stage asked for; features are then that stage's MSG tokens.
+            stop_early: stop after the last selected stage; features are then that stage's tokens.
             output_fmt: 'NCHW' for feature maps (B, C, H, W), 'NHWC' for (B, H, W, C).
-            intermediates_only: give only the feature maps.
+            intermediates_only: return only the feature maps.
 
         Returns:
             Features as returned by `forward_features`, and the feature maps, finest first.
 
         Raises:
-            ValueError: an unknown `output_fmt`, or a stage that does not exist.
+            ValueError: `output_fmt` is unknown, or a stage does not exist.
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f'output_fmt is {output_fmt!r}: write NCHW or NHWC')
@@ -276,19 +288,19 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         return (self.norm(features) if i == count - 1 else features), feature_maps
 
     def flops(self, img_size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds for one image, by the authors' formula.
+        """Count multiply-adds for one image by the authors' formula.
 
         With H x W patches, nW windows and N = w^2 + 1 tokens per window, it counts: embedding H*W*C*in*k^2 (+ H*W*C for
         its norm); block 2C(HW + nW) for the norms + nW(3NC^2 + 2N^2*C + NC^2) for attention + 2(HW + nW)C^2*ratio for
         the MLP; merging HWC + (H/2)(W/2)*4C*2C, and the same for the MSG grid (v2: 9C*2C); the end
         C(H0*W0 // 4^(stages-1) + 1) + C*classes. Biases, softmax, GELU and dropout count nothing.
-        `python -m tools.complexity` also prints the count of the real operators.
+        `python -m tools.complexity` also prints what PyTorch counts for the executed operators.
 
         Args:
-            img_size: (height, width) in pixels; None for the size the network was built for.
+            img_size: (height, width) in pixels; None for the network's `img_size`.
 
         Raises:
-            ValueError: no size is given, and the network was built for none.
+            ValueError: neither the argument nor the network has an image size.
         """
         size = self.img_size if img_size is None else Size(*img_size)
         if size is None:

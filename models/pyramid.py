@@ -10,25 +10,25 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """Height and width, in the unit given by its name."""
+    """Height and width: of an image in pixels, of a patch grid in patches, of a window grid in windows."""
 
     height: int
     width: int
 
     @classmethod
     def of(cls, size: int | Sequence[int]) -> 'Size':
-        """The size given as one number, for a square, or as (height, width)."""
+        """Create a size from one number, for a square, or from (height, width)."""
         return cls(size, size) if isinstance(size, int) else cls(*size)
 
     def __str__(self) -> str:
         return f'{self.height} x {self.width}'
 
     def divided_by(self, divisor: int) -> 'Size':
-        """Both sides divided and rounded up."""
+        """Divide height and width, rounding up."""
         return Size(-(-self.height // divisor), -(-self.width // divisor))
 
     def is_multiple_of(self, divisor: int) -> bool:
-        """Whether both sides divide without remainder."""
+        """Whether height and width are multiples of `divisor`."""
         return self.height % divisor == 0 and self.width % divisor == 0
 
 
@@ -60,14 +60,15 @@ def plan_pyramid(
     shuffle_size: Sequence[int],
     shuffle: bool = True,
 ) -> list[StageLayout]:
-    """Lay out every stage, first to last: channels double and the patch grid halves from each to the next.
+    """Choose the channels, window size and shuffle size of every stage, first to last.
 
-    Where windows and regions tile all grids of `img_size`, a stage whose smaller side is at most `window_size` gets
-    windows of that size, and a stage of one window has no neighbours to shuffle with. Otherwise, and without an
-    `img_size`, windows and regions are as given, and grids are padded.
+    Channels double and the patch grid halves from stage to stage. If windows and shuffle regions tile the grids of all
+    stages at `img_size`, a stage whose patch grid is smaller than a window gets a window of the grid's smaller side,
+    and a stage of one window gets a shuffle size of 1. Otherwise, and without an `img_size`, every stage has the window
+    size and shuffle size of the arguments, and grids are padded.
 
     Args:
-        img_size: image size in pixels; None for no size in particular.
+        img_size: image size in pixels; None if no size is preferred.
         patch_size: patch size, in pixels.
         window_size: window size, in patches.
         embed_dim: channels of the first stage.
@@ -77,8 +78,8 @@ def plan_pyramid(
         shuffle: whether MSG tokens are shuffled.
 
     Raises:
-        ValueError: the image is smaller than a patch, the lists differ in length, channels do not divide, or the
-            window size is not positive.
+        ValueError: the image is smaller than a patch, the lists differ in length, a stage has no blocks, the window
+            size is not positive, or channels do not divide into heads and chunks.
     """
     if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
         raise ValueError(
@@ -104,7 +105,7 @@ def plan_pyramid(
 
 
 def patch_grids(img_size: Size, patch_size: int, stages: int) -> list[Size]:
-    """The patch grid of each stage, halved and rounded up from one to the next."""
+    """Compute the patch grid of each stage: halved from stage to stage, rounding up."""
     return [img_size.divided_by(patch_size).divided_by(2**i) for i in range(stages)]
 
 
@@ -123,7 +124,7 @@ def _tiles(
 
 
 def _check_channels(embed_dim: int, num_heads: Sequence[int], regions: Sequence[int]) -> None:
-    """Refuse channels that heads or MSG chunks do not divide, naming a width that works."""
+    """Check that channels divide into heads and MSG chunks; the error names a factor of `embed_dim` that works."""
     needed = 1
     for i, (heads, region) in enumerate(zip(num_heads, regions, strict=True)):
         divisor = lcm(heads, region**2)

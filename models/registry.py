@@ -1,7 +1,7 @@
-"""The networks by name, for `timm.create_model`: `msg_transformer_{tiny,small,base}`, `..._v2_...` and `..._nano`.
+"""Networks by name, for `timm.create_model`: `msg_transformer_{tiny,small,base}`, `..._v2_...` and `..._nano`.
 
-Their arguments are those of `MSGTransformer`, and `timm.create_model`'s own. There are pretrained weights of
-`msg_transformer_nano` alone, whose file is part of the package.
+They take the arguments of `MSGTransformer` and of `timm.create_model`. Only `msg_transformer_nano` has pretrained
+weights; the file is part of the package.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ PUBLISHED = tuple(f'msg_transformer_{variant}{size}' for variant in ('', 'v2_') 
 NAMES = (*PUBLISHED, 'msg_transformer_nano')
 V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
 
-# The classes of Imagenette, which msg_transformer_nano has been trained on: WordNet ids and words
+# Classes of Imagenette, the dataset that msg_transformer_nano was trained on: WordNet ids and names
 IMAGENETTE = {
     'n01440764': 'tench',
     'n02102040': 'English springer',
@@ -36,7 +36,7 @@ IMAGENETTE = {
 
 
 def _cfg(**options: Any) -> dict[str, Any]:
-    """What timm knows of a network."""
+    """Create timm's pretrained config of a network."""
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -63,12 +63,12 @@ default_cfgs = generate_default_cfgs(
             input_size=(3, 112, 112),
             label_names=tuple(IMAGENETTE),
             label_descriptions=IMAGENETTE,
-            license='other',  # ImageNet's terms: research and education alone
+            license='other',  # ImageNet's terms: research and education only
         )
     }
 )
 
-# Modules that branch on the size of their input: one node each where torch.fx traces the network.
+# torch.fx does not trace into these modules, which branch on the size of their input.
 for module in (PatchEmbed, MSGStage, PatchMerging, OverlapPatchMerging):
     register_notrace_module(module)
 
@@ -117,9 +117,9 @@ def msg_transformer_v2_base(pretrained: bool = False, **options: Any) -> nn.Modu
 
 @register_model
 def msg_transformer_nano(pretrained: bool = False, **options: Any) -> nn.Module:
-    """MSG-nano, of this project: version 2 with three stages, for images of 112 px, 10 classes.
+    """MSG-nano, a small network that is not in the paper: version 2, three stages, images of 112 px, 10 classes.
 
-    Its weights have been trained on Imagenette: see models/weights/README.md.
+    The pretrained weights were trained on Imagenette: see models/weights/README.md.
     """
     architecture = {'embed_dim': 48, 'depths': (2, 2, 2), 'num_heads': (2, 4, 8), 'shuffle_size': (4, 2, 1)}
     data = {'img_size': 112, 'num_classes': 10, 'drop_path_rate': 0.0}
@@ -127,13 +127,13 @@ def msg_transformer_nano(pretrained: bool = False, **options: Any) -> nn.Module:
 
 
 def stored_weights() -> dict[str, Path]:
-    """Files of the weights that are part of the package, by the network's name."""
+    """Find the files of the pretrained weights in the package, by network name."""
     files = {name: default_cfgs[name].default.file for name in default_cfgs}
     return {name: Path(file) for name, file in files.items() if file}
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    """Build a network as timm does: with its `default_cfg`, and as a feature extractor with `features_only`."""
+    """Build a network through timm: sets `default_cfg`, loads weights, and handles `features_only`."""
     return build_model_with_cfg(
         _build,
         name,

@@ -1,4 +1,4 @@
-"""Weights of another window size, shuffle region or patch grid.
+"""Resize weights to a different window size, shuffle region size or patch grid.
 
 Letters: H x W the patch grid, w window size, h heads, s size of a shuffle region in windows, C channels.
 """
@@ -12,7 +12,7 @@ from .symbolic import is_known_equal
 
 
 def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Interpolate a grid of values (1, rows, columns, C) to other rows and columns, bicubically."""
+    """Interpolate a grid of values (1, rows, columns, C) bicubically to `grid`, (rows, columns)."""
     if is_known_equal(x.shape[1:3], grid):
         return x
     resized = F.interpolate(x.permute(0, 3, 1, 2), grid, mode='bicubic', antialias=True)
@@ -20,7 +20,7 @@ def resize_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
-    """Interpolate a relative position bias table ((2w - 1)^2, h) to another window size."""
+    """Interpolate a relative position bias table ((2w - 1)^2, h) to a different window size."""
     size = 2 * window_size - 1
     return resize_grid(_as_square(table[None]), (size, size)).flatten(0, 2)
 
@@ -31,7 +31,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], source: 
 
 
 def tile_msg_tokens(tokens: Tensor, shuffle_size: int) -> Tensor:
-    """Repeat or crop the MSG tokens (1, s^2, 1, C) of a shuffle region to another region size."""
+    """Repeat or crop the MSG tokens (1, s^2, 1, C) of a shuffle region to a different size of the region."""
     region = _as_square(tokens.squeeze(2))  # (1, s, s, C)
     times = -(-shuffle_size // region.shape[1])
     region = region.repeat(1, times, times, 1)[:, :shuffle_size, :shuffle_size]
@@ -39,10 +39,10 @@ def tile_msg_tokens(tokens: Tensor, shuffle_size: int) -> Tensor:
 
 
 def square_side(cells: int) -> int:
-    """Side of a square grid of so many cells.
+    """Side length of a square grid with this number of cells.
 
     Raises:
-        ValueError: no square has so many.
+        ValueError: the number is not a square.
     """
     side = math.isqrt(cells)
     if side**2 != cells:
@@ -51,6 +51,6 @@ def square_side(cells: int) -> int:
 
 
 def _as_square(x: Tensor) -> Tensor:
-    """A square grid (1, side^2, C) as (1, side, side, C)."""
+    """Reshape a flattened square grid (1, side^2, C) to (1, side, side, C)."""
     side = square_side(x.shape[1])
     return x.unflatten(1, (side, side))

@@ -32,9 +32,9 @@ def is_known_equal(sizes: Sequence[int], others: Sequence[int]) -> bool:
 
 
 def padding_to_multiple(size: int, multiple: int) -> int:
-    """How much padding extends a size to the next multiple.
+    """Padding that extends a size to the next multiple.
 
-    `-size % multiple` is the same number, but padded symbolic sizes would then not simplify to multiples.
+    `-size % multiple` is the same number, but `torch.export` cannot prove that a size padded so is a multiple.
     """
     return -(-size // multiple) * multiple - size
 

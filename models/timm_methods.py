@@ -1,7 +1,7 @@
-"""Methods of timm's networks other than the forward pass: classifier, image size, checkpointing, pruning, groups.
+"""timm's model interface, except for the forward pass: classifier, image size, checkpointing, pruning, groups.
 
-They let timm's public tools work on the network: `create_model`, layer-wise learning rates, `features_only`, export to
-the Hugging Face hub.
+With it, timm's public tools work on the network: `create_model`, layer-wise learning rates, `features_only`, the
+Hugging Face hub.
 """
 
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ GLOBAL_POOLS = ('avg', '')
 
 
 class TimmMethods:
-    """What `MSGTransformer` has in common with timm's networks."""
+    """Methods of `MSGTransformer` that timm's tools call."""
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels that the classifier reads."""
+        """Channels of the classifier's input."""
         return self.num_features
 
     def get_classifier(self) -> nn.Module:
-        """The head: a linear layer, or the identity without classes."""
+        """Return the head: a linear layer, or the identity without classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one; optimizers are to be built afterwards.
+        """Replace the head with a new one. Build optimizers afterwards.
 
         Args:
             num_classes: classes; 0 for no head.
-            global_pool: see `MSGTransformer`; None to leave it.
+            global_pool: see `MSGTransformer`; None to keep the present setting.
 
         Raises:
-            ValueError: an unknown `global_pool`, or a negative number of classes.
+            ValueError: `global_pool` is unknown, or the number of classes is negative.
         """
         if global_pool is not None:
             if global_pool not in GLOBAL_POOLS:
@@ -52,14 +52,14 @@ class TimmMethods:
 
     @torch.no_grad()
     def set_input_size(self, img_size: int | Sequence[int] | None = None, window_size: int | None = None) -> None:
-        """Lay the network out for another image size or window size; optimizers are to be built afterwards.
+        """Change the image size or window size. Build optimizers afterwards.
 
-        Any size can be fed without this. It decides what `img_size` does in `MSGTransformer`. Weights whose shape
-        changes are fitted: see `models.resize`.
+        The network takes images of any size without this call: see `img_size` of `MSGTransformer` for what the size
+        decides. Weights whose shapes change are resized: see `models.resize`.
 
         Args:
-            img_size: image size in pixels, or (height, width); None to leave it.
-            window_size: window size, in patches; None to leave it.
+            img_size: image size in pixels, or (height, width); None to keep the present size.
+            window_size: window size, in patches; None to keep the present size.
 
         Raises:
             ValueError: the image is smaller than one patch, or channels do not divide.
@@ -78,25 +78,25 @@ class TimmMethods:
             self.absolute_pos_embed = _replaced(self.absolute_pos_embed, embedding)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass (`use_checkpoint`), or keep their activations."""
+        """Enable or disable activation checkpointing of blocks (`use_checkpoint`)."""
         for stage in self.layers:
             stage.use_checkpoint = enable
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what `forward_intermediates` does not need.
+        """Remove the stages, norm and head that `forward_intermediates` does not need.
 
         Args:
             indices: stages whose feature maps are wanted: see `forward_intermediates`.
-            prune_norm: remove the final norm too; it goes with the last stage in any case.
-            prune_head: remove the head too; it goes with the last stage in any case.
+            prune_norm: also remove the final norm; it is always removed with the last stage.
+            prune_head: also remove the head; it is always removed with the last stage.
 
         Returns:
             The wanted stages, counted from 0.
 
         Raises:
-            ValueError: a stage that does not exist.
+            ValueError: a stage does not exist.
         """
         wanted = stage_indices(indices, len(self.layers))
         is_cut = wanted[-1] < len(self.layers) - 1
@@ -110,10 +110,10 @@ class TimmMethods:
         return wanted
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that sort parameters, by name, into the stem, and a group per block or, if `coarse`, per stage."""
+        """Regular expressions that group parameters: the stem, and each block or, if `coarse`, each stage."""
         blocks = [
             (r'^layers\.(\d+)\.blocks\.(\d+)', None),
-            (r'^layers\.(\d+)\.downsample', (99999,)),  # timm's code for the group before: the stage's last block
+            (r'^layers\.(\d+)\.downsample', (99999,)),  # timm's code for the preceding group: the stage's last block
             (r'^norm', (99999,)),
         ]
         return {
@@ -123,14 +123,14 @@ class TimmMethods:
 
 
 def stage_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Stages selected by an argument `indices`, counted from 0, in ascending order.
+    """Resolve timm's argument `indices` to stages, counted from 0, in ascending order.
 
     Args:
         indices: indices, negative ones counted from the end; a number n for the last n; None for all.
         count: stages of the network.
 
     Raises:
-        ValueError: a stage that does not exist, or none.
+        ValueError: a stage does not exist, or no stage is selected.
     """
     if indices is None:
         indices = count
@@ -141,7 +141,7 @@ def stage_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def _replaced(parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
-    """The parameter itself where its shape stays, else a new one that is frozen if it was."""
+    """Return the parameter if the shape is unchanged, else a new one with the same `requires_grad`."""
     if value.shape == parameter.shape:
         return parameter
     return nn.Parameter(value, requires_grad=parameter.requires_grad)

@@ -9,12 +9,12 @@ import timm
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # the installed package does without yacs
+if TYPE_CHECKING:  # the installed package does not need yacs
     from yacs.config import CfgNode
 
 PREFIX = 'timm:'
 
-# Arguments of timm that the config tree has, or that change what a classifier is
+# Arguments of timm that MODEL.TIMM_ARGS must not set, and what to write instead
 RESERVED = {
     'num_classes': 'MODEL.NUM_CLASSES',
     'in_chans': 'MODEL.MSG.IN_CHANS',
@@ -29,7 +29,7 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
 
     Args:
         config: the config tree.
-        overrides: see `create_timm_network`.
+        overrides: arguments that take precedence over `MODEL.TIMM_ARGS`.
 
     Raises:
         ValueError: see `create_timm_network`.
@@ -48,13 +48,13 @@ def create_timm_network(
 
     Args:
         key: the config key that names the network, for messages.
-        value: its value, `timm:<name>`.
+        value: the value of the key, `timm:<name>`.
         config: the config tree.
-        options: of `timm.create_model`, which `MODEL.TIMM_ARGS` override.
-        overrides: options that `MODEL.TIMM_ARGS` do not override.
+        options: arguments of `timm.create_model`; `MODEL.TIMM_ARGS` takes precedence over them.
+        overrides: arguments that take precedence over `MODEL.TIMM_ARGS`.
 
     Raises:
-        ValueError: timm has no such network, or it does not take these options.
+        ValueError: timm has no such network, or the network does not take these arguments.
     """
     name, model = value.removeprefix(PREFIX), config.MODEL
     if not timm.is_model(name):
@@ -80,7 +80,7 @@ def create_timm_network(
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
-    """Create a network; a drop-path rate of 0 is not passed to one that does not know any."""
+    """Create a network; leave out a drop-path rate of 0 if the network has no such argument."""
     try:
         return timm.create_model(name, **options)
     except TypeError:
@@ -90,10 +90,10 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def check_timm_network(config: 'CfgNode') -> None:
-    """Refuse a classifier of timm that cannot be built, without its weights.
+    """Check that timm can build the classifier of a config, without allocating its weights.
 
     Raises:
-        ValueError: see `build_timm_network`.
+        ValueError: timm cannot build it, or `TRAIN.FROZEN_STAGES` or `TRAIN.RECOMPUTE_MLP` is set.
     """
     if config.TRAIN.FROZEN_STAGES != -1:
         raise ValueError('TRAIN.FROZEN_STAGES is for MODEL.TYPE msg: write -1')
@@ -101,21 +101,21 @@ def check_timm_network(config: 'CfgNode') -> None:
 
 
 def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
-    """Build a network of timm without its weights, to find out whether it can be built.
+    """Check that a network of timm can be built, on the meta device if the network supports it.
 
     Args:
         config: the config tree.
-        build: takes it, and options for `create_timm_network`.
+        build: called with the config tree, and with overrides for `create_timm_network`.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the network cannot be built, or `TRAIN.RECOMPUTE_MLP` is set.
     """
     if config.TRAIN.RECOMPUTE_MLP:
         raise ValueError('TRAIN.RECOMPUTE_MLP is for MSG-Transformers: write False')
     try:
         with torch.device('meta'):
             build(config, pretrained=False)
-    except (RuntimeError, NotImplementedError):  # it computes while it is built, which it cannot on this device
+    except (RuntimeError, NotImplementedError):  # its constructor computes values, which the meta device does not have
         try:
             build(config, pretrained=False)
         except RuntimeError as error:
@@ -123,12 +123,12 @@ def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
 
 
 def parse_timm_args(text: str) -> dict[str, Any]:
-    """Arguments from `name=value` pairs separated by spaces, as in timm's `--model-kwargs`.
+    """Parse `name=value` pairs separated by spaces, as in timm's `--model-kwargs`.
 
-    Values are Python's (`depths=(2,2,6,2)`, without spaces), else text.
+    Values are Python literals (`depths=(2,2,6,2)`, without spaces), or else strings.
 
     Raises:
-        ValueError: the text is something else.
+        ValueError: the text has another form, or sets one of `RESERVED`.
     """
     arguments = {}
     for pair in text.split():

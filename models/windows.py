@@ -17,11 +17,11 @@ from .symbolic import SymbolicPadding, contiguous_copy, crop, is_known_multiple,
 
 
 def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tensor:
-    """Cut the patch grid into windows, each headed by its MSG token; a grid that does not tile is padded with zeros.
+    """Partition the patch grid into windows, each with its MSG token first; pad with zeros where windows do not tile.
 
     Args:
         patches: patch tokens (B, H, W, C).
-        msg: MSG tokens (B, nH, nW, C); None for windows of patches alone.
+        msg: MSG tokens (B, nH, nW, C); None for windows without MSG tokens.
         window_size: window size w, in patches.
 
     Returns:
@@ -38,7 +38,7 @@ def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tenso
 
 
 def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Undo `join_windows`.
+    """Merge windows into the patch grid, without padding, and the grid of MSG tokens: the inverse of `join_windows`.
 
     Args:
         windows: (B, nH, nW, N, C).
@@ -56,9 +56,9 @@ def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> t
 
 
 def split_msg_tokens(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """MSG tokens (B, nH, nW, C) and patches (B, nH, nW, N - 1, C) of windows (B, nH, nW, N, C), as views.
+    """Split windows (B, nH, nW, N, C) into views of MSG tokens (B, nH, nW, C) and patches (B, nH, nW, N - 1, C).
 
-    The gradient of a split is one concatenation. That of two slices would be two tensors of zeros, filled and added.
+    The gradient of `split` is one concatenation; the gradient of two slices would be two zero-filled tensors, added.
     """
     msg, patches = windows.split((1, windows.shape[3] - 1), dim=3)
     return msg.squeeze(3), patches
@@ -100,7 +100,7 @@ def window_padding(
         grid: patch grid (H, W), without padding.
         window_size: window size w, in patches.
         device: device of the returned tensors.
-        use_msg_tokens: whether windows have a MSG token.
+        use_msg_tokens: whether windows have an MSG token.
     """
     (H, W), w = grid, window_size
     if is_known_multiple(grid, w):
@@ -135,8 +135,8 @@ def shuffle_msg_tokens(msg: Tensor, shuffle_size: int) -> Tensor:
     """Exchange channel chunks among the MSG tokens of each shuffle region.
 
     Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
-    and so on: a G x G transpose of chunks, which is its own inverse. In a region cut by the border, a token keeps its
-    own chunk where its partner is padding: our choice, since the published one is not known.
+    and so on: a G x G transpose of chunks, which is its own inverse. In a region that extends beyond the grid, a token
+    keeps its own chunk where its partner is padding. This is our choice: the published one is not known.
 
     Args:
         msg: MSG tokens (B, nH, nW, C); C is a multiple of G.

@@ -3,10 +3,10 @@
     python -m tools.export --resume ckpt.pth --format onnx --output msg.onnx --always-pad --latency
     python -m tools.export --resume ckpt.pth --format torch_export --output msg.pt2 --size 480 640
 
-A classifier is exported whole, of a detector its backbone (safetensors: all weights). The batch size is open. So are
-height and width with --always-pad: each from one patch to 4096 pixels. Without, a file has one size. The file is run on
-real images at several sizes, and kept only if no output differs by more than 1e-4; FILE.json has the differences, the
-range, versions, classes, preprocessing and config.
+A classifier is exported whole, of a detector its backbone (safetensors: all weights). The batch size is dynamic. With
+--always-pad, so are height and width: each from one patch to 4096 pixels. Otherwise, a file has one image size. The
+file is run on real images at several sizes, and kept only if no output differs by more than 1e-4; FILE.json has the
+differences, the range, versions, classes, preprocessing and config.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--format', required=True, choices=FORMATS, help='torch_export: a .pt2 file for torch.export.load')
     add('--output', required=True, type=Path, metavar='FILE', help='file to write: .onnx, .pt2 or .safetensors')
-    add('--always-pad', action='store_true', help='leave height and width open, each from one patch to 4096 pixels')
+    add('--always-pad', action='store_true', help='dynamic height and width, each from one patch to 4096 pixels')
     add('--size', type=positive_int, nargs='+', action='append', default=[], metavar='N', help=SIZE_HELP)
     add('--images', nargs='+', type=Path, default=[], metavar='IMAGES', help='to check with (default: two photographs)')
     add('--latency', action='store_true', help='time the file against eager and compiled execution: minutes')
@@ -72,14 +72,14 @@ def main() -> None:
         network = load_network(args)
         if network.kind == 'detector' and args.format in GRAPHS:
             print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
-        is_open = args.always_pad or args.format not in GRAPHS
-        sizes = check_sizes(network, args.size, is_open)
+        any_size = args.always_pad or args.format not in GRAPHS
+        sizes = check_sizes(network, args.size, any_size)
         images = load_images(args.images, network.normalization[0])
         with TemporaryDirectory() as folder:
             file = Path(folder) / args.output.name
-            run = write(network, args, None if is_open else sizes[0], file)
+            run = write(network, args, None if any_size else sizes[0], file)
             comparisons = compare(network, run, images, sizes)
-            report = describe(network, args, is_open, sizes)
+            report = describe(network, args, any_size, sizes)
             report['checked'] = [comparison._asdict() for comparison in comparisons]
             report['max_abs_difference'] = max(comparison.difference for comparison in comparisons)
             if args.latency:
@@ -126,17 +126,17 @@ def write(network: Network, args: argparse.Namespace, size: Size | None, file: P
     if args.format == 'torch_export':
         formats.write_torch_export(program, file)
         return formats.run_torch_export(file)
-    axes = {axis: name for axis, (name, _, _) in formats.open_axes(network, size).items()}
+    axes = {axis: name for axis, (name, _, _) in formats.dynamic_axes(network, size).items()}
     formats.write_onnx(program, file, network.outputs, axes)
     return formats.run_onnx(file)
 
 
-def describe(network: Network, args: argparse.Namespace, is_open: bool, sizes: Sequence[Size]) -> dict[str, Any]:
+def describe(network: Network, args: argparse.Namespace, any_size: bool, sizes: Sequence[Size]) -> dict[str, Any]:
     """What the file is, as plain data."""
-    size = None if is_open else sizes[0]
+    size = None if any_size else sizes[0]
     shape: list[int | str] = [0, network.channels, *(size or (0, 0))]
     ranges = {}
-    for axis, (name, low, high) in formats.open_axes(network, size).items():
+    for axis, (name, low, high) in formats.dynamic_axes(network, size).items():
         shape[axis], ranges[name] = name, [low, high]
     packages = ('onnx', 'onnxscript', 'onnxruntime') if args.format == 'onnx' else ()
     return {

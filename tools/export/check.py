@@ -32,18 +32,23 @@ class Comparison(NamedTuple):
     difference: float
 
 
-def check_sizes(network: Network, asked: Sequence[Size], is_open: bool) -> list[Size]:
-    """Sizes to compare at: those asked for, or the network's; of an open graph, also odd ones and its corners.
+def check_sizes(network: Network, asked: Sequence[Size], any_size: bool) -> list[Size]:
+    """Choose the image sizes to compare at: the given sizes, or the network's default size.
+
+    Args:
+        network: the network.
+        asked: sizes from the command line.
+        any_size: whether the file takes images of any size; odd sizes and the corners of the range are added.
 
     Raises:
-        ExportError: there is none, one is out of range, or a graph of one size is asked for several.
+        ExportError: there is no size, a size is out of range, or a file of one size is to be compared at several.
     """
     p = network.patch_size
     for size in asked:
         if min(size) < p or max(size) > MAX_SIDE:
             raise ExportError(f'--size {size}: sides are from {p} (one patch) to {MAX_SIDE} pixels')
     own = [network.default_size] if network.default_size else []
-    if is_open:
+    if any_size:
         corners = [Size(p, p), Size(p, MAX_SIDE), Size(MAX_SIDE, p)]
         fitting = [size for size in ODD_SIZES if min(size) >= p]
         return list(dict.fromkeys(chain(asked, own, fitting, corners)))

@@ -1,8 +1,8 @@
 """The formats: writing a network to a file, and running the file.
 
-The network has no branch on a size that is left open: see `models.windows`. PyTorch decides many by whether a size is
-1, which it must not ask of an open one; a switch of the exporter, which has no public name, lets it take the general
-branch.
+The network does not branch on dynamic sizes: see `models.symbolic`. Many of PyTorch's own functions branch on whether a
+size is 1, which is not known of a dynamic size. A switch of the exporter, which has no public name, makes them take the
+general branch.
 """
 
 import operator
@@ -40,8 +40,8 @@ def require_onnx() -> None:
         raise ExportError(f'{error.name} is not installed: pip install -r requirements-export.txt') from error
 
 
-def open_axes(network: Network, size: Size | None) -> dict[int, tuple[str, int, int | None]]:
-    """Axes of the images that a graph leaves open, with name, minimum and maximum; see `trace`."""
+def dynamic_axes(network: Network, size: Size | None) -> dict[int, tuple[str, int, int | None]]:
+    """Dynamic axes of the input images, with name, minimum and maximum; see `trace`."""
     axes: dict[int, tuple[str, int, int | None]] = {0: ('batch', 1, None)}
     if size is None:
         axes |= {axis: (name, network.patch_size, MAX_SIDE) for axis, name in ((2, 'height'), (3, 'width'))}
@@ -58,7 +58,7 @@ def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
     Raises:
         ExportError: `torch.export` refuses.
     """
-    ranges = open_axes(network, size)
+    ranges = dynamic_axes(network, size)
     shapes = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in ranges.items()}
     if size is None:
         tile = network.patch_size * 2 ** (len(network.graph.layers) - 1) * network.graph.window_size
@@ -93,7 +93,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[
         program: the graph.
         path: the file.
         outputs: names of the outputs.
-        axes: names of the open axes.
+        axes: names of the dynamic axes.
 
     Raises:
         ExportError: `torch.onnx` refuses.

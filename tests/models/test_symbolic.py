@@ -1,0 +1,84 @@
+import re
+
+import pytest
+import torch
+import torch.fx.experimental._config as symbolic_shapes_config
+from torch import nn
+
+from models.layers import OverlapPatchMerging, PatchEmbed, PatchMerging
+from models.symbolic import crop, is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
+from models.windows import join_windows, shuffle_msg_tokens, split_windows, window_padding
+from tests.helpers.golden import fill_
+from tests.helpers.paths import ROOT
+
+
+class IncrementedWindows(nn.Module):
+    """Join windows, add 1 to every token, remove and restore the padding, split, and shuffle the MSG tokens."""
+
+    def forward(self, patches):
+        """Patches (B, H, W, 8) to patches and MSG tokens."""
+        grid = patches.shape[1:3]
+        msg = pad_to_multiple(patches, 3)[:, ::3, ::3]
+        padding = window_padding(grid, 3, patches.device)
+        windows = join_windows(patches, msg, 3)
+        if padding is not None:
+            windows = padding.restore(padding.remove(padding.zero(windows + 1)))
+        else:
+            windows = windows + 1
+        patches, msg = split_windows(windows, 3, grid)
+        return patches, shuffle_msg_tokens(msg, 2)
+
+
+def export_any_size(module, example, height_axis, smallest=1):
+    """Export a module with dynamic batch, height and width; returns a function of the input."""
+    axes = {0: torch.export.Dim('batch', min=1)}
+    for i, name in enumerate(('height', 'width')):
+        axes[height_axis + i] = torch.export.Dim(name, min=smallest, max=512)
+    with torch.no_grad(), symbolic_shapes_config.patch(backed_size_oblivious=True):
+        return torch.export.export(module.eval(), (example,), dynamic_shapes=(axes,)).module()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('module', [IncrementedWindows(), PatchMerging(8, nn.LayerNorm)], ids=['windows', 'v1'])
+def test_one_graph_gives_the_eager_bits_for_grids_of_any_size(module):
+    fill_(module).eval()
+    graph = export_any_size(module, torch.randn(2, 12, 18, 8), height_axis=1)
+    for shape in ((2, 12, 18), (1, 1, 1), (3, 7, 4), (1, 13, 30)):
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(graph(x), module(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('overlap', [False, True])
+def test_one_graph_embeds_images_of_any_size(overlap):
+    module = fill_(PatchEmbed(4, 3, 8, nn.LayerNorm, overlap)).eval()
+    graph = export_any_size(module, torch.randn(2, 3, 32, 48), height_axis=2, smallest=4)
+    for shape in ((2, 3, 32, 48), (1, 3, 4, 4), (1, 3, 33, 57)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(graph(x), module(x))
+
+
+@torch.no_grad()
+def test_one_graph_merges_grids_of_any_size_by_convolution():
+    module = fill_(OverlapPatchMerging(8, nn.LayerNorm)).eval()
+    graph = export_any_size(module, torch.randn(2, 12, 18, 8), height_axis=1)
+    for shape in ((2, 12, 18), (1, 1, 1), (3, 7, 4)):
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(graph(x), module(x))
+
+
+def test_plain_sizes_are_neither_padded_nor_copied_without_need():
+    x = torch.randn(1, 4, 6, 3)
+    assert pad_to_multiple(x, 2) is x
+    assert pad_to_multiple(x, 4).shape == (1, 4, 8, 3)
+    assert crop(x, (3, 5)).data_ptr() == x.data_ptr()
+    assert to_convolution_input(x[:, :3], stride=2).shape == (1, 3, 3, 6)
+    assert to_convolution_input(x, stride=2).data_ptr() == x.data_ptr()
+    assert is_known_multiple((4, 6), 2)
+    assert not is_known_multiple((4, 6), 4)
+    assert [padding_to_multiple(size, 4) for size in (1, 4, 5)] == [3, 0, 3]
+
+
+def test_no_other_file_of_the_networks_branches_on_symbolic_sizes():
+    files = {*ROOT.glob('models/*.py'), *ROOT.glob('detection/models/*.py')} - {ROOT / 'models' / 'symbolic.py'}
+    assert [path.name for path in files if re.search(r'SymInt|\bis_symbolic\b', path.read_text())] == []
