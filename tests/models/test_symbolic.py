@@ -20,11 +20,9 @@ class IncrementedWindows(nn.Module):
         grid = patches.shape[1:3]
         msg = pad_to_multiple(patches, 3)[:, ::3, ::3]
         padding = window_padding(grid, 3, patches.device)
-        windows = join_windows(patches, msg, 3)
+        windows = join_windows(patches, msg, 3) + 1
         if padding is not None:
-            windows = padding.restore(padding.remove(padding.zero(windows + 1)))
-        else:
-            windows = windows + 1
+            windows = padding.restore(padding.remove(padding.zero(windows)))
         patches, msg = split_windows(windows, 3, grid)
         return patches, shuffle_msg_tokens(msg, 2)
 
