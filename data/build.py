@@ -1,9 +1,5 @@
 """Loaders of training and evaluation batches."""
 
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
 from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
+from data.workers import init_worker, worker_context
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
@@ -122,36 +119,17 @@ def build_loader(
 ) -> DataLoader:
     """Build a loader; see `build_train_loader` for the arguments; `workers` None takes `DATA.NUM_WORKERS`."""
     workers = config.DATA.NUM_WORKERS if workers is None else workers
-    cv2.setNumThreads(1)  # as PyTorch does in a loader process; but not there: a forked thread pool hangs
+    cv2.setNumThreads(1)  # as in a worker
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate_fn,
-        multiprocessing_context='fork' if workers and sys.platform == 'linux' else None,  # not Python 3.14's default
+        multiprocessing_context=worker_context() if workers else None,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_launcher_signals,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),  # its own, so creating an iterator draws no number from the run's
     )
-
-
-def _ignore_launcher_signals(worker: int) -> None:
-    """End a loader process only on a SIGTERM from its training process.
-
-    Launchers signal all processes of a job, and the training process still needs batches to finish its update.
-    """
-    signal.set_wakeup_fd(-1)  # inherited from the training process by a fork
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_on_sigterm_from(parent: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
-        pass
-    os._exit(0)

@@ -23,6 +23,7 @@ from data.formats import FORMATS, compare_classes, find_format
 from data.images import DataError, decode_image
 from data.samples import Samples
 from data.shards import read_index, shard_name
+from data.workers import init_worker, worker_context
 from tools.pack_dataset import verify
 from utils import exit_on_user_error, positive_int, report_write_errors
 
@@ -66,7 +67,14 @@ def check_split(samples: Samples, workers: int, name: str = '') -> tuple[np.ndar
     Returns:
         A hash of each image's file (N,) uint64, 0 for those with problems, and the problems.
     """
-    loader = DataLoader(_CheckedSamples(samples), batch_size=32, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        _CheckedSamples(samples),
+        batch_size=32,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context=worker_context() if workers else None,
+        worker_init_fn=init_worker,
+    )
     hashes, problems = [], []
     with tqdm(total=len(samples), desc=f'check {name}', unit='image', disable=None) as bar:
         for batch in loader:

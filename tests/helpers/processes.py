@@ -32,11 +32,11 @@ def environment(**variables):
     )
 
 
-def start(*command, timeout=300, variables=None):
+def start(*command, timeout=300, variables=None, cwd=ROOT):
     """Run Python with these arguments to its end."""
     command = [sys.executable, *map(str, command)]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**(variables or {})), capture_output=True, text=True, timeout=timeout
+        command, cwd=cwd, env=environment(**(variables or {})), capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -58,9 +58,9 @@ def run_here(*command, variables=None):
         code = 0
         try:
             if is_module:
-                runpy.run_module(argv[0], run_name='__main__')
+                runpy.run_module(argv[0], run_name='__main__', alter_sys=True)
             else:
-                runpy.run_path(argv[0], run_name='__main__')
+                runpy.run_path(str(ROOT / argv[0]), run_name='__main__')
         except SystemExit as exit_:
             code = exit_.code or 0
     if isinstance(code, str):  # the interpreter prints it
