@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import torch
@@ -11,7 +12,7 @@ from yacs.config import CfgNode
 
 from data.dataset import ImageDataset
 from data.fast_transforms import FastEvalTransform, FastTrainTransform
-from data.formats import open_split
+from data.formats import open_samples
 from data.images import DataError
 from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
@@ -19,13 +20,30 @@ from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
 from data.workers import init_worker, worker_context
 
+Result = TypeVar('Result')
+OncePerNode = Callable[[Callable[[], Result]], Result]
 
-def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
+
+def call(function: Callable[[], Result]) -> Result:
+    """Call a function: the `OncePerNode` of a single process."""
+    return function()
+
+
+def build_loaders(
+    config: CfgNode, rank: int = 0, world_size: int = 1, once_per_node: OncePerNode = call
+) -> tuple[DataLoader, DataLoader]:
     """Build loaders of this process's share of `train/` and `val/`: images (B, C, H, W) and class indices (B,).
 
     Training batches are shuffled, augmented and full: the remainder of an epoch is dropped. Call the training loader's
     `sampler.set_epoch` before each epoch. They are the same for any `DATA.NUM_WORKERS`. For evaluation batches, see
     `build_eval_loader`.
+
+    Args:
+        config: the config tree.
+        rank: this process's rank.
+        world_size: number of processes.
+        once_per_node: calls a function on one process of each node, such as `engine.distributed.once_per_node`; then
+            one process lists the samples, and the others map its list.
 
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
@@ -36,24 +54,28 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
             f'DATA.BATCH_SIZE is {size}, but Mixup and CutMix pair the images of a batch: '
             f'write an even --batch-size, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
         )
-    dataset = open_dataset(config, 'train')
-    eval_loader = build_eval_loader(config, rank, world_size)
+    dataset = open_dataset(config, 'train', once_per_node)
+    eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler), eval_loader
 
 
-def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
+def build_eval_loader(
+    config: CfgNode, rank: int = 0, world_size: int = 1, once_per_node: OncePerNode = call
+) -> DataLoader:
     """Build the loader of this process's shard of `val/`, in order; together, processes see each image once.
+
+    For the arguments, see `build_loaders`.
 
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = open_dataset(config, 'val')
+    dataset = open_dataset(config, 'val', once_per_node)
     return build_loader(config, dataset, ShardSampler(len(dataset), rank, world_size), config.DATA.BATCH_SIZE)
 
 
-def open_dataset(config: CfgNode, split: str) -> ImageDataset:
-    """Open `train` or `val` with the transform of the config's pipeline.
+def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call) -> ImageDataset:
+    """Open `train` or `val`, its samples in shared memory, with the transform of the config's pipeline.
 
     Raises:
         DataError: the data cannot be used, or have other classes than the network.
@@ -63,7 +85,7 @@ def open_dataset(config: CfgNode, split: str) -> ImageDataset:
     is_train = split == 'train'
     transform = build_sample_transform(config, is_train)
     folder = Path(config.DATA.DATA_PATH)
-    samples = open_split(config.DATA.DATASET, folder, split)
+    samples = once_per_node(lambda: open_samples(config.DATA.DATASET, folder, split).share())
     if len(samples.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
             f'{folder / split} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '

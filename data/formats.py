@@ -17,7 +17,7 @@ FORMATS: dict[str, type[Samples]] = {
 }
 
 
-def open_split(name: str, folder: Path, split: str) -> Samples:
+def open_samples(name: str, folder: Path, split: str) -> Samples:
     """Open `train` or `val`, which must have the classes of the other, if there is one.
 
     Args:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from data.images import DataError, read_file
-from data.samples import NameList, Samples
+from data.packed_lists import NameList
+from data.samples import Samples
 
 # What Hugging Face's datasets call the split for evaluation.
 _SPLITS = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}

@@ -9,7 +9,8 @@ import numpy as np
 from torchvision.datasets.folder import is_image_file, make_dataset
 
 from data.images import DataError, read_file
-from data.samples import NameList, Samples
+from data.packed_lists import NameList
+from data.samples import Samples
 
 
 class ClassFolders(Samples):

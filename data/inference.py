@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from data.build import build_loader
 from data.images import DataError, read_file, turn_upright
-from data.samples import NameList
+from data.packed_lists import NameList
 
 # Exit code of a program that is done, but for images that cannot be read
 SOME_UNREADABLE = 3
@@ -56,7 +56,8 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[bytes, str], Tensor], mode: str):
-        self.paths, self.transform, self.mode = NameList.of(map(str, paths)), transform, mode
+        self.paths = NameList.of(map(str, paths)).share()
+        self.transform, self.mode = transform, mode
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,55 +1,17 @@
 """One split of a dataset, in any format: its classes and, by index, the samples' names, targets and encoded images."""
 
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-_ENCODING = {'encoding': 'utf-8', 'errors': 'surrogateescape'}  # names of files need not be Unicode
+from data.packed_lists import NameList
+from data.sharing import Shareable
 
 
-class NameList(Sequence[str]):
-    """Strings in two arrays, which forked processes share: a list of objects costs them several times its size each.
-
-    Args:
-        text: (bytes,) uint8, all strings, one after the other.
-        ends: (strings,) int64, where each of them ends.
-    """
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray):
-        self.text, self.ends = text, ends
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> 'NameList':
-        """Pack strings."""
-        text, ends = bytearray(), array('q')
-        for name in names:
-            text += name.encode(**_ENCODING)
-            ends.append(len(text))
-        return cls(np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        start = self.ends[index - 1] if index else 0
-        return self.text[start : self.ends[index]].tobytes().decode(**_ENCODING)
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        for first in range(0, len(self), 1000):  # ten times as fast as one by one
-            ends = self.ends[first : first + 1000].tolist()
-            text, offset = self.text[start : ends[-1]].tobytes(), start
-            for end in ends:
-                yield text[start - offset : end - offset].decode(**_ENCODING)
-                start = end
-
-
-class Samples(ABC):
-    """A split of a dataset.
+class Samples(Shareable, ABC):
+    """A split of a dataset. What a format keeps for each sample belongs into arrays: see `Shareable`.
 
     Attributes:
         classes: names of the classes.

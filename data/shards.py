@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.images import DataError
-from data.samples import NameList, Samples
+from data.packed_lists import NameList
+from data.samples import Samples
 
 INDEX, SAMPLES, NAMES = 'index.json', 'samples.npy', 'names.npy'
 FORMAT = 1
@@ -45,8 +46,10 @@ class Shards(Samples):
             raise DataError(f'{self.root} has no {INDEX}: make shards with python -m tools.pack_dataset')
         self.classes, self.notes = index['classes'], []
         self._starts = np.array([shard['first_sample'] for shard in index['shards']])
-        self._table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
-        self.targets, self.names = self._table['target'], NameList(text, self._table['name_end'])
+        table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
+        self._offsets, self._sizes = np.ascontiguousarray(table['offset']), np.ascontiguousarray(table['bytes'])
+        self.targets = np.ascontiguousarray(table['target'])
+        self.names = NameList(np.asarray(text), np.ascontiguousarray(table['name_end']))
         self._files: dict[str, BinaryIO] = {}
 
     @staticmethod
@@ -62,19 +65,18 @@ class Shards(Samples):
     def read(self, index: int) -> bytes:
         """The image, by one read at its offset, which leaves the shard's other readers alone."""
         path = str(self.shard(index))
-        entry = self._table[index]
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:
             if path not in self._files:
                 self._files[path] = open(path, 'rb', buffering=0)  # noqa: SIM115
-            data = os.pread(self._files[path].fileno(), int(entry['bytes']), int(entry['offset']))
+            data = os.pread(self._files[path].fileno(), size, offset)
         except OSError as error:
             raise DataError(
                 f'image {self.describe(index)} cannot be read ({error.strerror}): {_remedy(self.root)}'
             ) from error
-        if len(data) < entry['bytes']:
+        if len(data) < size:
             raise DataError(
-                f'image {self.describe(index)} is cut short ({len(data)} of {entry["bytes"]} bytes): '
-                f'{_remedy(self.root)}'
+                f'image {self.describe(index)} is cut short ({len(data)} of {size} bytes): {_remedy(self.root)}'
             )
         return data
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from data.images import DataError
-from data.samples import NameList, Samples
+from data.packed_lists import NameList
+from data.samples import Samples
 
 # Records of the zip format (PKWARE's APPNOTE.TXT, 4.3): signature, struct of what follows it, with the fields used
 _END = b'PK\x05\x06', struct.Struct('<4s4H2LH')

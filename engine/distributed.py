@@ -1,10 +1,13 @@
 """The processes of a run: launchers, devices, the process group, collectives, DDP."""
 
 import os
+import pickle
+import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -247,10 +250,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     """Call a function on rank 0 alone; every process gets its result, or the `UserError` it raises."""
     result, user_error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            result = function()
-        except UserError as error:
-            user_error = error
+        result, user_error = _call(function)
     if dist.is_initialized():
         outcome = [result, user_error]
         dist.broadcast_object_list(outcome)
@@ -258,6 +258,52 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     if user_error is not None:
         raise user_error
     return result
+
+
+def once_per_node(function: Callable[[], Result]) -> Result:
+    """Call a function on one process of each node; all of its processes get the result, or any node's `UserError`.
+
+    The result is pickled for the others, so it may refer to memory that only processes of the node can map.
+    """
+    if not dist.is_initialized():
+        return function()
+    nodes = _gather(node_name())
+    leader = nodes.index(node_name())
+    result, user_error, pickled = None, None, None
+    if dist.get_rank() == leader:
+        result, user_error = _call(function)
+        pickled = pickle.dumps(result)
+    results, errors = zip(*_gather((pickled, user_error)), strict=True)
+    if any(errors):
+        raise next(filter(None, errors))
+    if dist.get_rank() != leader:
+        result = pickle.loads(results[leader])
+    all_reduce_sum(torch.zeros(1))  # the memory stays until all have mapped it
+    return result
+
+
+def node_name() -> str:
+    """A name for the processes that can map each other's memory: a kernel's, in the same container."""
+    try:
+        kernel = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        return f'{platform.node()} {kernel} {os.readlink("/proc/self/ns/pid")}'
+    except OSError:  # not Linux: each process by itself
+        return f'{platform.node()} {os.getpid()}'
+
+
+def _call(function: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
+    """A function's result, or the `UserError` it raises."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every process's value, in rank order, on every process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_on_main_process(value: Any) -> list[Any] | None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.formats import FORMATS, find_format, open_split
+from data.formats import FORMATS, find_format, open_samples
 from data.images import DataError
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
@@ -108,7 +108,7 @@ def fingerprint_of(samples: Samples, samples_per_shard: int) -> str:
     """A hash of what decides which sample lies where: names, targets, classes, samples per shard."""
     digest = hashlib.sha256(json.dumps([samples.classes, samples_per_shard]).encode())
     digest.update(np.ascontiguousarray(samples.targets, np.int32).tobytes())
-    digest.update(np.ascontiguousarray(samples.names.text).tobytes())
+    digest.update(np.ascontiguousarray(samples.names.content).tobytes())
     digest.update(np.ascontiguousarray(samples.names.ends, np.int64).tobytes())
     return digest.hexdigest()
 
@@ -191,7 +191,7 @@ def _write_index(samples: Samples, root: Path, shards: list[PackedShard], starts
     table['offset'], table['bytes'] = np.array(places, np.int64).T
     table['target'], table['name_end'] = samples.targets, samples.names.ends
     atomic_write(root / SAMPLES, lambda file: np.save(file, table))
-    atomic_write(root / NAMES, lambda file: np.save(file, samples.names.text))
+    atomic_write(root / NAMES, lambda file: np.save(file, samples.names.content))
     index = {
         'format': FORMAT,
         'samples': len(samples),
@@ -228,7 +228,7 @@ def main() -> None:
         if args.target.resolve() == args.source.resolve():
             raise DataError(f'{args.target} is the source: give another TARGET')
         for split in splits:
-            samples = open_split(name, args.source, split)
+            samples = open_samples(name, args.source, split)
             for note in samples.notes:
                 print(f'{split}: {note}', file=sys.stderr)
             shards = pack_split(samples, args.target / split, args.samples_per_shard, split)

@@ -11,7 +11,8 @@ from sklearn.datasets import load_sample_images
 
 from data.formats import FORMATS, find_format
 from data.images import DataError, choose_images, find_images, read_file
-from data.samples import NameList, Samples
+from data.packed_lists import NameList
+from data.samples import Samples
 
 
 class ImageFiles(Samples):

@@ -14,7 +14,7 @@ from detection.data.annotations import read_class_names
 from detection.data.coco import CocoDataset, Selection, SplitFiles, Target
 from detection.data.samplers import GroupedTrainSampler
 from detection.data.transforms import TrainTransform
-from engine.distributed import on_main_process
+from engine.distributed import once_per_node
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
@@ -26,7 +26,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    dataset = open_split(config, 'TRAIN', TrainTransform(config))
+    dataset = once_per_node(lambda: open_split(config, 'TRAIN', TrainTransform(config)).share())
     eval_loader = build_eval_loader(config, rank, world_size)
     if dataset.class_names != eval_loader.dataset.class_names:
         raise DataError(
@@ -49,7 +49,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = on_main_process(lambda: open_split(config, 'VAL'))  # which parses the file for all
+    dataset = once_per_node(lambda: open_split(config, 'VAL').share())
     sampler = ShardSampler(len(dataset), rank, world_size)
     return build_loader(config, dataset, sampler, batch_size=1, collate_fn=collate)
 

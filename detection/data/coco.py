@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataError
 from data.images import ImageHeader, choose_images, load_image, read_header
+from data.packed_lists import PackedList
+from data.sharing import Shareable
 from detection.data.annotations import clipped_boxes, decode_masks, has_area, read_annotations, select_classes
 
 Target = dict[str, Any]
@@ -46,7 +47,7 @@ class Selection(NamedTuple):
 EVERYTHING = Selection()
 
 
-class CocoDataset(Dataset):
+class CocoDataset(Shareable, Dataset):
     """The images of `<root>/<split>/` with the objects of `<root>/annotations/instances_<split>.json`.
 
     A sample is an image (3, H, W) in [0, 1] and a target with `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,)
@@ -70,12 +71,14 @@ class CocoDataset(Dataset):
         images: its entries of the images in the dataset.
         notes: for the log: what was left out of training, loose boxes, EXIF orientations.
         ground_truth: the file's content for these images and categories, in evaluation; the process that has read the
-            file has it, for pycocotools.
+            file has it, for pycocotools, and None in others.
         is_labelled: whether the file has annotations at all.
 
     Raises:
         DataError: the data cannot be used.
     """
+
+    ground_truth: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -98,13 +101,13 @@ class CocoDataset(Dataset):
         self._labels = {category['id']: label for label, category in enumerate(self.categories, start=1)}
         objects, crowds, without_area = _objects_by_image(tree)
         keeps_empty = selection.empty_images or not is_train
-        images = [image for image in tree['images'] if objects[image['id']] or keeps_empty]
-        self.images = choose_images(images, selection.limit or None)
-        if not self.images:
+        usable = [image for image in tree['images'] if objects[image['id']] or keeps_empty]
+        images = choose_images(usable, selection.limit or None)
+        if not images:
             raise DataError(f'{self.annotation_file}: none of its images has an object to train on')
-        # Pickled: as Python objects, COCO's would be copied into each loader process that touches them.
-        self._objects = [pickle.dumps(objects[image['id']]) for image in self.images]
-        without_objects = len(tree['images']) - len(images)
+        self.images = PackedList.of(images)
+        self._objects = PackedList.of(objects[image['id']] for image in images)
+        without_objects = len(tree['images']) - len(usable)
         counts = {
             'images without objects': without_objects,
             'crowd regions': crowds,
@@ -112,15 +115,15 @@ class CocoDataset(Dataset):
         }
         self.notes = [f'{count} {what} left out' for what, count in counts.items() if count and is_train]
         self.notes += tree['notes']
-        if len(self.images) < len(images):
-            self.notes.append(f'{len(self.images)} of {len(images)} images, a random but fixed choice')
-        self.ground_truth = None if is_train else _ground_truth(tree, self.images)
+        if len(images) < len(usable):
+            self.notes.append(f'{len(images)} of {len(usable)} images, a random but fixed choice')
+        self.ground_truth = None if is_train else _ground_truth(tree, images)
         self._check_files()
         self._check_headers()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the ground truth, for other processes."""
-        return self.__dict__ | {'ground_truth': None}
+        return {name: value for name, value in vars(self).items() if name != 'ground_truth'}
 
     @property
     def class_names(self) -> list[str]:
@@ -130,12 +133,12 @@ class CocoDataset(Dataset):
     def sample_names(self) -> Iterator[str]:
         """A name per image for the record of a run: its file without the suffix, and its objects."""
         keys = 'category_id', 'bbox', 'segmentation'
-        for image, pickled in zip(self.images, self._objects, strict=True):
-            objects = [[x[key] for key in keys if key in x] for x in pickle.loads(pickled)]
-            yield f'{Path(image["file_name"]).with_suffix("")} {json.dumps(objects)}'
+        for image, objects in zip(self.images, self._objects, strict=True):
+            values = [[x[key] for key in keys if key in x] for x in objects]
+            yield f'{Path(image["file_name"]).with_suffix("")} {json.dumps(values)}'
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        entry, objects = self.images[index], pickle.loads(self._objects[index])
+        entry, objects = self.images[index], self._objects[index]
         path = self.folder / entry['file_name']
         picture = load_image(path, upright=True)
         if picture.size != (entry['width'], entry['height']):
@@ -171,7 +174,7 @@ class CocoDataset(Dataset):
 
     def _check_headers(self) -> None:
         """Compare the sizes of some images, evenly chosen, with the annotations, and note EXIF orientations."""
-        sampled = self.images[:: -(-len(self.images) // SAMPLED_HEADERS)]
+        sampled = [self.images[i] for i in range(0, len(self), -(-len(self) // SAMPLED_HEADERS))]
         turned = 0
         for entry in sampled:
             header = read_header(self.folder / entry['file_name'])

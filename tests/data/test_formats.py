@@ -1,6 +1,5 @@
 """Every format of DATA.DATASET holds the samples of the folder it came from, and says what is wrong with it."""
 
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -16,8 +15,9 @@ import torch
 import main as program
 from data import DataError, build_loaders
 from data.build import open_dataset
-from data.formats import find_format, open_split
-from data.samples import NameList
+from data.formats import find_format, open_samples
+from data.packed_lists import NameList
+from data.workers import worker_context
 from data.zip_archive import ZipArchive
 from engine.experiment import describe_samples
 from tests.helpers.datasets import WRITERS, as_huggingface, as_shards, as_zip, cut, flip_byte, samples_of
@@ -51,7 +51,7 @@ def test_samples_are_those_of_the_folder(tree, folder_in, name, split):
 
 def test_names_hash_alike_in_folder_shards_and_zip(folder_in):
     names = ('imagenet', 'shards', 'zip')
-    described = [describe_samples(open_split(name, folder_in(name), 'train').sample_names()) for name in names]
+    described = [describe_samples(open_samples(name, folder_in(name), 'train').sample_names()) for name in names]
     assert described[0]['images'] == 24
     assert described[1:] == described[:1] * 2
 
@@ -59,7 +59,7 @@ def test_names_hash_alike_in_folder_shards_and_zip(folder_in):
 @pytest.mark.parametrize('name', FORMATS)
 def test_pickled_samples_read_the_same(folder_in, name):
     """Loader processes that are spawned, and not forked, get them so."""
-    samples = open_split(name, folder_in(name), 'train')
+    samples = open_samples(name, folder_in(name), 'train')
     read = [samples.read(i) for i in range(24)]
     copy = pickle.loads(pickle.dumps(samples))
     assert [copy.read(i) for i in range(24)] == read
@@ -167,7 +167,7 @@ def test_zip_without_class_folders_has_the_class_names_of_the_other_split(tree, 
     assert samples_of('zip', folder, 'val') == samples_of('imagenet', tree, 'val')
     for path in folder.glob('train*'):
         path.unlink()
-    assert open_split('zip', folder, 'val').classes == ['0', '1', '2']
+    assert open_samples('zip', folder, 'val').classes == ['0', '1', '2']
 
 
 # Hugging Face
@@ -177,7 +177,7 @@ def test_huggingface_rows_may_name_their_files(tree, tmp_path):
     """Recent versions of `save_to_disk` put the files into the rows, older ones did not."""
     import datasets
 
-    samples = open_split('huggingface', as_huggingface(tree, tmp_path / 'saved'), 'train')
+    samples = open_samples('huggingface', as_huggingface(tree, tmp_path / 'saved'), 'train')
     path = tree / 'train' / 'class_1' / '2.png'
     rows = [None, {'bytes': None, 'path': str(path)}]
     samples.rows = datasets.Dataset.from_dict({'image': rows}, datasets.Features({'image': datasets.Image()}))
@@ -195,7 +195,7 @@ def test_huggingface_rows_without_a_class_are_reported(tree, tmp_path, label):
     saved = datasets.Dataset.from_dict({'image': rows, 'label': [0, 1, label]}, features)
     datasets.DatasetDict(test=saved).save_to_disk(tmp_path)
     with pytest.raises(DataError, match=r'\(val\) has rows without a class: leave them out'):
-        open_split('huggingface', tmp_path, 'val')
+        open_samples('huggingface', tmp_path, 'val')
 
 
 def test_huggingface_needs_one_column_of_images_and_one_of_classes(tmp_path):
@@ -203,7 +203,7 @@ def test_huggingface_needs_one_column_of_images_and_one_of_classes(tmp_path):
 
     datasets.DatasetDict(train=datasets.Dataset.from_dict({'label': [0]})).save_to_disk(tmp_path)
     with pytest.raises(DataError, match=r"has 0 columns of type Image, not one: keep one of \['label'\]"):
-        open_split('huggingface', tmp_path, 'train')
+        open_samples('huggingface', tmp_path, 'train')
 
 
 # What is wrong with a dataset
@@ -214,7 +214,7 @@ def test_splits_with_other_classes_are_reported(tree, tmp_path, name):
     tree = shutil.copytree(tree, tmp_path / 'tree')
     (tree / 'val' / 'class_2').rename(tree / 'val' / 'class_3')
     with pytest.raises(DataError, match='have different class.*val/ has no class_2, train/ has no class_3'):
-        open_split(name, WRITERS[name](tree, tmp_path / name), 'train')
+        open_samples(name, WRITERS[name](tree, tmp_path / name), 'train')
 
 
 def test_splits_that_number_their_classes_differently_are_reported(tree, tmp_path):
@@ -222,20 +222,20 @@ def test_splits_that_number_their_classes_differently_are_reported(tree, tmp_pat
     path = folder / 'val_map.txt'
     path.write_text(re.sub('\t[01]', lambda found: {'\t0': '\t1', '\t1': '\t0'}[found[0]], path.read_text()))
     with pytest.raises(DataError, match='train and val in .*zip number the same classes differently'):
-        open_split('zip', folder, 'train')
+        open_samples('zip', folder, 'train')
 
 
 @pytest.mark.parametrize('name', PACKED)
 def test_class_folders_are_named_where_another_format_was_expected(tree, name):
     expected = {'shards': 'has no index.json', 'zip': 'train.zip does not exist', 'huggingface': 'no dataset_dict.json'}
     with pytest.raises(DataError, match=expected[name]):
-        open_split(name, tree, 'train')
+        open_samples(name, tree, 'train')
 
 
 @pytest.mark.parametrize('name', PACKED)
 def test_another_format_is_named_where_class_folders_were_expected(folder_in, name):
     with pytest.raises(DataError, match=f'has the format {name}: write --opts DATA.DATASET {name}'):
-        open_split('imagenet', folder_in(name), 'train')
+        open_samples('imagenet', folder_in(name), 'train')
 
 
 def test_class_folders_may_have_their_archives_beside_them(tree, tmp_path):
@@ -317,46 +317,22 @@ def test_damage_is_reported_in_one_line(folder_in, name, file, damage, message):
 # Memory
 
 
-def proportional_memory(field='Pss'):
-    """Memory of this process in bytes, what it shares divided by those who share it."""
+def private_memory():
+    """Bytes that this process alone holds and has written."""
     lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(f'{field}:')) * 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith('Private_Dirty:')) * 1024
 
 
-def walk(samples, barrier, results):
-    """Read all names and targets, and report the memory that this costs when all processes have."""
-    names, targets = samples
-    read = sum(len(name) for name in names) + int(targets.sum())
-    barrier.wait()
-    results.put((read, proportional_memory()))
-    barrier.wait()
+def read_often(dataset, results):
+    """Read 25,000 samples, and report by how much memory has grown over the last 20,000."""
+    for number in range(25_000):
+        dataset[number % 24]
+        if number == 5000:
+            before = private_memory()
+    results.put(private_memory() - before)
 
 
 needs_proc = pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='needs /proc/<pid>/smaps_rollup')
-
-
-def memory_of_workers(samples, processes=8):
-    """Memory of forked processes together."""
-    context = multiprocessing.get_context('fork')
-    barrier, results = context.Barrier(processes), context.Queue()
-    workers = [context.Process(target=walk, args=(samples, barrier, results)) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    read, memory = zip(*(results.get() for _ in workers), strict=True)
-    for worker in workers:
-        worker.join()
-    assert len(set(read)) == 1
-    return sum(memory)
-
-
-@pytest.mark.slow
-@needs_proc
-def test_eight_loader_processes_share_a_list_of_a_million_samples():
-    count = 1_300_000
-    names = NameList.of(f'n{i // 1300:08d}/n{i // 1300:08d}_{i:06d}.JPEG' for i in range(count))
-    targets = torch.arange(count, dtype=torch.int32).numpy() // 1300
-    baseline = memory_of_workers((NameList.of(['']), targets[:1]))
-    assert memory_of_workers((names, targets)) - baseline < 200e6
 
 
 @pytest.mark.slow
@@ -367,18 +343,9 @@ def test_memory_of_a_loader_process_is_flat(tiny_config, tree, tmp_path, pipelin
     config = tiny_config(
         DATA__DATASET='shards', DATA__DATA_PATH=str(as_shards(tree, tmp_path / 'shards')), DATA__PIPELINE=pipeline
     )
-    dataset = open_dataset(config, 'train')
-
-    def read(results):
-        for number in range(25_000):
-            dataset[number % 24]
-            if number == 5000:
-                before = proportional_memory('Private_Dirty')
-        results.put(proportional_memory('Private_Dirty') - before)
-
-    context = multiprocessing.get_context('fork')
+    context = worker_context()
     results = context.Queue()
-    worker = context.Process(target=read, args=(results,))
+    worker = context.Process(target=read_often, args=(open_dataset(config, 'train'), results))
     worker.start()
     growth = results.get()
     worker.join()

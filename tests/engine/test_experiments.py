@@ -177,7 +177,9 @@ def test_other_class_names_are_not_continued_and_are_reported_in_evaluation(tiny
 
 RANK_WITH_LESS_DATA = """
 import os, main, config, utils
+from engine import distributed
 
+distributed.node_name = lambda: os.environ['RANK']  # each rank is on its own node
 args = main.parse_option()
 args.data_path += os.environ['RANK']
 with utils.exit_on_user_error():

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from data.formats import open_split
+from data.formats import open_samples
 from data.image_folder import ClassFolders
 from tools.pack_dataset import pack_split
 
@@ -56,7 +56,7 @@ WRITERS = {'imagenet': lambda tree, target: tree, 'shards': as_shards, 'zip': as
 
 def samples_of(name, folder, split='train'):
     """Class, target and content of each sample of a split, in order."""
-    samples = open_split(name, folder, split)
+    samples = open_samples(name, folder, split)
     return [(samples.classes[target], target, samples.read(i)) for i, target in enumerate(samples.targets.tolist())]
 
 

@@ -8,10 +8,16 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from unittest import mock
 
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from data.workers import worker_context
+from engine import distributed
 from engine.checkpoint import load_checkpoint
 from engine.distributed import TORCHRUN_VARIABLES
 from tests.helpers.paths import ROOT, TINY
@@ -168,3 +174,19 @@ class SpawnedRun:
 def start_two_ranks(folder, tag, options='', restarts=0):
     """A `SpawnedRun` of two ranks, which torchrun starts again up to `restarts` times."""
     return SpawnedRun(folder, tag, [*TORCHRUN, '2', '--max-restarts', str(restarts)], options)
+
+
+def run_ranks(function, *args, nodes):
+    """Call `function(rank, *args)` in a process group of ranks on these nodes, in forks of the workers' server."""
+    with tempfile.TemporaryDirectory() as folder:
+        worker_context()  # whose server has imported PyTorch
+        mp.start_processes(
+            _join_and_call, (folder, nodes, function, args), nprocs=len(nodes), start_method='forkserver'
+        )
+
+
+def _join_and_call(rank, folder, nodes, function, args):
+    distributed.node_name = lambda: nodes[rank]
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=len(nodes))
+    function(rank, *args)
+    dist.barrier()
