@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import csv
 import errno
+import io
+import json
 import os
 import platform
 import random
@@ -11,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -176,6 +179,33 @@ def read_yaml(path: Path, label: str, error_class: type[UserError]) -> Any:
         raise error_class(f'{label}: {error.strerror}') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise error_class(f'{label} is not YAML: {" ".join(str(error).split())}') from error
+
+
+def read_json(path: Path, label: str, error_class: type[UserError], remedy: str = 'replace it') -> Any:
+    """Content of a JSON file, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        label: what messages call it.
+        error_class: of the error.
+        remedy: what the user can do about it.
+
+    Raises:
+        error_class: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise error_class(f'{label} cannot be read ({error.strerror}): {remedy}') from error
+    except ValueError as error:  # among them UnicodeDecodeError
+        raise error_class(f'{label} is not JSON ({first_line(error)}): {remedy}') from error
+
+
+def csv_row(cells: Sequence[Any]) -> str:
+    """A line of a CSV file, with its end."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator='\n').writerow(cells)
+    return row.getvalue()
 
 
 def environment(device: torch.device) -> dict[str, str]:

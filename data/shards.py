@@ -9,7 +9,6 @@ A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. Of sample
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ import numpy as np
 from data.images import DataError
 from data.packed_lists import NameList
 from data.samples import Samples
+from utils import read_json
 
 INDEX, SAMPLES, NAMES = 'index.json', 'samples.npy', 'names.npy'
 FORMAT = 1
@@ -102,12 +102,12 @@ def read_index(root: Path) -> dict[str, Any] | None:
     path = root / INDEX
     if not path.exists():
         return None
+    index = read_json(path, str(path), DataError, _remedy(root))
     try:
-        index = json.loads(path.read_text())
         if index['format'] != FORMAT:
             raise ValueError(f'format {index["format"]}, not {FORMAT}')
         return {key: index[key] for key in KEYS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f'{path} cannot be read ({error}): {_remedy(root)}') from error
 
 

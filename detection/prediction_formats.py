@@ -1,7 +1,5 @@
 """Detections as lines of text, rows of CSV, and a JSON file in COCO's format."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +8,7 @@ from pycocotools import mask as coco_mask
 
 from detection.inference import Frame
 from detection.tta import Detections
+from utils import csv_row
 
 COLUMNS = ('path', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2')
 
@@ -42,7 +41,7 @@ def text_line(frame: Frame, found: Found) -> str:
 
 def csv_header() -> str:
     """The names of the columns."""
-    return _csv_row(COLUMNS)
+    return csv_row(COLUMNS)
 
 
 def csv_rows(frame: Frame, objects: Sequence[Found]) -> Iterator[str]:
@@ -50,13 +49,7 @@ def csv_rows(frame: Frame, objects: Sequence[Found]) -> Iterator[str]:
     number = '' if frame.number is None else frame.number
     for found in objects:
         corners = (f'{x:.2f}' for x in found.box)
-        yield _csv_row([frame.path, number, found.name, found.label, f'{found.score:.4f}', *corners])
-
-
-def _csv_row(cells: Sequence[Any]) -> str:
-    row = io.StringIO()
-    csv.writer(row, lineterminator='\n').writerow(cells)
-    return row.getvalue()
+        yield csv_row([frame.path, number, found.name, found.label, f'{found.score:.4f}', *corners])
 
 
 class CocoJson:

@@ -25,7 +25,14 @@ from data.formats import FORMATS, find_format, open_samples
 from data.images import DataError
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
-from utils import atomic_write, exit_on_user_error, positive_int, remove_dead_temporaries, report_write_errors
+from utils import (
+    atomic_write,
+    exit_on_user_error,
+    positive_int,
+    read_json,
+    remove_dead_temporaries,
+    report_write_errors,
+)
 
 
 class PackedShard(NamedTuple):
@@ -148,7 +155,7 @@ def _finished_shard(path: Path, fingerprint: str) -> PackedShard | None:
     """The shard, if an earlier run has finished it."""
     if not (path.exists() and _record_of(path).exists()):
         return None
-    shard = PackedShard(**json.loads(_record_of(path).read_text()))
+    shard = PackedShard(**read_json(_record_of(path), str(_record_of(path)), DataError, 'remove it'))
     if shard.fingerprint != fingerprint:
         raise _other_shards(path.parent)
     verify(path, shard._asdict())

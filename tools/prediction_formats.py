@@ -1,11 +1,11 @@
 """A prediction as a line of text, a row of CSV and an object of JSON."""
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from utils import csv_row
 
 
 class Prediction(NamedTuple):
@@ -40,16 +40,10 @@ def csv_rows(predictions: Iterable[Prediction], class_names: Sequence[str], topk
     """A header, and a row per image; the columns of the second class are class_2, index_2, probability_2, and so on."""
     suffixes = ['', *(f'_{rank}' for rank in range(2, topk + 1))]
     columns = ('class', 'index', 'probability')
-    yield _csv_row(['path', 'error', *(f'{column}{suffix}' for suffix in suffixes for column in columns)])
+    yield csv_row(['path', 'error', *(f'{column}{suffix}' for suffix in suffixes for column in columns)])
     for prediction in predictions:
         top = [(name, index, f'{p:.6f}') for name, index, p in prediction.top(class_names)] or [[''] * 3] * topk
-        yield _csv_row([prediction.path, prediction.error, *(cell for cells in top for cell in cells)])
-
-
-def _csv_row(cells: Sequence[Any]) -> str:
-    row = io.StringIO()
-    csv.writer(row, lineterminator='\n').writerow(cells)
-    return row.getvalue()
+        yield csv_row([prediction.path, prediction.error, *(cell for cells in top for cell in cells)])
 
 
 def json_parts(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[str]:

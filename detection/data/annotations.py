@@ -4,7 +4,6 @@ Shapes: n objects, an image of H x W pixels.
 """
 
 import difflib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from data import DataError
 from detection.data.annotation_checks import PlacementCheck, are_numbers, check_box, check_mask, is_a
+from utils import read_json
 
 # Types of these keys, in whatever section of a file.
 _TYPES = {'id': int, 'image_id': int, 'category_id': int, 'width': int, 'height': int, 'file_name': str, 'name': str}
@@ -43,7 +43,7 @@ def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = 
     Raises:
         DataError: it cannot be read, or has an invalid entry; the message names it.
     """
-    tree = _read_json(path)
+    tree = _read_tree(path)
     tree['is_labelled'] = needs_objects or 'annotations' in tree
     if not tree['is_labelled']:
         tree['annotations'] = []
@@ -119,7 +119,7 @@ def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
     Raises:
         DataError: the file cannot be read, or lacks a category.
     """
-    tree = _read_json(path)
+    tree = _read_tree(path)
     tree.setdefault('annotations', [])
     _check_sections(tree, path)
     if names:
@@ -127,16 +127,12 @@ def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
     return [category['name'] for category in tree['categories']]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f'annotation file {path} cannot be read ({error.strerror}): give --data-path the folder that holds '
-            f'annotations/instances_<split>.json and the images in <split>/'
-        ) from error
-    except ValueError as error:
-        raise DataError(f'annotation file {path} is not JSON ({error}): replace it') from error
+def _read_tree(path: Path) -> dict[str, Any]:
+    remedy = (
+        'replace it, or give --data-path the folder that holds annotations/instances_<split>.json and the images in '
+        '<split>/'
+    )
+    tree = read_json(path, f'annotation file {path}', DataError, remedy)
     return tree if isinstance(tree, dict) else {}
 
 

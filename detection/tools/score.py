@@ -7,7 +7,6 @@ No network is run. With several evaluators, their times can be compared; their m
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from detection.data import CocoDataset, open_split
 from detection.data.annotation_checks import are_numbers
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from detection.tools.options import add_data_options, load_data_config
-from utils import UserError, exit_on_user_error
+from utils import UserError, exit_on_user_error, read_json
 
 
 class ResultsError(UserError):
@@ -29,12 +28,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         ResultsError: it cannot be read, or is none.
     """
-    try:
-        results = json.loads(path.read_text())
-    except OSError as error:
-        raise ResultsError(f'{path}: {error.strerror}') from error
-    except ValueError as error:
-        raise ResultsError(f'{path} is not JSON: {error}') from error
+    results = read_json(path, str(path), ResultsError, 'give the results of an evaluation')
     if not isinstance(results, list):
         raise ResultsError(f'{path} is not in the result format of COCO, which is a list')
     for i, result in enumerate(results):

@@ -3,13 +3,14 @@
     python -m tools.benchmark.loader_memory
     python -m tools.benchmark.loader_memory --ranks 2 --workers 4
 
-The samples are names and classes without images. Each rank is a process, as under torchrun. `list` is the time to make
-the list of samples, `first loader` and `second loader` the times until all of their workers have given a batch: the
-first one waits for the server of the workers too, which imports their libraries.
+The samples are names and classes without images. Each rank is a process, as under torchrun. Columns: seconds to make
+the list of samples; seconds until each worker has given a batch, which includes the imports of the workers' server; seconds
+of a core that a worker has used until then; memory of all processes once every worker has read the whole list.
 """
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ class SyntheticSamples(Samples):
 
 
 class ReadAll(Dataset):
-    """By index, below the number of workers: how many characters the names have, after reading all names and classes.
+    """A sample is the processor time of the worker, in seconds; for index 1, after it has read all names and classes.
 
     Args:
         samples: the list to read.
@@ -67,34 +68,31 @@ class ReadAll(Dataset):
     def __init__(self, samples: Samples):
         self.samples = samples
 
-    def __getitem__(self, reads: int) -> int:
-        return sum(map(len, self.samples.names)) + int(self.samples.targets.sum()) if reads else 0
+    def __getitem__(self, index: int) -> float:
+        if index:
+            sum(map(len, self.samples.names)) + int(self.samples.targets.sum())
+        return time.process_time()
 
 
 def run_rank(rank: int, ranks: int, workers: int, count: int, folder: str) -> None:
-    """Load with some workers, each of which reads all names; rank 0 prints what that has cost."""
+    """Start workers and have each of them read the list; rank 0 prints what that has cost."""
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     started = time.perf_counter()
     samples = once_per_node(lambda: SyntheticSamples(count).share())
     listed = time.perf_counter()
     config = load_config('configs/msg_tiny_p4_win7_224.yaml')
-    order = [0] * workers
-    loader = build_loader(config, ReadAll(samples), order, batch_size=1, workers=workers)
-    list(loader)
-    first_ready = time.perf_counter()
-    order[:] = [1] * workers  # now each worker reads the whole list
+    indices = [0] * workers
+    loader = build_loader(config, ReadAll(samples), indices, batch_size=1, collate_fn=min, workers=workers)
+    core_seconds = list(loader)
+    ready = time.perf_counter()
+    indices[:] = [1] * workers
     list(loader)
     dist.barrier()
-    memory = total_memory(os.getppid())
-    dist.barrier()
-    second_start = time.perf_counter()
-    list(build_loader(config, ReadAll(samples), [0] * workers, batch_size=1, workers=workers))
-    second_ready = time.perf_counter()
     if rank == 0:
-        seconds = (listed - started, first_ready - listed, second_ready - second_start)
-        cells = [ranks, workers, f'{count:,}', *(f'{x:.1f} s' for x in seconds), f'{memory / 2**20:,.0f} MB']
-        print(f'| {" | ".join(map(str, cells))} |')
+        seconds = f'{listed - started:.1f} | {ready - listed:.1f} | {statistics.median(core_seconds):.2f}'
+        print(f'| {ranks} | {workers} | {seconds} | {total_memory(os.getppid()) / 2**20:,.0f} |')
+    dist.barrier()
 
 
 def total_memory(process: int) -> int:
@@ -120,8 +118,8 @@ def main() -> None:
     parser.add_argument('--workers', type=positive_int, default=8, help='workers of each rank (8)')
     parser.add_argument('--samples', type=positive_int, default=IMAGENET_SAMPLES, help="default: ImageNet-1K's")
     args = parser.parse_args()
-    print('| ranks | workers per rank | samples | list | first loader | second loader | memory (PSS) |')
-    print('|---|---|---|---|---|---|---|', flush=True)
+    print('| ranks | workers per rank | list, s | workers, s | per worker, core s | memory (PSS), MB |')
+    print('|---|---|---|---|---|---|', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-c', 'import sys; from tools.benchmark.loader_memory import run_rank; ']
         command[-1] += 'run_rank(*map(int, sys.argv[1:5]), sys.argv[5])'

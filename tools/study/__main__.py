@@ -9,7 +9,6 @@ and `study.png` as runs end; `--results` prints the tables and draws the chart o
 """
 
 import argparse
-import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +21,7 @@ from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import chart, table, write_results
 from tools.study.runs import Runner, collect, finished_run
 from tools.study.statistics import metric_curve
-from utils import UserError, exit_on_user_error, non_negative_int, positive_int
+from utils import UserError, exit_on_user_error, non_negative_int, positive_int, read_json
 
 DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:
@@ -103,13 +102,12 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         StudyError: it is none, or holds no run.
     """
+    results = read_json(path, str(path), StudyError, 'give the study.json of a study')
     try:
-        results = {'metric': 'acc1', 'metric_name': 'top-1'} | json.loads(path.read_text())  # older ones lack both
+        results = {'metric': 'acc1', 'metric_name': 'top-1'} | results  # older ones lack both
         if not results['runs']:
             raise StudyError(f'{path} holds no finished run yet')
         table(results)
-    except OSError as error:
-        raise StudyError(f'{path}: {error.strerror}') from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise

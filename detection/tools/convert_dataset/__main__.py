@@ -20,7 +20,7 @@ from data.images import choose_images
 from detection.data import CocoDataset
 from detection.draw import draw_sheet
 from detection.tools.convert_dataset.formats import READERS, Item, Source, detect_format
-from utils import exit_on_user_error, report_write_errors
+from utils import exit_on_user_error, read_json, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine
@@ -127,7 +127,8 @@ def open_converted(folder: Path, split: str, source: Path) -> CocoDataset:
     Raises:
         DataError: the data cannot be used.
     """
-    tree = json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
+    path = folder / 'annotations' / f'instances_{split}.json'
+    tree = read_json(path, str(path), DataError)
     has_masks = any('segmentation' in x for x in tree['annotations'])
     try:
         return CocoDataset(folder, split, with_masks=has_masks)

@@ -3,7 +3,6 @@
 Boxes are [x, y, width, height] in pixels of the upright image, as in COCO.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torchvision.datasets.folder import is_image_file
 
 from data import DataError
 from data.images import read_header
-from utils import read_yaml
+from utils import read_json, read_yaml
 
 
 class Item(NamedTuple):
@@ -77,7 +76,7 @@ def read_roboflow(folder: Path) -> Source:
         path = folder / name / '_annotations.coco.json'
         if not path.is_file():
             continue
-        tree = _read_json(path)
+        tree = read_json(path, str(path), DataError)
         try:
             entries = [(x['id'], x['name'], x.get('supercategory')) for x in tree['categories']]
             splits[split] = _roboflow_items(tree, dict(entry[:2] for entry in entries), path.parent)
@@ -108,15 +107,6 @@ def _roboflow_items(tree: Mapping[str, Any], names: dict[Any, str], folder: Path
             raise DataError(f'image {x["file_name"]} is not in {folder}: add it')
         items.append(Item(path, x['file_name'], (x['width'], x['height']), objects[x['id']]))
     return items
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f'{path}: {error.strerror}') from error
-    except ValueError as error:
-        raise DataError(f'{path} is not JSON ({error}): replace it') from error
 
 
 def _read_lines(path: Path) -> list[str]:
