@@ -1,14 +1,14 @@
 """The format of Swin's zip mode: `train.zip` with `train_map.txt`, whose lines are `path<TAB>class index`.
 
-Python's zipfile keeps an object of a kilobyte for each file, in each process. Here the archive's directory is read into
-arrays once, which the loader processes share.
+Python's zipfile reads the archive's directory, into an object of a kilobyte for each file. Four numbers of each are
+kept, in arrays that processes share. A sample is read at its offset, which leaves the archive's other readers alone.
 """
 
 import hashlib
-import mmap
 import os
 import re
 import struct
+import zipfile
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -22,14 +22,8 @@ from data.images import DataError
 from data.packed_lists import NameList
 from data.samples import Samples
 
-# Records of the zip format (PKWARE's APPNOTE.TXT, 4.3): signature, struct of what follows it, with the fields used
-_END = b'PK\x05\x06', struct.Struct('<4s4H2LH')
-_END_64 = b'PK\x06\x06', struct.Struct('<4sQ2H2L4Q')
-_LOCATOR_64 = b'PK\x06\x07', struct.Struct('<4sLQL')
-_ENTRY = b'PK\x01\x02', struct.Struct('<4s6H3L5H2L')
+# What precedes each file in the archive (PKWARE's APPNOTE.TXT, 4.3.7): signature, struct of the header
 _LOCAL = b'PK\x03\x04', struct.Struct('<4s5H3L2H')
-
-_STORED, _DEFLATED = 0, 8
 
 
 class ZipArchive(Samples):
@@ -59,7 +53,7 @@ class ZipArchive(Samples):
         self.classes = self.find_classes(folder, split)
         try:
             entries, keys = _read_directory(self.path)
-        except (OSError, ValueError, struct.error, IndexError) as error:
+        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f'{self.path} cannot be read ({error}): it is no complete zip archive') from error
         self._entries = entries[self._find(keys)]
         self._file = None
@@ -100,9 +94,9 @@ class ZipArchive(Samples):
             data = os.pread(file, size, offset + _LOCAL[1].size + name + extra)
             if signature != _LOCAL[0] or len(data) < size:
                 raise ValueError('the archive is cut short')
-            if method not in (_STORED, _DEFLATED):
+            if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f'compression method {method} is not supported')
-            data = zlib.decompress(data, -zlib.MAX_WBITS) if method == _DEFLATED else data
+            data = zlib.decompress(data, -zlib.MAX_WBITS) if method == zipfile.ZIP_DEFLATED else data
             if zlib.crc32(data) != checksum:
                 raise ValueError('its checksum differs')
             return data
@@ -152,46 +146,8 @@ def _key(name: str) -> int:
 
 def _read_directory(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Offset, compressed bytes, CRC-32 and method of each file (N, 4) int64, and its name's `_key` (N,) uint64."""
-    entries, keys = array('q'), array('Q')
-    with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as archive:
-        count, position = _find_directory(archive)
-        for _ in range(count):
-            signature, *fields = _ENTRY[1].unpack_from(archive, position)
-            if signature != _ENTRY[0]:
-                raise ValueError(f'no directory entry at {position}')
-            _, _, flags, method, _, _, checksum, packed, size, name, extra, comment, _, _, _, offset = fields
-            start = position + _ENTRY[1].size
-            if 0xFFFFFFFF in (packed, size, offset):
-                packed, offset = _read_extra(archive[start + name : start + name + extra], size, packed, offset)
-            text = archive[start : start + name].decode('utf-8' if flags & 0x800 else 'cp437')
-            entries.extend((offset, packed, checksum, method))
-            keys.append(_key(text))
-            position = start + name + extra + comment
-    return np.frombuffer(entries, np.int64).reshape(-1, 4), np.frombuffer(keys, np.uint64)
-
-
-def _find_directory(archive: mmap.mmap) -> tuple[int, int]:
-    """Number of files in the archive, and position of its directory."""
-    end = archive.rfind(_END[0], max(0, len(archive) - (1 << 16) - _END[1].size))
-    if end < 0:
-        raise ValueError('no directory')
-    *_, count, _, position, _ = _END[1].unpack_from(archive, end)
-    locator = end - _LOCATOR_64[1].size
-    if locator >= 0 and archive[locator : locator + 4] == _LOCATOR_64[0]:
-        *_, record, _ = _LOCATOR_64[1].unpack_from(archive, locator)
-        *_, count, _, position = _END_64[1].unpack_from(archive, record)
-    return count, position
-
-
-def _read_extra(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int]:
-    """Compressed bytes and offset of an entry of more than 4 GB, or beyond the first 4 GB."""
-    while extra:
-        kind, length = struct.unpack_from('<2H', extra)
-        if kind == 1:  # ZIP64: those of the three that do not fit their field, in this order
-            values = iter(struct.unpack_from(f'<{length // 8}Q', extra, 4))
-            _, packed, offset = (
-                next(values, value) if value == 0xFFFFFFFF else value for value in (size, packed, offset)
-            )
-            break
-        extra = extra[4 + length :]
-    return packed, offset
+    with zipfile.ZipFile(path) as archive:
+        files = archive.infolist()
+    entries = [(file.header_offset, file.compress_size, file.CRC, file.compress_type) for file in files]
+    keys = [_key(file.filename) for file in files]
+    return np.array(entries, np.int64).reshape(-1, 4), np.array(keys, np.uint64)

@@ -93,7 +93,7 @@ def draw_sheet(dataset: CocoDataset, count: int = 24, columns: int = 4, side: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number, index in enumerate(chosen):
-            picture = draw_ground_truth(*dataset[index], dataset.class_names)
+            picture = draw_ground_truth(*dataset[index], dataset.classes)
             picture.thumbnail((side - 8, side - 8))
             row, column = divmod(number, columns)
             sheet.paste(picture, (column * side, row * side))

@@ -79,7 +79,7 @@ class CocoEvaluation:
         self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
-        self.class_names, self.evaluator = dataset.class_names, evaluator or choose_evaluator()
+        self.class_names, self.evaluator = dataset.classes, evaluator or choose_evaluator()
         self.metrics: dict[str, float] = {}
         self.class_precision: dict[str, list[float]] = {}  # on rank 0, by kind
         self._encoder = ThreadPoolExecutor(1)

@@ -15,7 +15,7 @@ from data.packed_lists import NameList
 from data.samples import Samples
 
 
-class ImageFiles(Samples):
+class FileSamples(Samples):
     """Image files of one class.
 
     Args:
@@ -70,12 +70,12 @@ class ChosenSamples(Samples):
 def find_samples(data_path: Path | None, images: int, folder: Path) -> Samples:
     """Samples to time: those of the training split, the images below a folder, or JPEGs made in `folder`."""
     if data_path is None:
-        return ImageFiles(make_jpegs(folder, images))
+        return FileSamples(make_jpegs(folder, images))
     name = find_format(data_path)
     if not data_path.is_dir():
         raise DataError(f'{data_path} does not exist: give a folder of images, or of a dataset')
     if name == 'imagenet':
-        return ImageFiles(choose_images(find_images([data_path]), images))
+        return FileSamples(choose_images(find_images([data_path]), images))
     split = next(split for split in ('train', 'val') if FORMATS[name].find_classes(data_path, split))
     samples = FORMATS[name](data_path, split)
     return ChosenSamples(samples, random.Random(0).sample(range(len(samples)), min(images, len(samples))))

@@ -28,7 +28,7 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     """
     dataset = once_per_node(lambda: open_split(config, 'TRAIN', TrainTransform(config)).share())
     eval_loader = build_eval_loader(config, rank, world_size)
-    if dataset.class_names != eval_loader.dataset.class_names:
+    if dataset.classes != eval_loader.dataset.classes:
         raise DataError(
             f'{dataset.annotation_file} and {eval_loader.dataset.annotation_file} have different categories: '
             f'write the same ones in the same order into both'

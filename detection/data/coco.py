@@ -126,7 +126,7 @@ class CocoDataset(Shareable, Dataset):
         return {name: value for name, value in vars(self).items() if name != 'ground_truth'}
 
     @property
-    def class_names(self) -> list[str]:
+    def classes(self) -> list[str]:
         """Names of the labels, from label 1."""
         return [category['name'] for category in self.categories]
 

@@ -1,16 +1,22 @@
 """Augmentation of an image (3, H, W) and its objects; random numbers are PyTorch's, on the CPU.
 
 A target has `boxes` (n, 4) and `labels` (n,), perhaps `masks` (n, H, W) and `has_mask` (n,); others pass through.
+torchvision's functions move the boxes. Masks are resized by `nearest-exact`, which torchvision does not use for them.
+The size of a resized image is rounded to the nearest pixel, as in evaluation, where torchvision rounds down.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import BoundingBoxFormat
 from yacs.config import CfgNode
 
 from detection.data.coco import Target
+
+XYXY = BoundingBoxFormat.XYXY
 
 
 class TrainTransform:
@@ -38,8 +44,7 @@ class TrainTransform:
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Flip horizontally."""
-    x1, y1, x2, y2 = target['boxes'].unbind(dim=1)
-    boxes = torch.stack((image.shape[2] - x2, y1, image.shape[2] - x1, y2), dim=1)
+    boxes = F.horizontal_flip_bounding_boxes(target['boxes'], XYXY, tuple(image.shape[1:]))
     flipped = {'masks': target['masks'].flip(2)} if 'masks' in target else {}
     return image.flip(2), target | {'boxes': boxes} | flipped
 
@@ -50,13 +55,13 @@ def resize(image: Tensor, target: Target, short: int, long: int) -> tuple[Tensor
     size = resized_shape(height, width, short, long)
     if size == (height, width):
         return image, target
-    factors = torch.tensor((size[1] / width, size[0] / height) * 2)
-    resized = {'boxes': target['boxes'] * factors}
+    boxes, _ = F.resize_bounding_boxes(target['boxes'], canvas_size=(height, width), size=list(size))
+    resized = {'boxes': boxes}
     if 'masks' in target:
         masks = target['masks']  # PyTorch refuses to resize an empty tensor
-        masks = F.interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
+        masks = interpolate(masks[None], size, mode='nearest-exact')[0] if len(masks) else masks.new_zeros(0, *size)
         resized['masks'] = masks
-    return F.interpolate(image[None], size, mode='bilinear')[0], target | resized
+    return interpolate(image[None], size, mode='bilinear')[0], target | resized
 
 
 def resized_shape(height: int, width: int, short: int, long: int) -> tuple[int, int]:
@@ -72,9 +77,7 @@ def random_crop(image: Tensor, target: Target, low: int, high: int) -> tuple[Ten
     """
     height, width = (_integer(min(length, low), min(length, high)) for length in image.shape[1:])
     top, left = _integer(0, image.shape[1] - height), _integer(0, image.shape[2] - width)
-    boxes = target['boxes'] - torch.tensor((left, top, left, top))
-    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+    boxes, _ = F.crop_bounding_boxes(target['boxes'], XYXY, top, left, height, width)
     visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
     rows, columns = slice(top, top + height), slice(left, left + width)
     cropped = {key: target[key][visible] for key in ('labels', 'masks', 'has_mask') if key in target}

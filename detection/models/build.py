@@ -114,11 +114,11 @@ def build_detector(config: CfgNode) -> Detector:
         FeaturePyramid(body, config.MODEL.FPN_CHANNELS),
         build_rpn(config, strides),
         CascadeHeads(config, strides[:-1]),
-        build_transform(config, strides[-2]),
+        build_detector_transform(config, strides[-2]),
     )
 
 
-def build_transform(config: CfgNode, multiple: int) -> DetectorTransform:
+def build_detector_transform(config: CfgNode, multiple: int) -> DetectorTransform:
     """Build the transform of `INPUT`, which pads to multiples of the coarsest feature map's stride."""
     return DetectorTransform(
         min_size=config.INPUT.TEST_SHORT,

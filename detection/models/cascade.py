@@ -26,7 +26,7 @@ GroundTruth = Mapping[str, Tensor]
 MASKS_AT_A_TIME = 8
 
 
-class Samples(NamedTuple):
+class SampledBoxes(NamedTuple):
     """RoIs of an image, sampled for the losses of a stage.
 
     Attributes:
@@ -46,12 +46,12 @@ class Samples(NamedTuple):
         """Whether a RoI has an object, (n,)."""
         return self.labels > 0
 
-    def with_masks(self, target: GroundTruth) -> 'Samples':
+    def with_masks(self, target: GroundTruth) -> 'SampledBoxes':
         """The positive RoIs whose objects have masks."""
         has_mask = self.positive
         if 'has_mask' in target and len(target['boxes']):
             has_mask = has_mask & target['has_mask'][self.matched_gt]
-        return Samples(*(x[has_mask] for x in self))
+        return SampledBoxes(*(x[has_mask] for x in self))
 
 
 class CascadeHeads(nn.Module):
@@ -142,7 +142,7 @@ class CascadeHeads(nn.Module):
     @torch.no_grad()
     def sample(
         self, stage: int, proposals: list[Tensor], targets: Sequence[GroundTruth], image_sizes: list[tuple[int, int]]
-    ) -> list[Samples]:
+    ) -> list[SampledBoxes]:
         """Sample RoIs of each image for a stage's losses, from the proposals and the ground-truth boxes.
 
         An image with neither gets a RoI of its own size, so every image has one.
@@ -159,10 +159,12 @@ class CascadeHeads(nn.Module):
             labels = torch.zeros_like(matched_gt)
             labels[matched_gt >= 0] = target['labels'][matched_gt[matched_gt >= 0]]
             is_gt = torch.arange(len(boxes), device=boxes.device) >= len(boxes) - len(gt_boxes)
-            matched.append(Samples(boxes, labels, matched_gt.clamp(min=0), is_gt))
+            matched.append(SampledBoxes(boxes, labels, matched_gt.clamp(min=0), is_gt))
         masks = zip(*self.sampler([candidates.labels for candidates in matched]), strict=True)
         chosen = [torch.where(positive | negative)[0] for positive, negative in masks]
-        return [Samples(*(x[index] for x in candidates)) for candidates, index in zip(matched, chosen, strict=True)]
+        return [
+            SampledBoxes(*(x[index] for x in candidates)) for candidates, index in zip(matched, chosen, strict=True)
+        ]
 
     def box_loss(self, stage: int, box_deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
         """Box loss, summed over positive RoIs and divided by the number of all RoIs.
@@ -235,7 +237,7 @@ class CascadeHeads(nn.Module):
         return masks.split([len(x['labels']) for x in detections])
 
 
-def mask_loss(logits: Tensor, samples: list[Samples], targets: Sequence[GroundTruth]) -> Tensor:
+def mask_loss(logits: Tensor, samples: list[SampledBoxes], targets: Sequence[GroundTruth]) -> Tensor:
     """Mean binary cross entropy of the mask pixels of positive RoIs, each in its own class.
 
     Args:

@@ -22,16 +22,16 @@ from data.seeding import seeded
 from data.transforms import PublishedTransform, train_steps
 from tests.helpers.images import noise
 from tests.helpers.paths import ROOT
+from tests.helpers.pipelines import GEOMETRY_ALONE, compare_crops, compare_evaluation, compare_operations, difference
 from tests.helpers.runs import CPU, PLAIN
-from tools.compare_pipelines import GEOMETRY_ALONE, compare_crops, compare_evaluation, compare_operations, difference
-from tools.sample_images import ImageFiles, make_jpegs
+from tools.sample_images import FileSamples, make_jpegs
 
 MSG_TINY = ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'
 
 
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
-    return ImageFiles(make_jpegs(tmp_path_factory.mktemp('photographs'), 12))
+    return FileSamples(make_jpegs(tmp_path_factory.mktemp('photographs'), 12))
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def large_photographs(photographs, tmp_path_factory):
     for name in list(photographs.names)[:4]:
         paths.append(folder / name.rpartition('/')[2])
         Image.open(name).resize((2301, 1727), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
-    return ImageFiles(paths)
+    return FileSamples(paths)
 
 
 @pytest.mark.parametrize(('images', 'limit'), [('photographs', 0.05), ('large_photographs', 2)])

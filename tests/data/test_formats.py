@@ -266,7 +266,7 @@ REPACK = r': remove .*train and pack it again with python -m tools.pack_dataset'
     ('name', 'file', 'damage', 'message'),
     [
         ('shards', 'train/index.json', remove, r'train has no index.json: make shards with python -m tools.pack_da'),
-        ('shards', 'train/index.json', partial(cut, size=300), rf'train/index.json cannot be read \(.*\){REPACK}'),
+        ('shards', 'train/index.json', partial(cut, size=300), rf'train/index.json is not JSON \(.*\){REPACK}'),
         ('shards', 'train/index.json', partial(write, '[]'), rf'train/index.json cannot be read \(.*\){REPACK}'),
         ('shards', 'train/index.json', partial(replace, 'tables', 'x'), rf"cannot be read \('tables'\){REPACK}"),
         (

@@ -7,7 +7,7 @@ from data.image_folder import ClassFolders
 from tests.helpers.images import damage, noise
 from tests.helpers.processes import run_here
 from tools.pack_dataset import pack_split
-from tools.sample_images import ImageFiles, find_samples, make_jpegs
+from tools.sample_images import FileSamples, find_samples, make_jpegs
 
 QUICK = ['--images', '6', '--rounds', '1']
 
@@ -49,7 +49,7 @@ def test_some_images_of_shards_are_chosen(image_tree, tmp_path):
 def test_the_built_in_jpegs_are_always_the_same(tmp_path):
     for name in ('one', 'other'):
         (tmp_path / name).mkdir()
-    one, other = (ImageFiles(make_jpegs(tmp_path / name, 3)) for name in ('one', 'other'))
+    one, other = (FileSamples(make_jpegs(tmp_path / name, 3)) for name in ('one', 'other'))
     assert [one.read(i) for i in range(3)] == [other.read(i) for i in range(3)]
     assert len({one.read(i) for i in range(3)}) == 3
 
@@ -60,11 +60,3 @@ def test_a_broken_image_is_named(tmp_path):
     assert done.returncode == 1
     assert 'Traceback' not in done.stderr
     assert 'broken.jpg cannot be read' in done.stderr
-
-
-def test_the_comparison_of_the_pipelines_is_printed(tmp_path):
-    done = run_here('-m', 'tools.compare_pipelines', '--images', '2', '--crops', '2')
-    assert done.returncode == 0, done.stderr
-    assert '| training crop | 4 | 0.0' in done.stdout
-    assert '| evaluation | 2 | 0.0' in done.stdout
-    assert '| Rotate | 2 | ' in done.stdout

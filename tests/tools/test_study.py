@@ -302,7 +302,11 @@ def test_studies_of_the_project_can_run(path):
 
 def test_a_file_without_results_is_refused(tmp_path):
     path = tmp_path / 'study.json'
-    for content, message in (('{}', 'no results of a study'), ('{"runs": []}', 'no finished run'), ('{', 'is not JSON')):
+    for content, message in (
+        ('{}', 'no results of a study'),
+        ('{"runs": []}', 'no finished run'),
+        ('{', 'is not JSON'),
+    ):
         path.write_text(content)
         with pytest.raises(StudyError, match=message):
             read_results(path)

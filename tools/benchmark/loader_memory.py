@@ -3,9 +3,10 @@
     python -m tools.benchmark.loader_memory
     python -m tools.benchmark.loader_memory --ranks 2 --workers 4
 
-The samples are names and classes without images. Each rank is a process, as under torchrun. Columns: seconds to make
-the list of samples; seconds until each worker has given a batch, which includes the imports of the workers' server; seconds
-of a core that a worker has used until then; memory of all processes once every worker has read the whole list.
+The samples are names and classes without images. Each rank is a process, as under torchrun. Columns of the table:
+seconds to make the list of samples; seconds until each worker has given a batch, which includes the imports of the
+workers' server; seconds of a core that a worker has used until then; memory of all processes together once every worker
+has read the whole list.
 """
 
 import argparse

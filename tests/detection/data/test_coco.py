@@ -23,7 +23,7 @@ def test_a_sample_is_an_image_and_its_objects(coco):
     assert target['image_id'] == 15
     assert target['boxes'].tolist() == [[4, 6, 24, 16], [30, 50, 42, 58]]
     assert target['labels'].tolist() == [2, 1]  # categories 7 and 3: ids have gaps
-    assert dataset.class_names == ['box', 'wedge', 'rare']
+    assert dataset.classes == ['box', 'wedge', 'rare']
     assert (target['masks'].shape, target['masks'].dtype) == ((2, 64, 48), torch.uint8)
     assert target['masks'][1].nonzero().aminmax(dim=0).min.tolist() == [50, 30]
     assert target['masks'][1].sum() == 12 * 8

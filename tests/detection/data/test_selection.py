@@ -43,13 +43,13 @@ def test_classes_are_chosen_by_name(coco):
     annotations = [rectangle(4, 4, 10, 10) | {'image_id': 5}, wedge(8, 8, 12, 12) | {'image_id': 15}]
     update_tree(coco, annotations=annotations)
     dataset = CocoDataset(coco, 'val', selection=Selection(classes=['wedge']))
-    assert dataset.class_names == ['wedge']
+    assert dataset.classes == ['wedge']
     assert [dataset[i][1]['labels'].tolist() for i in range(4)] == [[], [1], [], []]
     assert [x['category_id'] for x in dataset.ground_truth['annotations']] == [7]
     training = CocoDataset(coco, 'val', is_train=True, selection=Selection(classes=['wedge']))
     assert [image['id'] for image in training.images] == [15]
     several = CocoDataset(coco, 'val', selection=Selection(classes=['rare', 'box']))
-    assert several.class_names == ['box', 'rare']  # the file's order
+    assert several.classes == ['box', 'rare']  # the file's order
     with pytest.raises(DataError, match=r'DATA.CLASSES has wege, which is not a category of .*: did you mean wedge\?'):
         CocoDataset(coco, 'val', selection=Selection(classes=['wege']))
 

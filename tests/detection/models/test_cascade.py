@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from detection.models import build_detector, cascade
-from detection.models.cascade import CascadeHeads, Samples, crop_masks, mask_loss
+from detection.models.cascade import CascadeHeads, SampledBoxes, crop_masks, mask_loss
 from tests.helpers.detectors import NO_DROP_PATH, STRIDES, ground_truth, tiny_detector
 from tests.helpers.golden import fill_
 
@@ -105,7 +105,7 @@ def test_mask_loss_is_of_positive_rois_in_their_classes():
     target = ground_truth((10, 10, 30, 30), label=2)
     labels = torch.tensor([0, 2])
     boxes = torch.tensor([[40.0, 40, 50, 50], [10, 10, 30, 30]])
-    samples = Samples(boxes, labels, matched_gt=torch.tensor([0, 0]), is_gt=torch.tensor([False, False]))
+    samples = SampledBoxes(boxes, labels, matched_gt=torch.tensor([0, 0]), is_gt=torch.tensor([False, False]))
     logits = torch.full((1, 3, 28, 28), -20.0)
     logits[0, 1] = 20.0
     assert mask_loss(logits, [samples], [target]) < 1e-6

@@ -143,7 +143,7 @@ def test_boxes_classes_and_images_are_the_same_after_a_round_trip(original, tmp_
 
 
 def names_of(dataset, target):
-    return [dataset.class_names[label - 1] for label in target['labels']]
+    return [dataset.classes[label - 1] for label in target['labels']]
 
 
 @pytest.mark.parametrize('name', ['roboflow', 'polygons'])

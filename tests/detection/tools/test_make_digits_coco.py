@@ -37,7 +37,7 @@ def test_pasted_digits_have_the_masks_of_their_pixels():
 def test_the_digits_are_a_valid_dataset_of_their_config(digits):
     train, val = build_loaders(load_config(DETECTION_CONFIGS / 'digits.yaml', ['DATA.DATA_PATH', str(digits)]))
     assert (len(train.dataset), len(val.dataset)) == (8, 4)
-    assert val.dataset.class_names == list('0123456789')
+    assert val.dataset.classes == list('0123456789')
     assert val.dataset.notes == []
     shapes = set()
     for split in ('train', 'val'):
