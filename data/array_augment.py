@@ -41,19 +41,25 @@ def use_arrays(policy: Callable) -> Callable[[Pixels], Pixels]:
     elif isinstance(policy, AutoAugment):
         ops = [op for sub_policy in policy.policy for op in sub_policy]
     else:
-        return through_pil(policy)
+        return ThroughPil(policy)
     for op in ops:
         op.aug_fn = _array_form(op)
     return policy
 
 
-def through_pil(function: Callable) -> Callable[..., Pixels]:
-    """A function of a PIL image as a function of an array."""
+class ThroughPil:
+    """A function of a PIL image as a function of an array.
 
-    def apply(pixels: Pixels, *args: Any, **kwargs: Any) -> Pixels:
-        return np.array(function(Image.fromarray(pixels), *args, **kwargs))
+    Args:
+        function: takes and returns a PIL image; further arguments are passed on.
+    """
 
-    return apply
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, pixels: Pixels, *args: Any, **kwargs: Any) -> Pixels:
+        """Apply it."""
+        return np.array(self.function(Image.fromarray(pixels), *args, **kwargs))
 
 
 def _array_form(op: AugmentOp) -> Callable[..., Pixels]:
@@ -61,8 +67,8 @@ def _array_form(op: AugmentOp) -> Callable[..., Pixels]:
         resamplings = op.kwargs['resample']
         resamplings = resamplings if isinstance(resamplings, tuple | list) else [resamplings]
         if not set(resamplings) <= _INTERPOLATIONS.keys():
-            return through_pil(op.aug_fn)
-    return _ARRAY_FORMS.get(op.name) or through_pil(op.aug_fn)
+            return ThroughPil(op.aug_fn)
+    return _ARRAY_FORMS.get(op.name) or ThroughPil(op.aug_fn)
 
 
 # Lookup tables: one value for each of the 256 levels, (256,) or per channel (256, C)

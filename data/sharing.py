@@ -20,7 +20,7 @@ class Shareable:
     of the arrays. A process that unpickles it maps the arrays, read-only, and holds its own copy of all else. So what
     grows with the number of samples belongs into arrays.
 
-    A reference can be used by processes of the same node while the process that has pickled it lives.
+    A reference can be used by processes of the same node while the object that was pickled exists.
     """
 
     _shared: '_SharedFile | None' = None

@@ -115,7 +115,7 @@ def train(run: Run, model: Detector, start: Start | None) -> None:
 
     # Data
     train_loader, eval_loader = build_loaders(config, process.rank, process.world_size)
-    classes = eval_loader.dataset.class_names
+    classes = eval_loader.dataset.classes
     datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
     record = describe_run(run, classes, datasets)
 
@@ -150,7 +150,7 @@ def evaluate(run: Run, model: Detector, start: Start) -> None:
     `confusion.csv` and `confusion.png`; for the EMA weights the same with `_ema`.
     """
     loader = build_eval_loader(run.config, run.process.rank, run.process.world_size)
-    warn_of_other_classes(run, start.checkpoint, loader.dataset.class_names)
+    warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
     log_notes(run, {'val': loader.dataset})
     evaluation, ema_evaluation = evaluate_with_ema(
         run,
@@ -211,7 +211,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, poll: Poll = no_pol
     """
     device, process = run.process.device, run.process
     model.eval()
-    evaluation, class_names = CocoEvaluation(loader.dataset), loader.dataset.class_names
+    evaluation, class_names = CocoEvaluation(loader.dataset), loader.dataset.classes
     loop, detect = EvaluationLoop(run, loader, poll), build_detect_fn(run.config, model)
     to_device = DeviceCopies(device)
     for images, targets in loop:

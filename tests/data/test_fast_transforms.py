@@ -1,5 +1,6 @@
 """The fast pipeline against the published one: equal random choices, nearly equal pixels."""
 
+import pickle
 import random
 
 import cv2
@@ -16,10 +17,12 @@ from torchvision import transforms
 from config import load_config
 from data import Preprocess, build_loaders
 from data.array_augment import use_arrays
+from data.build import build_sample_transform
 from data.decoding import EncodedImage
 from data.fast_transforms import FastEvalTransform, FastTrainTransform, draw_rectangles
 from data.seeding import seeded
 from data.transforms import PublishedTransform, train_steps
+from tests.helpers.datasets import encoded, photograph
 from tests.helpers.images import noise
 from tests.helpers.paths import ROOT
 from tests.helpers.pipelines import GEOMETRY_ALONE, compare_crops, compare_evaluation, compare_operations, difference
@@ -182,3 +185,26 @@ def test_both_pipelines_train_on_the_same_images(tiny_config, image_tree):
     for (fast, targets), (published, expected) in zip(*batches, strict=True):
         assert torch.equal(targets, expected)
         assert (fast - published).abs().max() < 2 / 255 / 0.22
+
+
+@pytest.mark.parametrize('pipeline', ['fast', 'published'])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['AUG.AUTO_AUGMENT', 'rand-m9-mstd0.5-inc1'],
+        ['AUG.AUTO_AUGMENT', 'augmix-m3-w3'],
+        ['AUG.AUTO_AUGMENT', 'original', 'DATA.INTERPOLATION', 'nearest'],
+        ['AUG.AUTO_AUGMENT', 'none', 'AUG.COLOR_JITTER', '0.4'],
+    ],
+)
+def test_transforms_can_be_handed_to_workers(pipeline, options):
+    config = load_config(MSG_TINY, [*options, 'DATA.PIPELINE', pipeline])
+    data = encoded(photograph())
+    for is_train in (True, False):
+        transform = build_sample_transform(config, is_train)
+        copy = pickle.loads(pickle.dumps(transform))
+        images = []
+        for each in (transform, copy):
+            with seeded(1):
+                images.append(each(data, 'name')[0])
+        assert torch.equal(*images)
