@@ -116,9 +116,9 @@ demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(
 	@grep '^|' $<
 	@echo "Look at $(OUTPUT)/demo_detection_curves_seed$(SEED).png and at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
 
-# One thread per process: the tests are small, and two processes share the cores.
+# One thread per process: the tests are small, and two processes share the cores. Tests that share runs are a group.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2 --dist loadgroup
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist worksteal

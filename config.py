@@ -22,10 +22,13 @@ from models.timm_networks import PREFIX as TIMM
 __all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'shared_keys']
 
 
-def shared_keys() -> KeyGroup:
-    """Keys of every task."""
+def shared_keys(task: str) -> KeyGroup:
+    """Keys of every task, for the task of a name."""
     c = KeyGroup()
     c.BASE = Key([''], 'Config files that this one starts from, relative to it', affects='nothing')
+    c.TASK = Key(
+        task, 'Task: classification (main.py) or detection (detection.main)', choices=(task,), affects='network'
+    )
     c.AMP_OPT_LEVEL = Key(
         '',
         "Mixed precision: O0 none, O1 autocast, O2 Apex's float16 network; '' is O1 on a GPU and O0 elsewhere",
@@ -52,12 +55,14 @@ def shared_keys() -> KeyGroup:
     c.DETERMINISTIC = Key(False, 'Only algorithms that give the same bits every time, even where they are slower')
     c.OUTPUT = Key(
         '',
-        "Folder of all runs; '' is output. A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
+        'Folder of all runs (output). A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>',
         flag='--output',
         metavar='DIR',
         affects='nothing',
     )
-    c.TAG = Key('default', 'Name of this run among those of its model', flag='--tag', metavar='NAME', affects='nothing')
+    c.TAG = Key(
+        'default', 'Name of the run: the last part of its folder', flag='--tag', metavar='NAME', affects='nothing'
+    )
     c.SAVE_FREQ = Key(1, 'Epochs between checkpoints', min=1, affects='nothing')
     c.EVAL_FREQ = Key(1, 'Epochs between evaluations; the last one is evaluated in any case', min=1, affects='nothing')
     c.SAVE_STEPS = Key(
@@ -79,13 +84,25 @@ def shared_keys() -> KeyGroup:
     c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
     c.TENSORBOARD = Key(True, "Write TensorBoard event files to the run's folder", affects='nothing')
     c.SEED = Key(0, 'Random seed; rank r uses SEED + r', min=0)
-    c.EVAL_MODE = Key(False, 'Evaluate MODEL.RESUME or MODEL.PRETRAINED and stop', flag='--eval', affects='nothing')
+    c.EVAL_MODE = Key(
+        False, 'Evaluate the checkpoint of --resume or --pretrained and stop', flag='--eval', affects='nothing'
+    )
+    c.THROUGHPUT_MODE = Key(
+        False,
+        'Benchmark inference and, with DATA_PATH, training and data loading, in images/s, and stop',
+        flag='--throughput',
+        affects='nothing',
+    )
     c.LOCAL_RANK = Key(
-        0, 'GPU to use where no launcher sets LOCAL_RANK', min=0, flag='--local_rank --local-rank', affects='nothing'
+        0,
+        'Index of the GPU, if no launcher sets LOCAL_RANK',
+        min=0,
+        flag='--local_rank --local-rank',
+        affects='nothing',
     )
 
     c.DATA = KeyGroup()
-    c.DATA.BATCH_SIZE = Key(128, 'Images per process and step', min=1, flag='--batch-size')
+    c.DATA.BATCH_SIZE = Key(128, 'Images per process and batch', min=1, flag='--batch-size')
     c.DATA.DATA_PATH = Key(
         '', 'Folder with train/<class>/ and val/<class>/', flag='--data-path', metavar='DIR', affects='nothing'
     )
@@ -98,23 +115,23 @@ def shared_keys() -> KeyGroup:
     )
     c.MODEL.RESUME = Key(
         '',
-        'Checkpoint to resume from, or to evaluate with --eval; overrides TRAIN.AUTO_RESUME',
+        'Checkpoint of another run whose training state a new run resumes; with --eval, the checkpoint to evaluate',
         flag='--resume',
         metavar='FILE',
         affects='nothing',
     )
     c.MODEL.PRETRAINED = Key(
         '',
-        'Checkpoint whose weights start a new run',
+        'Checkpoint whose weights a new run starts from',
         flag='--pretrained',
         metavar='FILE',
         affects='nothing',
     )
     c.MODEL.PRETRAINED_WEIGHTS = Key(
         'auto',
-        'Weights of PRETRAINED: raw, ema, or auto: the EMA weights unless the raw ones scored higher',
+        'Weights to load from PRETRAINED: raw, ema, or auto: the EMA weights unless the raw ones scored higher',
         choices=('auto', 'raw', 'ema'),
-        flag='--raw=raw --ema=ema',
+        flag='--pretrained-weights',
         affects='nothing',
     )
     c.MODEL.PRETRAINED_HEAD = Key(
@@ -169,13 +186,19 @@ def shared_keys() -> KeyGroup:
     c.TRAIN = KeyGroup()
     c.TRAIN.EPOCHS = Key(300, 'Number of epochs', min=1)
     c.TRAIN.WEIGHT_DECAY = Key(0.05, 'Weight decay, except for norms, biases and position parameters', min=0)
+    c.TRAIN.START_EPOCH = Key(0, 'First epoch of a run that starts from no checkpoint', min=0, affects='nothing')
     c.TRAIN.BASE_LR = Key(
-        5e-4, 'Peak learning rate for 512 images per update; scaled with their number, like WARMUP_LR and MIN_LR', min=0
+        5e-4,
+        'Peak learning rate for BASE_BATCH images per update; scaled with their number, like WARMUP_LR and MIN_LR',
+        min=0,
     )
+    c.TRAIN.BASE_BATCH = Key(512, 'Images per update that the learning rates are for', min=1)
     c.TRAIN.CLIP_GRAD = Key(5.0, 'Maximum gradient norm; 0 disables clipping', min=0)
-    c.TRAIN.AUTO_RESUME = Key(True, "Resume from the newest checkpoint in the run's folder", affects='nothing')
+    c.TRAIN.AUTO_RESUME = Key(
+        True, "Continue the run that the run's folder holds; False is an error where it holds one", affects='nothing'
+    )
     c.TRAIN.ACCUMULATION_STEPS = Key(
-        0, 'Batches whose gradients make one update; 0 and 1 are the same', min=0, flag='--accumulation-steps'
+        0, 'Gradient accumulation: batches per update; 0 and 1 are off', min=0, flag='--accumulation-steps'
     )
     c.TRAIN.NONFINITE = Key(
         'stop',
@@ -193,7 +216,7 @@ def shared_keys() -> KeyGroup:
         max=0.9999999,
     )
     c.TRAIN.USE_CHECKPOINT = Key(
-        False, 'Recompute blocks in the backward pass: less memory, more time', flag='--use-checkpoint'
+        False, 'Activation checkpointing: recompute blocks in the backward pass', flag='--use-checkpoint'
     )
     c.TRAIN.RECOMPUTE_MLP = Key(
         False,
@@ -214,13 +237,7 @@ def shared_keys() -> KeyGroup:
 
 
 # Keys of classification
-_C = shared_keys()
-_C.THROUGHPUT_MODE = Key(
-    False,
-    'Measure images/s of the network, with DATA_PATH of training and its loader too, and stop',
-    flag='--throughput',
-    affects='nothing',
-)
+_C = shared_keys('classification')
 _C.COMPILE_MODE = Key(
     'default',
     'Mode of torch.compile: default, reduce-overhead (CUDA graphs: small batches) or max-autotune (slow to compile)',
@@ -266,7 +283,6 @@ _C.MODEL.MSG.HEAD_TOKENS = Key(
 )
 _C.MODEL.MSG.APE = Key(False, 'Absolute position embedding', affects='network')
 
-_C.TRAIN.START_EPOCH = Key(0, 'First epoch, unless a checkpoint says otherwise', min=0, affects='nothing')
 _C.TRAIN.WARMUP_EPOCHS = Key(20, 'Epochs of linear warm-up', min=0)
 _C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0)
 _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0)
@@ -348,9 +364,11 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         raise ConfigError('--eval needs weights: add --resume <checkpoint>')
     if config.EVAL_MODE and config.MODEL.PRETRAINED_WEIGHTS != 'auto':
-        raise ConfigError('--eval evaluates raw and EMA weights: leave out --raw and --ema')
+        raise ConfigError('--eval evaluates raw and EMA weights: leave out --pretrained-weights')
+    if config.EVAL_MODE and config.THROUGHPUT_MODE:
+        raise ConfigError('--eval and --throughput exclude each other: give one of them')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
-        raise ConfigError('--resume resumes a run and --pretrained starts one: give one of them')
+        raise ConfigError('--resume goes on from a checkpoint, --pretrained takes its weights only: give one of them')
     try:
         check_network(config)
     except ValueError as error:
@@ -382,9 +400,7 @@ def _check(config: CfgNode) -> None:
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch > config.DATA.IMG_SIZE:
         raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
-    if config.EVAL_MODE and config.THROUGHPUT_MODE:
-        raise ConfigError('--eval and --throughput exclude each other: give one of them')
     check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
 
 
-TREE = ConfigTree(_C, _check)
+TREE = ConfigTree('classification', _C, _check)

@@ -1,4 +1,4 @@
-"""Leaf helpers: user errors and exits, atomic writes, seeds, backend flags, the environment of a run."""
+"""Leaf helpers: user errors, exits, atomic writes, random states, backend flags, the environment of a run."""
 
 import argparse
 import contextlib
@@ -146,6 +146,28 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of Python's, NumPy's, PyTorch's and the device's generators, as plain data and tensors."""
+    name, key, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        'python': random.getstate(),
+        'numpy': (name, key.tolist(), position, has_gauss, gauss),
+        'torch': torch.get_rng_state(),
+    }
+    if device.type != 'cpu':
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Restore `random_states`; a device without a saved state keeps its own."""
+    random.setstate(states['python'])
+    np.random.set_state(states['numpy'])
+    torch.set_rng_state(states['torch'])
+    if device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def set_backend_flags(tf32: bool, deterministic: bool) -> None:

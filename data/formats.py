@@ -30,7 +30,7 @@ def open_samples(name: str, folder: Path, split: str) -> Samples:
     """
     if name == 'imagenet' and (found := find_format(folder)) != name:
         raise DataError(f'{folder} has the format {found}: write --opts DATA.DATASET {found}')
-    compare_classes(name, folder)
+    check_same_classes(name, folder)
     samples = FORMATS[name](folder, split)
     if empty := samples.empty_classes():
         raise DataError(empty[0])
@@ -49,7 +49,7 @@ def find_format(folder: Path) -> str:
     return 'zip' if any((folder / f'{split}_map.txt').exists() for split in splits) else 'imagenet'
 
 
-def compare_classes(name: str, folder: Path) -> None:
+def check_same_classes(name: str, folder: Path) -> None:
     """Check that `train` and `val`, if there are both, have the same classes.
 
     Raises:

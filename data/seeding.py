@@ -1,4 +1,4 @@
-"""Random states, and augmentation seeded by (seed, epoch, index) instead of by process and order."""
+"""Augmentation seeded by (seed, epoch, index) instead of by process and order."""
 
 import random
 from collections.abc import Iterator
@@ -8,28 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """States of Python's, NumPy's, PyTorch's and the device's generators, as plain data and tensors."""
-    name, key, position, has_gauss, gauss = np.random.get_state()
-    states = {
-        'python': random.getstate(),
-        'numpy': (name, key.tolist(), position, has_gauss, gauss),
-        'torch': torch.get_rng_state(),
-    }
-    if device.type != 'cpu':
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore `random_states`; a device without a saved state keeps its own."""
-    random.setstate(states['python'])
-    np.random.set_state(states['numpy'])
-    torch.set_rng_state(states['torch'])
-    if device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 @contextmanager

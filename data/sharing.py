@@ -31,8 +31,8 @@ class Shareable:
         Raises:
             DataError: there is too little memory.
         """
-        if self._shared is None and hasattr(os, 'memfd_create'):
-            file = _SharedFile.write(self)
+        if self._shared is None and (descriptor := _create_file()) is not None:
+            file = _SharedFile.write(self, descriptor)
             vars(self).update(vars(file.load()), _shared=file)
         return self
 
@@ -46,6 +46,14 @@ def _attach(path: str, parts: Sequence[slice]) -> Shareable:
     value = file.load()
     value._shared = file
     return value
+
+
+def _create_file() -> int | None:
+    """A descriptor of a new file in memory; None where the system has or allows none."""
+    try:
+        return os.memfd_create('samples') if hasattr(os, 'memfd_create') else None
+    except OSError:
+        return None
 
 
 class _SharedFile:
@@ -63,11 +71,11 @@ class _SharedFile:
         os.close(self.descriptor)
 
     @classmethod
-    def write(cls, value: Any) -> '_SharedFile':
-        """Pickle an object; its arrays are written as they are."""
+    def write(cls, value: Any, descriptor: int) -> '_SharedFile':
+        """Pickle an object into a new file; its arrays are written as they are."""
         arrays: list[pickle.PickleBuffer] = []
         pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
-        file, parts, position = cls(os.memfd_create('samples'), ()), [], 0
+        file, parts, position = cls(descriptor, ()), [], 0
         try:
             with open(file.descriptor, 'wb', closefd=False) as output:
                 for content in (pickled, *(array.raw() for array in arrays)):

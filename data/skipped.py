@@ -22,7 +22,7 @@ class SkippedImages:
         self.dataset, self.limit, self.warn = dataset, limit, warn
         self.indices: set[int] = set()
 
-    def record(self, skipped: Tensor) -> None:
+    def count(self, skipped: Tensor) -> None:
         """Note the `skipped` of a batch, on the CPU.
 
         Raises:

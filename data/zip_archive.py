@@ -53,7 +53,7 @@ class ZipArchive(Samples):
         self.classes = self.find_classes(folder, split)
         try:
             entries, keys = _read_directory(self.path)
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f'{self.path} cannot be read ({error}): it is no complete zip archive') from error
         self._entries = entries[self._find(keys)]
         self._file = None

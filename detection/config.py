@@ -18,7 +18,7 @@ from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree
 from models.timm_networks import PREFIX as TIMM
 
-_C = shared_keys()
+_C = shared_keys('detection')
 
 # Shared keys with other defaults
 _C.MODEL.NAME = replace(_C.MODEL.NAME, default='cascade_mask_rcnn_msg_tiny_3x')
@@ -37,8 +37,11 @@ _C.DATA.DATA_PATH = replace(
 _C.DATA.NUM_WORKERS = replace(_C.DATA.NUM_WORKERS, default=2)
 _C.TRAIN.EPOCHS = replace(_C.TRAIN.EPOCHS, default=36)
 _C.TRAIN.BASE_LR = replace(
-    _C.TRAIN.BASE_LR, default=1e-4, help='Peak learning rate for 16 images per update; scaled with their number'
+    _C.TRAIN.BASE_LR,
+    default=1e-4,
+    help='Peak learning rate for BASE_BATCH images per update; scaled with their number',
 )
+_C.TRAIN.BASE_BATCH = replace(_C.TRAIN.BASE_BATCH, default=16)
 _C.TRAIN.CLIP_GRAD = replace(_C.TRAIN.CLIP_GRAD, default=0.0)
 _C.AMP_OPT_LEVEL = replace(  # torchvision's parts do not support O2's float16 network
     _C.AMP_OPT_LEVEL,
@@ -47,7 +50,6 @@ _C.AMP_OPT_LEVEL = replace(  # torchvision's parts do not support O2's float16 n
 )
 _C.AMP_BACKEND = replace(_C.AMP_BACKEND, default='native')
 
-_C.BENCHMARK_MODE = Key(False, 'Measure images/s of the whole detector and stop', flag='--benchmark', affects='nothing')
 _C.SHOW = Key(0, 'With --eval, draw the first N images with their detections', min=0, flag='--show', affects='nothing')
 _C.SHOW_SCORE = Key(0.5, 'Minimum score of a detection that is drawn', min=0, max=1, affects='nothing')
 
@@ -210,11 +212,9 @@ def _check(config: CfgNode) -> None:
         raise ConfigError(
             f'TRAIN.LR_SCHEDULER.DECAY_EPOCHS is {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}: write them in order'
         )
-    if config.EVAL_MODE and config.BENCHMARK_MODE:
-        raise ConfigError('--eval and --benchmark exclude each other: give one of them')
     if config.SHOW and not config.EVAL_MODE:
         raise ConfigError('--show draws detections of an evaluation: add --eval')
     check_run(config, check_backbone)
 
 
-TREE = ConfigTree(_C, _check)
+TREE = ConfigTree('detection', _C, _check)

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from detection.confusion import BACKGROUND, confusion_matrix, draw_confusion
 from detection.data.coco import CocoDataset, Target
 from detection.models.masks import BoxMasks
 from engine.config_tree import ConfigError
 from engine.distributed import gather_on_main_process, on_main_process
-from utils import atomic_write, report_write_errors
+from engine.run import Run
+from utils import atomic_write, csv_row, report_write_errors
 
 # pycocotools' names of the IoU types, and its metrics, in order: average precision, average recall.
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}
@@ -220,6 +222,27 @@ class CocoEvaluation:
                 atomic_write(path, lambda file: file.write(json.dumps(self.results()).encode()))
 
         on_main_process(write)
+
+    def write_report(self, run: Run, suffix: str) -> None:
+        """Write detections as `results<suffix>.json` and, where there are annotations, the report of the classes.
+
+        That is AP per class as `classes<suffix>.csv`, and the confusion matrix of detections with a score of at least
+        `SHOW_SCORE` as `confusion<suffix>.csv` and `.png`.
+        """
+        self.write(run.output_dir / f'results{suffix}.json')
+        if self.is_labelled:
+            on_main_process(lambda: self._write_class_report(run, suffix))
+
+    def _write_class_report(self, run: Run, suffix: str) -> None:
+        folder = run.output_dir
+        run.logger.info(f'AP of each class, results{suffix}.json:\n{self.class_table()}')
+        counts = confusion_matrix(self.ground_truth, self.results(), run.config.SHOW_SCORE)
+        names = [*self.class_names, BACKGROUND]
+        rows = [['', *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+        with report_write_errors(folder):
+            for name, table in (('classes', self.class_rows()), ('confusion', rows)):
+                (folder / f'{name}{suffix}.csv').write_text(''.join(map(csv_row, table)))
+            draw_confusion(counts, self.class_names).savefig(folder / f'confusion{suffix}.png', dpi=100)
 
 
 def _class_precision(precision: np.ndarray) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pycocotools import mask as coco_mask
 
-from detection.inference import Frame
+from detection.frames import Frame
 from detection.tta import Detections
 from utils import csv_row
 

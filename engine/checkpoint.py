@@ -7,7 +7,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from engine.config_tree import TASKS, stated_task
 from utils import UserError, atomic_write, first_line
 
 
@@ -25,7 +26,7 @@ class CheckpointError(UserError):
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically: whatever happens, `path` holds the old file or the whole new one.
 
-    Every record carries a checksum (the CRC-32 of PyTorch's zip format), which `load_checkpoint` verifies.
+    Every entry of the file carries a checksum (the CRC-32 of PyTorch's zip format), which `load_checkpoint` verifies.
 
     Raises:
         CheckpointError: it cannot be written; the old file is intact.
@@ -71,7 +72,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping.
 
     Returns:
-        The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, and whatever else there is.
+        The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, the name of their task as
+        `task`, and whatever else there is.
 
     Raises:
         CheckpointError: there is no such file, it is not a checkpoint, it is damaged, or it holds more than data.
@@ -99,7 +101,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     entries['model'] = _clean_names(weights)
     if ema_weights is not None:
         entries['model_ema'] = _clean_names(ema_weights)
+    entries['task'] = _task_of(entries)
     return entries
+
+
+def _task_of(entries: Mapping[str, Any]) -> str:
+    """The task of a checkpoint: what its config states.
+
+    Checkpoints of other programs have no such config. Their weights tell: those of a detector have a backbone.
+    """
+    config = entries.get('config')
+    stated = stated_task(config) if isinstance(config, Mapping) else None
+    is_detector = any(name.startswith('backbone.') for name in entries['model'])
+    return stated if stated in TASKS else 'detection' if is_detector else 'classification'
 
 
 def _load_pth(path: Path, mmap: bool = False) -> Any:
@@ -155,7 +169,7 @@ def _clean_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '') -> tuple[dict[str, Tensor], str]:
+def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = 'auto') -> tuple[dict[str, Tensor], str]:
     """Choose between a checkpoint's raw and EMA weights, for programs that only read them.
 
     EMA weights are taken where there are some, unless the raw ones have a higher score: after few updates, the average
@@ -164,7 +178,7 @@ def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '
     Args:
         checkpoint: from `load_checkpoint`; its `scores`, if any, are the metrics in percent of `raw` and `ema` weights.
         path: the checkpoint's path, for messages.
-        choice: `raw` or `ema`; empty chooses.
+        choice: `auto`, `raw` or `ema`.
 
     Returns:
         The weights, and what they are, for the log.
@@ -174,12 +188,12 @@ def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '
     """
     if 'model_ema' not in checkpoint:
         if choice == 'ema':
-            raise CheckpointError(f'{path} holds no EMA weights: leave out --ema, or train with TRAIN.EMA_DECAY')
+            raise CheckpointError(f'{path} holds no EMA weights: write --pretrained-weights raw')
         return checkpoint['model'], 'the only weights'
     scores = checkpoint.get('scores') or {}
     raw, ema = scores.get('raw'), scores.get('ema')
     is_scored = raw is not None and ema is not None
-    if choice == 'raw' or (not choice and is_scored and raw > ema):
+    if choice == 'raw' or (choice == 'auto' and is_scored and raw > ema):
         return checkpoint['model'], 'raw weights' + (f' ({raw:.1f} against {ema:.1f} %)' if is_scored else '')
     return checkpoint['model_ema'], 'EMA weights' + (f' ({ema:.1f} against {raw:.1f} %)' if is_scored else '')
 

@@ -14,8 +14,7 @@ class Key:
         choices: its values, where they are few; `timm:<name>` is any text that starts so.
         min, max: bounds of a number, or of every number in a list; None for none.
         optional: type of its values where None is one of them.
-        flag: its command-line flag, if any; several spellings are separated by spaces. `--raw=raw` is a flag that
-            takes no value and sets this one.
+        flag: its command-line flag, if any; several spellings are separated by spaces.
         metavar: what `--help` shows as the flag's value.
         affects: what another value changes: the `network`, the content of the `data`, the course of the `training`, or
             `nothing` that a run computes.

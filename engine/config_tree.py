@@ -15,6 +15,9 @@ from yacs.config import CfgNode
 from engine.config_keys import ChangedKey, Key, KeyGroup
 from utils import UserError, read_yaml
 
+# Names of the tasks: values of the key TASK
+TASKS = ('classification', 'detection')
+
 
 class ConfigError(UserError):
     """A config key, value or flag that cannot work; the message says what to write."""
@@ -25,10 +28,12 @@ class ConfigTree:
     """A task's keys.
 
     Attributes:
+        task: name of the task.
         root: the keys.
         check: raises `ConfigError` where values do not go together.
     """
 
+    task: str
     root: KeyGroup
     check: Callable[[CfgNode], None]
 
@@ -90,17 +95,6 @@ class ConfigTree:
         for name, key in self.keys.items():
             if not key.flag:
                 continue
-            if '=' in key.flag:
-                group = parser.add_mutually_exclusive_group()
-                for flag, value in (spelling.split('=') for spelling in key.flag.split()):
-                    group.add_argument(
-                        flag,
-                        dest=_destination(key),
-                        action='store_const',
-                        const=value,
-                        help=f'{key.help} ({name} {value})',
-                    )
-                continue
             options: dict[str, Any] = {'help': f'{key.help} ({name})', 'default': None}
             if key.type is bool:
                 options['action'] = 'store_true'
@@ -133,17 +127,18 @@ class ConfigTree:
 
     def _merge_file(self, config: CfgNode, path: Path, included_from: tuple[Path, ...] = ()) -> None:
         """Merge a YAML file's BASE files, in order, then the file; `included_from` are the files that led to it."""
-        if path.resolve() in included_from:
-            raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
-        tree = read_yaml(path, f'config file {path}', ConfigError)
-        if not isinstance(tree, Mapping):
-            raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
+        tree = _read_file(path, included_from)
+        task = stated_task(tree)
+        if task not in (None, self.task):
+            raise ConfigError(
+                f'config file {path} is for {task}, and this program is for {self.task}: '
+                f'start the program of {task}, or give another --cfg'
+            )
         default = self.keys['BASE'].default
         for base in self._coerce('BASE', tree.get('BASE', default), str(path)):
             if base:
                 self._merge_file(config, path.parent / base, (*included_from, path.resolve()))
-        # Unknown keys last: a config of another task fails by its MODEL.TYPE, which says more.
-        for key, value in sorted(leaves(tree), key=lambda leaf: leaf[0] not in self.keys):
+        for key, value in leaves(tree):
             self._set(config, key, value, str(path))
 
     def _set(self, config: CfgNode, name: str, value: Any, source: str) -> None:
@@ -189,6 +184,47 @@ class ConfigTree:
             raise ConfigError(f'{name} is {value!r}: write {key.allowed} (in {source})')
 
 
+def stated_task(config: Mapping[str, Any]) -> str | None:
+    """The task that a config file, or the config in a checkpoint, states; None if it states none.
+
+    Files from before there was the key `TASK` state it by their `MODEL.TYPE`.
+    """
+    if config.get('TASK'):
+        return str(config['TASK'])
+    model = config.get('MODEL')
+    network = str(model.get('TYPE')) if isinstance(model, Mapping) else ''
+    if network == 'cascade_rcnn':
+        return 'detection'
+    return 'classification' if network == 'msg' or network.startswith('timm:') else None
+
+
+def task_of_file(path: str | Path) -> str:
+    """The task of a config file, which it or one of its BASE files states; classification if none does.
+
+    Raises:
+        ConfigError: a file cannot be read, or is among its own BASE files.
+    """
+    return _task_of_file(Path(path), ()) or 'classification'
+
+
+def _task_of_file(path: Path, included_from: tuple[Path, ...]) -> str | None:
+    tree = _read_file(path, included_from)
+    bases = tree.get('BASE') or []
+    paths = [path.parent / str(base) for base in ([bases] if isinstance(bases, str) else bases) if base]
+    tasks = (_task_of_file(base, (*included_from, path.resolve())) for base in paths)
+    return stated_task(tree) or next(filter(None, tasks), None)
+
+
+def _read_file(path: Path, included_from: tuple[Path, ...] = ()) -> Mapping[str, Any]:
+    """Content of a config file; `included_from` are the files that name it, one after the other, in their BASE."""
+    if path.resolve() in included_from:
+        raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
+    tree = read_yaml(path, f'config file {path}', ConfigError)
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
+    return tree
+
+
 def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Dotted name and value of every leaf of a nested mapping."""
     for name, value in tree.items():
@@ -225,7 +261,7 @@ def get(config: CfgNode, name: str, source: str) -> Any:
 
 def _destination(key: Key) -> str:
     """The attribute in which argparse stores a key's flag."""
-    return key.flag.split()[0].removeprefix('--').split('=')[0].replace('-', '_')
+    return key.flag.split()[0].removeprefix('--').replace('-', '_')
 
 
 def _plain(value: Any) -> Any:

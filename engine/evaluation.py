@@ -1,22 +1,53 @@
-"""Evaluation, shared by all tasks: batches, stop requests, log lines, EMA weights."""
+"""The evaluation loop, shared by all tasks, and the evaluation of EMA weights."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from engine.checkpoint import fit_weights, load_weights
-from engine.distributed import Process
-from engine.meter import peak_memory_mb
+from engine.memory import peak_memory_mb
+from engine.meter import progress_bar
 from engine.run import Run
 
-Result = TypeVar('Result')
 Poll = Callable[[], None]
+
+
+class Evaluation(Protocol):
+    """The result of evaluating a network.
+
+    Attributes:
+        metrics: by name, in percent except for `val_loss`, which breaks ties when the best checkpoint is selected.
+    """
+
+    metrics: dict[str, float]
+
+    def write_report(self, run: Run, suffix: str) -> None:
+        """Write detailed results, such as metrics per class, to the run's folder and log.
+
+        Every rank calls it, and rank 0 writes.
+
+        Args:
+            run: the run.
+            suffix: at the end of the file names: '_ema' for the EMA weights, '' otherwise.
+        """
+
+
+class EvaluateFn(Protocol):
+    """Evaluates networks."""
+
+    def __call__(self, network: nn.Module, poll: Poll, suffix: str) -> Evaluation:
+        """Evaluate a network; every rank calls it at the same point.
+
+        Args:
+            network: the network, not wrapped in DDP.
+            poll: called after each batch, equally often on every rank, because it is a collective; may raise `Stopped`.
+            suffix: at the end of the names of files and folders that it writes: '_ema' for the EMA weights.
+        """
 
 
 def no_poll() -> None:
@@ -46,7 +77,7 @@ class EvaluationLoop:
             self.poll()
 
     def log(self, text: Callable[[], str]) -> None:
-        """Log the current batch, every PRINT_FREQ batches; `text` is called only then."""
+        """Log the current batch, every PRINT_FREQ batches; `text` is evaluated only then."""
         if self.step % self.run.config.PRINT_FREQ == 0:
             seconds = (time.time() - self.start_time) / (self.step + 1)
             memory = peak_memory_mb(self.run.process.device)
@@ -56,32 +87,31 @@ class EvaluationLoop:
 
 
 def evaluate_with_ema(
-    run: Run, evaluate_fn: Callable[[nn.Module], Result], model: nn.Module, ema_model: nn.Module | None
-) -> tuple[Result, Result | None]:
-    """Evaluate a network, then its EMA weights if there are any."""
-    result = evaluate_fn(model)
-    if ema_model is None:
-        return result, None
-    run.logger.info('EMA weights:')
-    return result, evaluate_fn(ema_model)
+    run: Run, evaluate: EvaluateFn, network: nn.Module, ema_network: nn.Module | None, poll: Poll = no_poll
+) -> dict[str, Evaluation]:
+    """Evaluate a network, then its EMA weights if there are any.
+
+    Returns:
+        The evaluations, as `raw` and `ema`.
+    """
+    evaluations = {'raw': evaluate(network, poll, '')}
+    if ema_network is not None:
+        run.logger.info('EMA weights:')
+        evaluations['ema'] = evaluate(ema_network, poll, '_ema')
+    return evaluations
 
 
-def load_ema(model: nn.Module, checkpoint: dict[str, Any]) -> nn.Module | None:
-    """A copy of the network with the checkpoint's EMA weights; None if it has none."""
+def load_ema(network: nn.Module, checkpoint: Mapping[str, Any]) -> nn.Module | None:
+    """A copy of the network with the checkpoint's EMA weights; None if the checkpoint has none."""
     if 'model_ema' not in checkpoint:
         return None
-    ema_model = copy.deepcopy(model)  # not the same network: Apex may hold float16 copies of its weights
+    ema_network = copy.deepcopy(network)  # not the same network: Apex may hold float16 copies of its weights
     name = "the checkpoint's model_ema"
-    weights, _ = fit_weights(ema_model, checkpoint['model_ema'], name)  # as the raw weights were, which is logged
-    load_weights(ema_model, {'model': weights}, name)
-    return ema_model
-
-
-def progress_bar(loader: DataLoader, name: str, process: Process) -> tqdm:
-    """The loader's batches, with a progress bar where rank 0 has a terminal."""
-    return tqdm(loader, name, leave=False, disable=None if process.rank == 0 else True)
+    weights, _ = fit_weights(ema_network, checkpoint['model_ema'], name)  # like the raw weights, which was logged
+    load_weights(ema_network, {'model': weights}, name)
+    return ema_network
 
 
 def missing_batches(loader: DataLoader, world_size: int) -> int:
-    """How many batches this process's shard has fewer than rank 0's, the largest."""
+    """Number of batches by which this rank's evaluation shard is shorter than that of rank 0."""
     return math.ceil(math.ceil(len(loader.dataset) / world_size) / loader.batch_size) - len(loader)

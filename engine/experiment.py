@@ -1,48 +1,46 @@
-"""What makes two runs the same experiment: data, classes, the weights they began from, the environment."""
+"""What identifies a run: its origin, data, classes and environment, which every checkpoint records."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.checkpoint import CheckpointError
-from engine.class_names import same_classes
 from engine.distributed import gather_on_main_process, on_main_process
 from engine.run import Run
+from engine.task import SampleList
 from utils import UserError, environment
 
-# What the bits of a run depend on beyond its config and data, of what checkpoints say of its environment.
+# What a run started from: random weights (scratch), the weights of a checkpoint (pretrained), or the training state of
+# another run's checkpoint (resume). A mapping with `kind`; for the last two also `path` and `sha256` of the checkpoint;
+# for pretrained also `weights` and `head`, the values of the config; for resume also `origin`, that of the other run.
+Origin = Mapping[str, Any]
+SCRATCH, PRETRAINED, RESUME = 'scratch', 'pretrained', 'resume'
+
+# Entries of the environment, as checkpoints record it, that affect bit-exact resuming.
 ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads', 'world_size', 'precision')
 
 
 class ExperimentError(UserError):
-    """Runs or ranks that would spoil each other: another network, other data or other weights than before."""
+    """Conflict between runs, or between ranks: another network, other data or another origin."""
 
 
-class DescribedDataset(Protocol):
-    """What a run needs to know of its data: notes for the log, and a name per sample."""
-
-    notes: list[str]
-
-    def sample_names(self) -> Iterable[str]:
-        """A name per sample, in order, the same wherever and in whatever format the dataset is stored."""
-
-
-def describe_run(run: Run, classes: list[str], datasets: Mapping[str, DescribedDataset]) -> dict[str, Any]:
-    """What every checkpoint of the run says about it; every process calls it at the same point.
+def describe_run(run: Run, datasets: Mapping[str, SampleList], origin: Origin | None) -> dict[str, Any]:
+    """Collect what every checkpoint records about its run; every rank calls it at the same point.
 
     Args:
         run: the run.
-        classes: names of the classes.
-        datasets: by split; their notes are logged.
+        datasets: the splits `train` and `val`; their notes are logged.
+        origin: where the run started; None if that is unknown.
 
     Returns:
-        `classes`, `data` and `environment`.
+        `classes`, `data`, `environment` and `origin`.
 
     Raises:
         ExperimentError: a rank has other data than rank 0.
     """
     log_notes(run, datasets)
+    classes = list(datasets['val'].classes)
     data = {split: describe_samples(dataset.sample_names()) for split, dataset in datasets.items()}
     gathered = gather_on_main_process((classes, data))
 
@@ -58,19 +56,19 @@ def describe_run(run: Run, classes: list[str], datasets: Mapping[str, DescribedD
     on_main_process(check)
     ours = {'world_size': str(run.process.world_size), 'precision': str(run.precision)}
     known = environment(run.process.device)
-    known = {name: known[name] for name in known if name not in ('command', 'host', 'system')}  # logged alone
-    return {'classes': classes, 'data': data, 'environment': known | ours}
+    known = {name: known[name] for name in known if name not in ('command', 'host', 'system')}  # in the log only
+    return {'classes': classes, 'data': data, 'environment': known | ours, 'origin': origin}
 
 
-def log_notes(run: Run, datasets: Mapping[str, DescribedDataset]) -> None:
-    """Log the notes of datasets, by split."""
+def log_notes(run: Run, datasets: Mapping[str, SampleList]) -> None:
+    """Log each dataset's notes, after the name of its split."""
     for split, dataset in datasets.items():
         for note in dataset.notes:
             run.logger.info(f'{split}: {note}')
 
 
 def describe_samples(names: Iterable[str]) -> dict[str, int | str]:
-    """Number of samples and a hash of their names, in order: equal where the samples are.
+    """Number of samples and a hash of their names, in order; the content of the files is not hashed.
 
     Args:
         names: a name per sample, the same wherever and in whatever format the dataset is stored.
@@ -86,38 +84,93 @@ def describe_samples(names: Iterable[str]) -> dict[str, int | str]:
 
 
 def changed_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Splits whose samples differ, in words; nothing is known of a split that `before` does not have."""
+    """Describe the splits whose samples have changed; a split that `before` does not have counts as unchanged."""
     changes = []
     for split, ours in now.items():
         theirs = before.get(split, ours)
         if theirs['images'] != ours['images']:
             changes.append(f'{split} has {ours["images"]} images, not {theirs["images"]}')
         elif theirs != ours:
-            changes.append(f'{split} has as many images, but other ones')
+            changes.append(f'{split} has as many images, but different ones')
     return changes
 
 
-def identify(path: str) -> dict[str, str]:
-    """Path and content hash of a checkpoint."""
+def origin_of_file(kind: str, path: str) -> dict[str, Any]:
+    """The origin of a run that starts from a checkpoint file.
+
+    Args:
+        kind: `PRETRAINED` or `RESUME`.
+        path: the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return {'kind': kind, 'path': str(Path(path).resolve()), 'sha256': _sha256(path)}
+
+
+def recorded_origin(checkpoint: Mapping[str, Any]) -> Origin | None:
+    """The origin that a checkpoint records; None if it records none.
+
+    Older checkpoints have an entry `pretrained` instead of `origin`.
+    """
+    if 'pretrained' not in checkpoint:
+        return checkpoint.get('origin')
+    pretrained = checkpoint['pretrained']
+    return {'kind': SCRATCH} if pretrained is None else {'kind': PRETRAINED, **pretrained}
+
+
+def is_pretrained(origin: Origin | None) -> bool:
+    """Whether a run, or the run that it was resumed from, started with --pretrained; False if that is unknown."""
+    while origin is not None and origin['kind'] == RESUME:
+        origin = origin.get('origin')
+    return origin is not None and origin['kind'] == PRETRAINED
+
+
+def origin_name(origin: Origin) -> str:
+    """Format an origin for messages, such as `--pretrained FILE`."""
+    return 'scratch' if origin['kind'] == SCRATCH else f'--{origin["kind"]} {origin["path"]}'
+
+
+def is_same_origin(kind: str, path: str, recorded: Origin) -> bool:
+    """Whether a recorded origin matches a file of the command line, by path or by SHA-256.
+
+    A file at the same path counts as the same, whatever it holds now: it may have been removed or overwritten since.
+    """
+    if recorded['kind'] != kind:
+        return False
+    return str(Path(path).resolve()) == recorded['path'] or _sha256(path) == recorded['sha256']
+
+
+def has_changed(path: str, recorded: Origin) -> bool:
+    """Whether a file still exists, but has another content than a recorded origin."""
+    return Path(path).exists() and _sha256(path) != recorded['sha256']
+
+
+def _sha256(path: str) -> str:
     try:
         with open(path, 'rb') as file:
-            return {'path': str(Path(path).resolve()), 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
+            return hashlib.file_digest(file, 'sha256').hexdigest()
     except OSError as error:
         raise CheckpointError(f'checkpoint {path} cannot be read: {error.strerror}') from error
 
 
 def compare_classes(classes: Sequence[str], checkpoint: Mapping[str, Any]) -> list[str]:
-    """What differs, in words, between the names of the data's classes and those of a checkpoint; empty for nothing."""
+    """Describe how the class names of the data differ from those of a checkpoint; empty if they do not.
+
+    A checkpoint without class names counts as equal.
+    """
     theirs = checkpoint.get('classes')
-    if same_classes(classes, theirs) is not False:
+    if not theirs or list(theirs) == list(classes):
         return []
     if len(classes) != len(theirs):
-        return [f'there were {len(theirs)} classes and are {len(classes)}']
-    different = [f'{now} for {before}' for now, before in zip(classes, theirs, strict=True) if now != before]
-    return [f'{len(different)} of the {len(classes)} classes have other names in the checkpoint ({different[0]})']
+        return [f'{len(classes)} classes instead of {len(theirs)}']
+    first = next(f'{ours} for {before}' for ours, before in zip(classes, theirs, strict=True) if ours != before)
+    return [f'other classes ({first})']
 
 
 def warn_of_other_classes(run: Run, checkpoint: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Warn where the names of the data's classes differ from those of the checkpoint."""
     for change in compare_classes(classes, checkpoint):
-        run.logger.warning(f'{change}: accuracy means nothing unless they are the same classes')
+        run.logger.warning(
+            f'{change} than in the checkpoint: metrics mean nothing unless they stand for the same things'
+        )

@@ -1,8 +1,6 @@
-"""Log lines of training: losses, norms, speed, memory."""
+"""Log lines of training: losses, norms, speed, memory; and progress bars."""
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -10,12 +8,20 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from engine.distributed import all_reduce_sum
+from engine.distributed import Process, all_reduce_sum
+from engine.memory import peak_memory_mb
 from engine.state import TrainingState
 from logger import MetricsLog
 
 Batch = TypeVar('Batch')
+
+
+def progress_bar(loader: DataLoader, name: str, process: Process) -> tqdm:
+    """The loader's batches, with a progress bar where rank 0 has a terminal."""
+    return tqdm(loader, name, leave=False, disable=None if process.rank == 0 else True)
 
 
 class TrainMeter:
@@ -93,13 +99,3 @@ class TrainMeter:
             'train', state.updates, **record, data_s=last_wait, images_per_s=images_per_s, memory_mb=memory
         )
         self.logged_step, self.logged_time, self.logged_wait = state.step, now, self.wait
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MB (2^20 bytes): of the GPU (on Apple's, memory in use), or of the host."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if device.type == 'mps':
-        return torch.mps.driver_allocated_memory() / 2**20
-    unit = 1 if sys.platform == 'darwin' else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,9 +1,9 @@
-"""Policy for losses and gradient norms that are not finite, without waiting for the GPU."""
+"""Policy for losses and gradient norms that are not finite."""
 
-import logging
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from utils import UserError
@@ -12,11 +12,11 @@ _REMEDY = 'write a smaller TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or AMP_DTYPE bfloat
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """A loss or gradient norm is not finite; nothing was updated since."""
+    """A loss or gradient norm is not finite; the weights are those of before that update."""
 
 
 class HostCopy:
-    """A device tensor's values, of which a copy to the host begins now."""
+    """An asynchronous copy of a device tensor to the host, which begins now."""
 
     def __init__(self, tensor: Tensor):
         self._copy, self._done = tensor.to('cpu', non_blocking=tensor.is_cuda), None
@@ -25,100 +25,94 @@ class HostCopy:
             self._done.record()
 
     def tolist(self) -> list:
-        """The values. Waits for the copy, but for no later work on the device."""
+        """The values. Waits for the copy, but not for work that was queued later."""
         if self._done is not None:
             self._done.synchronize()
         return self._copy.tolist()
 
 
-class NonFiniteCheck:
-    """Stops a run, or skips updates, before a nonfinite loss or gradient norm reaches the weights.
+class BufferBackup:
+    """A copy of a network's floating-point buffers, such as batch-norm statistics.
 
-    With `stop`, the first one skips its update and all later ones on the device, and the host finds out where it reads
-    the losses anyway: `check` raises there, on every rank, since every rank has the same flags. With `skip`, or where
-    float16 overflows occasionally, the host reads one flag per update, so that schedule and EMA skip the update too:
-    by `updated`, which the trainer calls when the next update's gradients are on their way.
-
-    Args:
-        config: the config tree; `TRAIN.NONFINITE` and `TRAIN.NONFINITE_LIMIT` are read.
-        may_overflow: scaled gradients overflow occasionally, which is not an error.
-        device: the losses' device.
-        logger: for skipped updates.
+    A forward pass changes batch-norm statistics before it is known whether its loss is finite.
     """
 
-    def __init__(self, config: CfgNode, may_overflow: bool, device: torch.device, logger: logging.Logger):
-        self.stops = config.TRAIN.NONFINITE == 'stop'
-        self.limit = config.TRAIN.NONFINITE_LIMIT
-        self.may_overflow = may_overflow
-        self.logger = logger
-        self.skipped_in_a_row = 0
-        self.first_bad = torch.tensor(-1, device=device)  # index into `update_labels`; -1 for none
-        self.update_labels: list[str] = []  # of the updates since the last check
-        self._flags: HostCopy | None = None  # `first_bad` and whether the weights are as they were, after an update
+    def __init__(self, model: nn.Module):
+        self._copies = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def restore_if(self, skipped: Tensor) -> None:
+        """Restore the buffers if a boolean on the device is true, without waiting for it."""
+        for buffer, copy in self._copies:
+            buffer.copy_(torch.where(skipped, copy, buffer))
+
+
+class NonFinitePolicy(NamedTuple):
+    """What a run does about a loss or gradient norm that is not finite.
+
+    With `stops`, the device skips the first such update and all later ones. The host notices when it next reads the
+    losses, and raises on every rank, since every rank has the same flags. With `stops` False, or where scaled float16
+    gradients overflow occasionally, the host reads one flag per update, so that schedule and EMA skip the update too.
+
+    Attributes:
+        stops: whether `TRAIN.NONFINITE` is stop.
+        limit: updates in a row that may be skipped (`TRAIN.NONFINITE_LIMIT`).
+        may_overflow: whether scaled gradients overflow occasionally, which is not an error.
+    """
+
+    stops: bool
+    limit: int
+    may_overflow: bool
+
+    @classmethod
+    def from_config(cls, config: CfgNode, may_overflow: bool) -> 'NonFinitePolicy':
+        """Create the policy from the config."""
+        return cls(config.TRAIN.NONFINITE == 'stop', config.TRAIN.NONFINITE_LIMIT, may_overflow)
 
     @property
-    def skip_update(self) -> Tensor:
-        """Whether an earlier update has stopped the run: a boolean on the device."""
-        return self.first_bad >= 0
+    def reads_every_update(self) -> bool:
+        """Whether the host has to read after each update whether it was skipped."""
+        return self.may_overflow or not self.stops
 
-    def record(
-        self, nonfinite_ranks: Tensor, grad_norm: Tensor, skipped: Tensor, epoch: int, step: int, lr: float
-    ) -> None:
-        """Record an update; on an NVIDIA GPU, the host waits for nothing.
+    def stops_at(self, nonfinite_ranks: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether an update stops the run, as a boolean on the device.
 
         Args:
-            nonfinite_ranks: number of ranks with a nonfinite loss; a scalar on the device, like the next two.
-            grad_norm: the same on every rank.
-            skipped: whether the weights were left as they are.
-            epoch: for messages, like the next two.
-            step: update within the epoch.
-            lr: learning rate.
+            nonfinite_ranks: number of ranks whose loss is not finite; a scalar on the device.
+            grad_norm: gradient norm, the same on every rank; a scalar on the device.
         """
-        self.update_labels.append(f'epoch {epoch}, update {step}, learning rate {lr:.3g}')
-        if self.stops:
-            is_bad = nonfinite_ranks > 0 if self.may_overflow else (nonfinite_ranks > 0) | ~grad_norm.isfinite()
-            self.first_bad = torch.where((self.first_bad < 0) & is_bad, len(self.update_labels) - 1, self.first_bad)
-        if self.may_overflow or not self.stops:
-            self._flags = HostCopy(torch.stack((self.first_bad, skipped.to(self.first_bad.dtype))))
+        if not self.stops:
+            return torch.zeros_like(nonfinite_ranks, dtype=torch.bool)
+        return nonfinite_ranks > 0 if self.may_overflow else (nonfinite_ranks > 0) | ~grad_norm.isfinite()
 
-    def updated(self) -> bool:
-        """Whether the last update has changed the weights, as far as the host needs to know.
-
-        Call it between two `record`s. It waits for the update, but for no later work on the device.
+    def check_skipped(self, skipped_in_a_row: int, label: str) -> None:
+        """Check the number of consecutive skipped updates, the last of which is `label`.
 
         Raises:
-            NonFiniteError: the loss is not finite, or too many updates in a row were skipped.
+            NonFiniteError: there are too many.
         """
-        if self._flags is None:
-            return True
-        (first_bad, is_skipped), self._flags = self._flags.tolist(), None
-        self._raise_if_bad(first_bad)
-        label = self.update_labels[-1]
-        self.update_labels.clear()
-        if not is_skipped:
-            self.skipped_in_a_row = 0
-            return True
-        self.skipped_in_a_row += 1
-        self.logger.warning(f'update skipped at {label}: the loss or the gradient norm is not finite')
-        if self.skipped_in_a_row > self.limit:
+        if skipped_in_a_row > self.limit:
             raise NonFiniteError(
-                f'{self.skipped_in_a_row} updates in a row were skipped, up to {label}, because the loss or the '
-                f'gradient norm was not finite: {_REMEDY}'
+                f'{skipped_in_a_row} updates in a row were skipped, up to {label}, because the loss or the gradient '
+                f'norm was not finite: {_REMEDY}'
             )
-        return False
 
-    def check(self) -> None:
-        """Read the device's flag.
 
-        Raises:
-            NonFiniteError: the loss or the gradient norm of an update since the last check was not finite.
-        """
-        self._raise_if_bad(self.first_bad.item())
-        self.update_labels.clear()
+def update_label(epoch: int, step: float, lr: float) -> str:
+    """Format an update for messages."""
+    return f'epoch {epoch}, update {step:.0f}, learning rate {lr:.3g}'
 
-    def _raise_if_bad(self, first_bad: int) -> None:
-        if first_bad >= 0:
-            raise NonFiniteError(
-                f'the loss or the gradient norm is not finite at {self.update_labels[first_bad]}: nothing was updated '
-                f'since. {_REMEDY[0].upper()}{_REMEDY[1:]}'
-            )
+
+def check_first_bad(epoch: int, step: float, lr: float) -> None:
+    """Check the values of `TrainingState.first_bad`.
+
+    Raises:
+        NonFiniteError: there was an update that stops the run.
+    """
+    if step >= 0:
+        raise NonFiniteError(
+            f'the loss or the gradient norm is not finite at {update_label(epoch, step, lr)}: nothing was updated '
+            f'since. {_REMEDY[0].upper()}{_REMEDY[1:]}'
+        )

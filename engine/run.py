@@ -1,31 +1,23 @@
-"""A run: its flags, its folder, its start, and the state it trains."""
+"""A run: its command line, its folder, and the start of its process."""
 
 import argparse
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 from engine.config_tree import ConfigTree
-from engine.distributed import Process, distribute, on_main_process, share_cores, start_process
+from engine.distributed import Process, on_main_process, share_cores, start_process
 from engine.precision import ApexPrecision, Precision, build_precision
 from engine.run_folder import RunFolder
 from engine.run_lock import RunLock
 from engine.signals import Stopped, StopRequest
-from engine.state import TrainingState
 from logger import add_log_file, create_logger
 from utils import environment, report_write_errors, set_backend_flags, set_seed
 
@@ -72,10 +64,6 @@ class Run(NamedTuple):
     def images_per_update(self) -> int:
         """Images per update, over all processes."""
         return self.config.DATA.BATCH_SIZE * self.process.world_size * self.accumulation_steps
-
-    def maybe_compile(self, network: nn.Module, enabled: bool) -> nn.Module:
-        """The network under torch.compile, if enabled: compiled at the first batch of each shape."""
-        return torch.compile(network, mode=self.config.COMPILE_MODE, dynamic=False) if enabled else network
 
 
 def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.ArgumentParser:
@@ -154,44 +142,3 @@ def _enter_folder(run: Run) -> str:
         return f'log_rank{run.process.rank}.txt'
     is_live = on_main_process(run.lock.is_held_by_another)
     return f'log_eval_rank{run.process.rank}.txt' if is_live else f'log_rank{run.process.rank}.txt'
-
-
-def build_state(
-    run: Run,
-    model: nn.Module,
-    optimizer: Optimizer,
-    loader: DataLoader,
-    build_schedule: Callable[[Optimizer, int], Scheduler],
-    first_epoch: int = 0,
-) -> tuple[nn.Module, TrainingState]:
-    """Build what a new run trains with.
-
-    Args:
-        run: the run.
-        model: the network, on the device.
-        optimizer: updates the network's parameters.
-        loader: this process's training batches.
-        build_schedule: builds the learning-rate schedule from the optimizer and the updates per epoch.
-        first_epoch: from 0.
-
-    Returns:
-        The network as this process trains it, with rank 0's weights on every rank, and the training state.
-    """
-    config, process = run.config, run.process
-    model, optimizer = run.precision.prepare(model, optimizer)
-    network = distribute(model, process.device, config.DETERMINISTIC)
-    steps_per_epoch = math.ceil(len(loader) / run.accumulation_steps)
-    state = TrainingState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=build_schedule(optimizer, steps_per_epoch),
-        precision=run.precision,
-        sampler=loader.sampler,
-        device=process.device,
-        steps_per_epoch=steps_per_epoch,
-        images_per_epoch=config.DATA.BATCH_SIZE * process.world_size * len(loader),
-        images_per_update=run.images_per_update,
-        ema=ModelEmaV3(model, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
-        epoch=first_epoch,
-    )
-    return network, state

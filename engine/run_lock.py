@@ -36,7 +36,7 @@ class RunLock:
     """The right to write to a run's folder; rank 0 holds it for as long as the run trains.
 
     `run.lock` names the holder, which touches it every few seconds. The holder also has a POSIX lock (`lockf`) on it.
-    Forked loader processes do not inherit that, as they would a `flock`, so it ends with the training process, however
+    Processes that it starts do not inherit that, as they would a `flock`, so it ends with the training process, however
     that dies. Where the file system has no locks, the file is a lease: its holder is dead if this host has no such
     process any more, or after 30 s without a heartbeat.
 
@@ -51,7 +51,7 @@ class RunLock:
         self.folder, self.logger = folder, logger
         self.path = folder / 'run.lock'
         self._descriptor: int | None = None  # of the locked file
-        self._record: dict[str, Any] | None = None  # in the file, while it is held
+        self._holder: dict[str, Any] | None = None  # in the file, while it is held
         self._released = threading.Event()
         self._mutex = threading.Lock()  # against the thread of the heartbeats
 
@@ -87,9 +87,9 @@ class RunLock:
         """Give the lock up, if it is held."""
         self._released.set()
         with self._mutex:
-            if self._record is not None and self._is_ours():
+            if self._holder is not None and self._is_ours():
                 self.path.unlink(missing_ok=True)
-            self._record = None
+            self._holder = None
             self._close()
 
     def check(self) -> None:
@@ -99,7 +99,7 @@ class RunLock:
             RunLockError: another process has taken the folder over.
         """
         with self._mutex:
-            if self._record is None or self._is_ours():
+            if self._holder is None or self._is_ours():
                 return
             if not self.path.exists():
                 self.logger.warning(f'{self.path} was removed while this run writes to its folder: it is written again')
@@ -125,7 +125,7 @@ class RunLock:
 
     def _try(self) -> bool:
         """Take the lock if it is free."""
-        record = {
+        holder = {
             'host': platform.node(),
             'pid': os.getpid(),
             'since': time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -136,7 +136,7 @@ class RunLock:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                return self._try_lease(descriptor, record)
+                return self._try_lease(descriptor, holder)
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -144,12 +144,12 @@ class RunLock:
         if not _is_file(self.path, descriptor) or self._is_leased(descriptor):
             os.close(descriptor)
             return False
-        self._descriptor, self._record = descriptor, record | {'is_lease': False}
+        self._descriptor, self._holder = descriptor, holder | {'is_lease': False}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(self._record).encode(), 0)
+        os.pwrite(descriptor, json.dumps(self._holder).encode(), 0)
         return True
 
-    def _try_lease(self, descriptor: int, record: dict[str, Any]) -> bool:
+    def _try_lease(self, descriptor: int, holder: dict[str, Any]) -> bool:
         """Take the lease if it is free, without a lock on the file.
 
         Two processes may find it free at once; the last to write it has it.
@@ -159,25 +159,25 @@ class RunLock:
                 return False
         finally:
             os.close(descriptor)
-        record |= {'is_lease': True}
-        atomic_write(self.path, lambda file: file.write(json.dumps(record).encode()))
+        holder |= {'is_lease': True}
+        atomic_write(self.path, lambda file: file.write(json.dumps(holder).encode()))
         time.sleep(SETTLE)
-        if _read(self.path) != record:
+        if _read(self.path) != holder:
             return False
-        self._record = record
+        self._holder = holder
         return True
 
     def _is_leased(self, descriptor: int) -> bool:
         """Whether a process that has no locks holds the file."""
-        record = _parse(os.pread(descriptor, 10_000, 0))
-        return record is not None and record.get('is_lease', False) and self._is_beating(descriptor)
+        holder = _parse(os.pread(descriptor, 10_000, 0))
+        return holder is not None and holder.get('is_lease', False) and self._is_beating(descriptor)
 
     def _is_beating(self, descriptor: int) -> bool:
         """Whether the process that the file names is alive, by its heartbeats and the file system's own clock."""
-        status, record = os.fstat(descriptor), _parse(os.pread(descriptor, 10_000, 0))
+        status, holder = os.fstat(descriptor), _parse(os.pread(descriptor, 10_000, 0))
         if status.st_size == 0:
             return False  # created by the caller
-        if record is not None and record['host'] == platform.node() and not is_running(record['pid']):
+        if holder is not None and holder['host'] == platform.node() and not is_running(holder['pid']):
             return False
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -187,15 +187,15 @@ class RunLock:
         return now - status.st_mtime < EXPIRY
 
     def _is_ours(self) -> bool:
-        if not self._record['is_lease']:
+        if not self._holder['is_lease']:
             return self._descriptor is not None and _is_file(self.path, self._descriptor)
-        record = _read(self.path)
-        return record == self._record or (record is None and self.path.exists())  # it could not be read just now
+        holder = _read(self.path)
+        return holder == self._holder or (holder is None and self.path.exists())  # it could not be read just now
 
     def _beat(self, released: threading.Event) -> None:
         while not released.wait(HEARTBEAT):
             with contextlib.suppress(OSError), self._mutex:
-                if self._record is not None and self._is_ours():
+                if self._holder is not None and self._is_ours():
                     os.utime(self.path)
 
     def _close(self) -> None:
@@ -212,8 +212,8 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return error.errno not in (errno.ENOENT, errno.ESTALE)  # others pass
 
 
-def _name(record: dict[str, Any] | None) -> str:
-    return f'process {record["pid"]} on {record["host"]} since {record["since"]}' if record else 'another process'
+def _name(holder: dict[str, Any] | None) -> str:
+    return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}' if holder else 'another process'
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.samplers import TrainSampler
-from data.seeding import random_states, set_random_states
 from engine.checkpoint import CheckpointError, load_weights, saved_progress
 from engine.distributed import gather_on_main_process
 from engine.precision import ApexPrecision, Precision
+from utils import random_states, set_random_states
 
 
 @dataclass
@@ -34,9 +34,13 @@ class TrainingState:
         epoch: current epoch, from 0.
         step: updates made in it.
         skipped: updates of the whole run that left the weights as they were.
+        skipped_in_a_row: how many of them the last update ends; not saved.
         max_accuracy: best metric so far, in percent.
-        scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent.
+        scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent; and the
+            `loss` that breaks ties between equal ones, where the task has one.
         sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,).
+        first_bad: step and learning rate of the epoch's first update that stops the run, (2,), -1 for none; see
+            `NonFinitePolicy`. Not saved.
     """
 
     model: nn.Module
@@ -52,12 +56,15 @@ class TrainingState:
     epoch: int = 0
     step: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     max_accuracy: float = -1.0
     scores: dict[str, float] = field(default_factory=dict)
     sums: Tensor = field(init=False)
+    first_bad: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(3, device=self.device)
+        self.first_bad = torch.full((2,), -1.0, device=self.device)
         self._set_schedule()
 
     @property
@@ -86,18 +93,32 @@ class TrainingState:
             self.sampler.set_epoch(self.epoch)
             self.sums.zero_()
 
-    def record(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Add an update to the epoch's sums, unless it was skipped; the arguments are device scalars."""
-        self.sums += torch.where(skipped, 0, torch.stack((loss, grad_norm, torch.ones_like(loss))))
+    def add_update(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor, is_bad: Tensor, lr: float) -> None:
+        """Count an update, and add it to the epoch's sums unless it was skipped; tensors are device scalars.
 
-    def advance(self, updated: bool) -> None:
-        """Advance schedule and EMA after an update, already counted in `step`; only if it has changed the weights."""
-        if not updated:
-            self.skipped += 1
-            return
+        Args:
+            loss: of this process.
+            grad_norm: of all processes.
+            skipped: whether it left the weights as they were.
+            is_bad: whether it stops the run.
+            lr: its learning rate.
+        """
+        self.sums += torch.where(skipped, 0, torch.stack((loss, grad_norm, torch.ones_like(loss))))
+        is_first = is_bad & (self.first_bad[0] < 0)
+        self.first_bad[0].masked_fill_(is_first, self.step)
+        self.first_bad[1].masked_fill_(is_first, lr)
+        self.step += 1
+
+    def advance(self) -> None:
+        """Advance schedule and EMA after the last update, which has changed the weights."""
+        self.skipped_in_a_row = 0
         self.scheduler.step_update(max(self.updates - 1, 0))
         if self.ema is not None:
             self.ema.update(self.model)
+
+    def skip(self) -> None:
+        """Count the last update as skipped: schedule and EMA stay as they are."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     def end_epoch(self) -> None:
         """Go on to the next epoch."""

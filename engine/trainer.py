@@ -1,8 +1,7 @@
-"""The training loop of any task: updates, evaluation after each epoch, checkpoints, and an orderly stop."""
+"""The training loop of any task: updates, evaluation after each epoch, checkpoints, graceful shutdown."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine.distributed import all_reduce_sum, on_main_process, synchronize_gradients
-from engine.evaluation import Poll, evaluate_with_ema, progress_bar
-from engine.meter import TrainMeter
-from engine.nonfinite import NonFiniteCheck, NonFiniteError
+from engine.evaluation import EvaluateFn, evaluate_with_ema
+from engine.meter import TrainMeter, progress_bar
+from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePolicy, check_first_bad, update_label
 from engine.run import Run
 from engine.signals import Stopped
 from engine.state import TrainingState
@@ -24,21 +23,24 @@ from utils import atomic_write, remove_dead_temporaries, report_write_errors
 
 
 class Update(NamedTuple):
-    """Results of one update, in scalars on the device.
+    """Results of one update; tensors are scalars on the device.
 
     Attributes:
         loss: total loss, averaged over this process's batches.
-        grad_norm: over all processes, before clipping.
-        nonfinite_ranks: number of processes whose loss was not finite.
-        skipped: whether the weights were left as they are.
         losses: the losses that `loss` sums, by name.
+        grad_norm: over all processes, before clipping.
+        lr: learning rate.
+        skipped: whether the weights were left as they were.
+        flags: asynchronous copy of `TrainingState.first_bad` and `skipped` to the host; None unless the policy reads
+            them after every update.
     """
 
     loss: Tensor
-    grad_norm: Tensor
-    nonfinite_ranks: Tensor
-    skipped: Tensor
     losses: dict[str, Tensor]
+    grad_norm: Tensor
+    lr: float
+    skipped: Tensor
+    flags: HostCopy | None
 
 
 class Trainer:
@@ -50,12 +52,12 @@ class Trainer:
         network: the state's model, wrapped by `distribute`.
         loader: training batches; its sampler is the state's.
         loss_fn: mean losses of a batch, by name; their sum is minimised.
-        evaluate_fn: returns the metrics of a network, not wrapped. It must call its second argument regularly, at the
-            same points on every rank; that raises `Stopped` when a stop was requested.
-        metric: the metric whose highest value is the best, of the EMA weights where there are any.
-        extra_state: further entries of the checkpoints.
+        evaluate: evaluates the state's model and its EMA weights.
+        metric: key of the metric that selects the best checkpoint, of the EMA weights if there are any; higher is
+            better.
+        provenance: further entries of every checkpoint, from `describe_run`.
         metric_name: what the log calls the metric.
-        compiles: whether the first update or evaluation compiles the network, which estimates of time leave out.
+        compiles: whether the first update and evaluation compile the network; they are excluded from the ETA.
     """
 
     def __init__(
@@ -65,32 +67,35 @@ class Trainer:
         network: nn.Module,
         loader: DataLoader,
         loss_fn: Callable[[Any], dict[str, Tensor]],
-        evaluate_fn: Callable[[nn.Module, Poll], dict[str, float]],
+        evaluate: EvaluateFn,
         metric: str,
-        extra_state: dict[str, Any],
+        provenance: Mapping[str, Any],
         metric_name: str = 'accuracy',
         compiles: bool = False,
     ):
         self.run, self.state, self.network, self.loader = run, state, network, loader
-        self.loss_fn, self.evaluate_fn = loss_fn, evaluate_fn
-        self.metric, self.metric_name, self.extra_state = metric, metric_name, extra_state
-        self.nonfinite = NonFiniteCheck(run.config, run.precision.may_overflow, run.process.device, run.logger)
+        self.loss_fn, self.evaluate = loss_fn, evaluate
+        self.metric, self.metric_name, self.provenance = metric, metric_name, provenance
+        self.policy = NonFinitePolicy.from_config(run.config, run.precision.may_overflow)
         self.metrics = MetricsLog(None)
-        self.compiles, self.best_score = compiles, -math.inf
-        self._unsettled = False  # whether schedule and EMA have yet to follow the last update
+        self.compiles, self.first_epoch = compiles, 0
 
     def fit(self) -> None:
         """Train; evaluate every `EVAL_FREQ` epochs, and save.
 
         Raises:
-            Stopped: on a signal, with everything saved.
+            Stopped: on a signal, after saving what was trained.
             NonFiniteError: a loss or gradient norm was not finite; the message names the newest checkpoint.
             CheckpointError: a checkpoint cannot be written.
+            RunLockError: another process has taken the run's folder over.
         """
         run, state = self.run, self.state
         epochs = run.config.TRAIN.EPOCHS
         if state.epoch >= epochs:
-            run.logger.info(f'nothing to train: epoch {state.epoch} of TRAIN.EPOCHS {epochs}')
+            run.logger.info(
+                f'the run is finished: it has trained {state.epoch} epochs, and TRAIN.EPOCHS is {epochs}. To train '
+                f'longer, write a larger TRAIN.EPOCHS; for another run, another --tag'
+            )
             return
         if run.stop.agreed():
             run.logger.info('stopped by a signal before training: start again')
@@ -104,8 +109,7 @@ class Trainer:
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
                 )
-        on_disk = on_main_process(run.folder.best_score)
-        self.best_score = -math.inf if on_disk is None else on_disk
+        self.first_epoch = state.epoch
         start_time = timed_from = time.time()
         first_timed_epoch = state.epoch + self.compiles
         try:
@@ -123,17 +127,16 @@ class Trainer:
         run.logger.info(f'Training time {timedelta(seconds=int(time.time() - start_time))}')
 
     def _epoch_or_save(self) -> None:
-        """Train one epoch; on a stop request, save what there is of it."""
+        """Train one epoch; on a stop request, save a checkpoint within it."""
         try:
             self._epoch()
         except Stopped:
             path = self.save(self.state.epoch, self.state.step)
-            again = 'start again without --resume' if self.run.config.MODEL.RESUME else 'start again'
-            self.run.logger.info(f'stopped by a signal: {again} to resume from {path}')
+            self.run.logger.info(f'stopped by a signal: start again to resume from {path}')
             raise
 
     def _epoch(self) -> None:
-        """Train, perhaps evaluate, and save one epoch, or the rest of it."""
+        """Train one epoch, or the rest of a resumed one; evaluate and save if they are due."""
         run, state, config = self.run, self.state, self.run.config
         epoch = state.epoch
         train_metrics = self.train_one_epoch()
@@ -150,20 +153,32 @@ class Trainer:
             self.save(epoch, is_best=is_best, is_due=is_due)
 
     def _evaluate(self) -> tuple[dict[str, float], bool]:
-        """Metrics of the weights, and those of the EMA weights as `ema_...`; and whether they are the best so far."""
+        """Evaluate raw and EMA weights.
+
+        Returns:
+            The metrics, those of the EMA weights with the prefix `ema_`, and whether they are the best so far.
+        """
         run, state = self.run, self.state
-        metrics, ema_metrics = evaluate_with_ema(
-            run, lambda model: self.evaluate_fn(model, self.poll), state.model, state.ema and state.ema.module
-        )
-        score = (ema_metrics or metrics)[self.metric]
-        state.scores = {'raw': metrics[self.metric]} | ({'ema': score} if ema_metrics else {})
-        is_best = score > self.best_score
-        self.best_score, state.max_accuracy = max(self.best_score, score), max(state.max_accuracy, score)
+        evaluations = evaluate_with_ema(run, self.evaluate, state.model, state.ema and state.ema.module, self.poll)
+        state.scores = {name: evaluation.metrics[self.metric] for name, evaluation in evaluations.items()}
+        decisive = list(evaluations.values())[-1].metrics
+        if 'val_loss' in decisive:
+            state.scores['loss'] = decisive['val_loss']
+        is_best = on_main_process(lambda: run.folder.is_best(state.scores))
+        state.max_accuracy = max(state.max_accuracy, decisive[self.metric])
         run.logger.info(f'Max {self.metric_name}: {state.max_accuracy:.2f}%')
-        return metrics | {f'ema_{name}': value for name, value in (ema_metrics or {}).items()}, is_best
+        metrics = {
+            ('ema_' if name == 'ema' else '') + key: value
+            for name, evaluation in evaluations.items()
+            for key, value in evaluation.metrics.items()
+        }
+        return metrics, is_best
 
     def train_one_epoch(self) -> dict[str, float]:
         """Make the epoch's updates; losses and norms are read from the device only where they are logged.
+
+        Schedule and EMA step for an update when the gradients of the next one are queued, so that the device has work
+        while the host waits to learn whether the update was skipped.
 
         Returns:
             `train_loss` (mean over all processes), `lr` of the last update, `seconds`, `images_per_s` of all processes.
@@ -173,24 +188,28 @@ class Trainer:
         self.network.train()
         meter = TrainMeter(run.logger, self.metrics, state, run.config.TRAIN.EPOCHS)
         images_before, lr = state.images, state.lr
+        compiles_now = self.compiles and state.epoch == self.first_epoch
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
+        pending = None  # the last update, until schedule and EMA have stepped for it
         for chunk in chunked(meter.watch(batches), run.accumulation_steps):
-            update = self.train_step(chunk)
-            lr = state.lr
-            self.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, state.epoch, state.step, lr)
-            state.record(update.loss, update.grad_norm, update.skipped)
-            state.step += 1
-            self._unsettled = True
-            if self.compiles:  # in this update
-                self.compiles = False
+            update = pending = self.train_step(chunk, pending)
+            lr = update.lr
+            if compiles_now:
+                compiles_now = False
                 meter.leave_out()
-            if (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done:
-                self.settle()
-                self.nonfinite.check()
+            is_logged = (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done
+            is_saved = run.config.SAVE_STEPS and state.step % run.config.SAVE_STEPS == 0 and not state.epoch_done
+            is_stopped = run.stop.agreed()
+            if is_logged or is_saved or is_stopped:
+                self.step_schedule_and_ema(pending)
+                pending = None
+            if is_logged:
+                self._check_first_bad()
                 run.lock.check()
                 meter.log(lr, update.loss, update.grad_norm, update.losses)
-            self.poll()
-            if run.config.SAVE_STEPS and state.step % run.config.SAVE_STEPS == 0 and not state.epoch_done:
+            if is_stopped:
+                raise Stopped
+            if is_saved:
                 self.save(state.epoch, state.step)
         seconds = meter.seconds
         run.logger.info(f'EPOCH {state.epoch} training takes {timedelta(seconds=int(seconds))}')
@@ -202,54 +221,76 @@ class Trainer:
             'images_per_s': (state.images - images_before) / max(seconds, 1e-9),  # 0 where only evaluation was left
         }
 
-    def train_step(self, batches: list[Any]) -> Update:
+    def train_step(self, batches: list[Any], pending: Update | None = None) -> Update:
         """Make one update from the mean gradient of some batches; gradients are reduced at the last batch only.
 
+        Args:
+            batches: of this rank.
+            pending: the previous update, if schedule and EMA have yet to step for it.
+
         Raises:
-            NonFiniteError: as `settle`, for the update before.
+            NonFiniteError: as `step_schedule_and_ema`, for the pending update.
         """
-        run, optimizer = self.run, self.state.optimizer
+        run, state = self.run, self.state
+        buffers = BufferBackup(state.model)
+        if buffers and state.ema is not None:  # EMA averages the buffers before this forward pass changes them
+            self.step_schedule_and_ema(pending)
+            pending = None
         loss, losses = torch.zeros((), device=run.process.device), {}
-        # Batch-norm statistics, which a nonfinite batch reaches before its update is skipped
-        statistics = [(b, b.clone()) for b in self.state.model.buffers() if b.is_floating_point()]
-        if statistics and self.state.ema is not None:  # which averages them as they are after the last update
-            self.settle()
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with synchronize_gradients(self.network, enabled=is_last):
                 with run.precision.autocast():
                     batch_losses = {name: value / len(batches) for name, value in self.loss_fn(batch).items()}
                     batch_loss = sum(batch_losses.values())
-                run.precision.backward(batch_loss, optimizer, is_last)
+                run.precision.backward(batch_loss, state.optimizer, is_last)
             loss += batch_loss.detach()
             for name, value in batch_losses.items():
                 losses[name] = losses.get(name, 0.0) + value.detach()
-        self.settle()
+        self.step_schedule_and_ema(pending)
+        lr = state.lr
         nonfinite_ranks = all_reduce_sum((~loss.isfinite()).float())
-        skip_update = self.nonfinite.skip_update | (nonfinite_ranks > 0)
-        norm, skipped = run.precision.step(optimizer, self.state.model, run.config.TRAIN.CLIP_GRAD, skip_update)
-        for buffer, before in statistics:
-            buffer.copy_(torch.where(skipped, before, buffer))
-        return Update(loss, norm, nonfinite_ranks, skipped, losses)
+        skip = (state.first_bad[0] >= 0) | (nonfinite_ranks > 0)
+        grad_norm, skipped = run.precision.step(state.optimizer, state.model, run.config.TRAIN.CLIP_GRAD, skip)
+        buffers.restore_if(skipped)
+        state.add_update(loss, grad_norm, skipped, self.policy.stops_at(nonfinite_ranks, grad_norm), lr)
+        flags = HostCopy(torch.cat((state.first_bad, skipped[None]))) if self.policy.reads_every_update else None
+        return Update(loss, losses, grad_norm, lr, skipped, flags)
 
-    def settle(self) -> None:
-        """Let schedule and EMA follow the last update, unless they have.
+    def step_schedule_and_ema(self, update: Update | None) -> None:
+        """Step schedule and EMA for the last update, if there is one, unless the policy finds that it was skipped.
 
-        Called when the gradients of the next one are on their way, so the device has work while the host waits. Batch
-        norm's statistics change in the forward pass: where EMA averages them, it is called before.
+        Where the policy reads every update, this waits for the update, but for no later work on the device.
 
         Raises:
-            NonFiniteError: see `NonFiniteCheck.updated`.
+            NonFiniteError: the update stops the run, or too many updates in a row were skipped.
         """
-        if self._unsettled:
-            self._unsettled = False
-            self.state.advance(self.nonfinite.updated())
+        state = self.state
+        if update is None:
+            return
+        *first_bad, is_skipped = update.flags.tolist() if update.flags is not None else (-1, 0, False)
+        check_first_bad(state.epoch, *first_bad)
+        if not is_skipped:
+            state.advance()
+            return
+        state.skip()
+        label = update_label(state.epoch, state.step - 1, update.lr)
+        self.run.logger.warning(f'update skipped at {label}: the loss or the gradient norm is not finite')
+        self.policy.check_skipped(state.skipped_in_a_row, label)
+
+    def _check_first_bad(self) -> None:
+        """Read from the device whether an update has stopped the run.
+
+        Raises:
+            NonFiniteError: an update has.
+        """
+        check_first_bad(self.state.epoch, *self.state.first_bad.tolist())
 
     def poll(self) -> None:
-        """Stop where any process was asked to; every process calls it at the same points.
+        """Stop if any rank was asked to stop; every rank calls it at the same points.
 
         Raises:
-            Stopped: in every process.
+            Stopped: on every rank.
         """
         if self.run.stop.agreed():
             raise Stopped
@@ -262,23 +303,22 @@ class Trainer:
         Args:
             epoch: names the checkpoint.
             step: update within the epoch; None at its end.
-            is_best: save it as the best one.
-            is_due: save it among those of the run.
+            is_best: save it as `ckpt_best.pth`.
+            is_due: save it as `ckpt_epoch_<n>...pth`.
 
         Returns:
-            Where it was saved.
+            Where it was saved; the latter, if both.
 
         Raises:
             NonFiniteError: an update since the last check was not finite.
             CheckpointError: it cannot be written.
             RunLockError: another process has taken the run's folder over.
         """
-        self.settle()
-        self.nonfinite.check()
+        self._check_first_bad()
         state = self.state.state_dict()
 
         def write() -> Path:
-            checkpoint = state | self.extra_state | {'config': self.run.plain_config}
+            checkpoint = {**state, **self.provenance, 'config': self.run.plain_config}
             self.run.lock.check()
             if is_best:
                 self.run.folder.save_best(checkpoint)

@@ -103,7 +103,7 @@ def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL
         raise ValueError(f'MODEL.MSG: {error}') from error
 
 
-def class_weights(model: nn.Module) -> str:
+def head_pattern(model: nn.Module) -> str:
     """Regular expression for the prefix of the classifier's weights, whose shapes depend on the number of classes."""
     names = getattr(model, 'pretrained_cfg', {}).get('classifier', 'head')
     return '|'.join(rf'{re.escape(name)}\.' for name in ([names] if isinstance(names, str) else names))

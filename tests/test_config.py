@@ -6,10 +6,11 @@ import torch
 import detection.config
 import main as program
 from config import TREE, ConfigError, get_config, load_config
-from engine.config_tree import get
-from engine.timing import Quartiles
+from engine.config_tree import get, task_of_file
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT, TINY
 from tests.helpers.runs import RecordingNode, folder_of
+from tools.benchmark import throughput
+from tools.benchmark.timing import Quartiles
 
 PUBLISHED = {
     'BASE': [''],
@@ -160,14 +161,18 @@ def test_only_given_flags_override():
 
 
 def test_flags_that_choose_weights(capsys):
-    for flags, expected in (([], 'auto'), (['--raw'], 'raw'), (['--ema'], 'ema')):
+    for flags, expected in (
+        ([], 'auto'),
+        (['--pretrained-weights', 'raw'], 'raw'),
+        (['--pretrained-weights', 'ema'], 'ema'),
+    ):
         config = get_config(program.parse_option(['--cfg', str(TINY), *flags]))
         assert expected == config.MODEL.PRETRAINED_WEIGHTS
     with pytest.raises(SystemExit):
-        program.parse_option(['--cfg', str(TINY), '--raw', '--ema'])
-    assert 'not allowed with argument --raw' in capsys.readouterr().err
-    with pytest.raises(ConfigError, match='--eval evaluates raw and EMA weights: leave out --raw and --ema'):
-        get_config(program.parse_option(['--cfg', str(TINY), '--eval', '--resume', 'x', '--raw']))
+        program.parse_option(['--cfg', str(TINY), '--pretrained-weights', 'best'])
+    assert "invalid choice: 'best'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match='--eval evaluates raw and EMA weights: leave out --pretrained-weights'):
+        get_config(program.parse_option(['--cfg', str(TINY), '--eval', '--resume', 'x', '--pretrained-weights', 'raw']))
 
 
 def test_every_key_has_a_help_text():
@@ -179,11 +184,34 @@ def test_every_key_has_a_help_text():
 
 def test_tasks_refuse_each_others_configs():
     for path in DETECTION_CONFIGS.glob('*.yaml'):
-        with pytest.raises(ConfigError, match="MODEL.TYPE is 'cascade_rcnn': write one of msg, timm:<name> .*yaml"):
+        with pytest.raises(ConfigError, match=r'yaml is for detection, and this program is for classification: '):
             load_config(path)
     for path in ROOT.glob('configs/*.yaml'):
-        with pytest.raises(ConfigError, match="MODEL.TYPE is 'msg': write one of cascade_rcnn .*yaml"):
+        with pytest.raises(ConfigError, match=r'yaml is for classification, and this program is for detection: '):
             detection.config.load_config(path)
+
+
+@pytest.mark.parametrize(
+    ('text', 'task'),
+    [
+        ('TASK: detection', 'detection'),
+        ('MODEL: {TYPE: cascade_rcnn}', 'detection'),  # from before there was the key
+        ('MODEL: {TYPE: timm:resnet18}', 'classification'),
+        ('SEED: 1', 'classification'),
+        ('BASE: [base.yaml]', 'detection'),
+        ('BASE: [base.yaml]\nTASK: classification', 'classification'),
+    ],
+)
+def test_a_config_file_states_its_task(tmp_path, text, task):
+    (tmp_path / 'base.yaml').write_text('TASK: detection')
+    (tmp_path / 'config.yaml').write_text(text)
+    assert task_of_file(tmp_path / 'config.yaml') == task
+
+
+def test_bases_in_a_circle_are_an_error_for_the_task_too(tmp_path):
+    (tmp_path / 'a.yaml').write_text('BASE: [a.yaml]')
+    with pytest.raises(ConfigError, match='is among its own BASE files'):
+        task_of_file(tmp_path / 'a.yaml')
 
 
 def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
@@ -194,11 +222,14 @@ def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
         return node
 
     run(TAG='adamw')
+    run(TAG='adamw')
+    run(TAG='pretrained', MODEL__PRETRAINED=str(folder_of(tiny_config(TAG='adamw')) / 'ckpt_epoch_1.pth'))
     run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', TRAIN__LR_SCHEDULER__NAME='step')
     run(TAG='timm', MODEL__TYPE='timm:resnet18', MODEL__TIMM_ARGS='channels=(4,8,8,8) layers=(1,1,1,1)')
     config = tiny_config(TAG='adamw')
     tree = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(config) / 'ckpt_epoch_1.pth'))
     monkeypatch.setattr(torch, 'compile', lambda network, **_: network)
-    monkeypatch.setattr(program, 'time_callable', lambda *_: Quartiles(1.0, 1.0, 1.0))
+    monkeypatch.setattr(throughput, 'time_callable', lambda *_: Quartiles(1.0, 1.0, 1.0))
+    monkeypatch.setattr(throughput, 'seconds_per_batch', lambda batches, warm_up: 1.0)
     run(THROUGHPUT_MODE='True', TEST__COMPILE='True')  # reads COMPILE_MODE
     assert set(tree.leaves()) - reads == {'BASE'}  # read by `load_config`

@@ -159,10 +159,10 @@ def test_configuration_is_generated_from_the_trees():
 @pytest.mark.parametrize(
     ('document', 'command', 'configs'),
     [
-        ('README.md', 'python -m tools.complexity configs/msg_*_224.yaml', 'configs/msg_*_224.yaml'),
+        ('README.md', 'python -m tools.summary configs/msg_*_224.yaml', 'configs/msg_*_224.yaml'),
         (
             'docs/detection.md',
-            'python -m tools.complexity detection/configs/*rcnn*.yaml',
+            'python -m tools.summary detection/configs/*rcnn*.yaml',
             'detection/configs/*rcnn*.yaml',
         ),
     ],
@@ -170,7 +170,7 @@ def test_configuration_is_generated_from_the_trees():
 def test_tables_of_models_are_those_that_their_commands_print(document, command, configs):
     text = (ROOT / document).read_text()
     assert command in commands(text)
-    done = run_here('-m', 'tools.complexity', *sorted(ROOT.glob(configs)))
+    done = run_here('-m', 'tools.summary', *sorted(ROOT.glob(configs)))
     printed = re.findall(r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$', done.stdout, re.MULTILINE)
     rows = set()
     for name, parameters, formula, measured in printed:

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 import main as program
 from data.device_copies import DeviceCopies
 from engine.checkpoint import load_checkpoint
-from engine.nonfinite import NonFiniteCheck
 from engine.precision import Precision, build_precision, import_apex_amp
-from engine.timing import time_interleaved
 from engine.trainer import Trainer
 from models import MSGTransformer, attention, build_model
 from models.attention import attend, choose_path
 from tests.helpers.attention import relative_errors
 from tests.helpers.golden import fill_, golden, images, labels, micro
 from tests.helpers.runs import PLAIN, RANDOM, differences, folder_of, last_checkpoint, records
-from tools.benchmark.cases import BenchmarkCase, Setting
+from tools.benchmark.cases import Setting
+from tools.benchmark.classifiers import ClassifierCase
+from tools.benchmark.timing import time_interleaved
 from utils import set_backend_flags
 
 pytestmark = [
@@ -83,7 +83,7 @@ def test_paths_without_the_kernel_equal_the_formula(monkeypatch, shape, dtype):
 def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode):
     network, device = fill_(micro()), torch.device('cuda')
     settings = [Setting(mode, compile_mode=x, size=56) for x in ('eager', compile_mode)]
-    eager, compiled = (BenchmarkCase(copy.deepcopy(network), setting, device) for setting in settings)
+    eager, compiled = (ClassifierCase(copy.deepcopy(network), setting, device) for setting in settings)
     compiled.images, compiled.targets = eager.images, eager.targets
     for _ in range(3):  # updates, or the same logits
         torch.testing.assert_close(compiled(), eager(), rtol=1e-3, atol=1e-3)
@@ -161,7 +161,6 @@ def test_no_update_waits_for_the_gpu(tiny_config, image_tree, monkeypatch, dtype
     train_step = Trainer.train_step
     monkeypatch.setattr(Trainer, 'train_step', lambda *args: (updates.append(0), train_step(*args))[1])
     strict(Trainer, 'train_step')
-    strict(NonFiniteCheck, 'record')
     options = {'DEVICE': 'cuda', 'AMP_OPT_LEVEL': 'O1', 'AMP_BACKEND': 'native', 'AMP_DTYPE': dtype}
     options |= {'TRAIN__OPTIMIZER__NAME': optimizer, 'TRAIN__NONFINITE': nonfinite, 'TRAIN__EMA_DECAY': '0.9'}
     options |= PLAIN | {'AUG__REPROB': '1', 'AUG__REMODE': 'const', 'PRINT_FREQ': '1000'}

@@ -3,7 +3,6 @@ import torch
 
 from engine.distributed import Process
 from lr_scheduler import build_scheduler
-from main import BASE_BATCH
 from optimizer import build_optimizer
 from tests.helpers.golden import golden
 from tests.helpers.runs import CPU, build_run
@@ -20,7 +19,7 @@ def schedule(config, steps_per_epoch, scale=1.0):
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_published_schedules(tiny_config, name):
     config = tiny_config(TRAIN__LR_SCHEDULER__NAME=name, **IMAGENET)
-    scale = build_run(config, Process(0, 8, CPU)).images_per_update / BASE_BATCH
+    scale = build_run(config, Process(0, 8, CPU)).images_per_update / config.TRAIN.BASE_BATCH
     assert scale == 2
     scheduler, groups = schedule(config, 1251, scale)
     for update, rate in SCHEDULES[name].items():

@@ -1,4 +1,4 @@
-"""The program: evaluation, throughput, messages, exit codes, and every launcher."""
+"""The program: evaluation, messages, exit codes, and every launcher."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from torch import nn
 import main as program
 from data import Preprocess
 from engine.checkpoint import load_checkpoint
-from engine.timing import Quartiles
 from engine.trainer import Trainer
 from models import build_model
 from tests.helpers.golden import fill_
@@ -27,11 +26,10 @@ def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
         return {path: path.read_bytes() for path in paths}
 
     before = files()
-    monkeypatch.setattr(program, 'train', lambda *_: pytest.fail('--eval trains'))
     monkeypatch.setattr(Trainer, 'train_step', lambda *_: pytest.fail('--eval trains'))
     results = []
     validate = program.validate
-    monkeypatch.setattr(program, 'validate', lambda *args: results.append(validate(*args)))
+    monkeypatch.setattr(program, 'validate', lambda *args: (results.append(validate(*args)), results[-1])[1])
     last = str(folder_of(config) / 'ckpt_epoch_1.pth')
     program.main(tiny_config(DATA__DATA_PATH=str(image_tree), EVAL_MODE='True', MODEL__RESUME=last))
     program.main(tiny_config(DATA__DATA_PATH=str(image_tree), EVAL_MODE='True', MODEL__PRETRAINED=last))
@@ -110,39 +108,6 @@ def test_top_five_of_many_classes(tiny_config):
     loader = torch.utils.data.DataLoader(as_samples(logits, torch.arange(10)), batch_size=3)
     result = program.validate(build_run(config), nn.Identity(), loader)
     assert (result.acc1, result.acc5) == (10, 50)
-
-
-def test_throughput_needs_no_data(tiny_config, capsys, monkeypatch):
-    def time_callable(function, device):
-        assert function().shape == (4, 3)
-        return Quartiles(median=2.0, low=1.0, high=4.0)
-
-    monkeypatch.setattr(program, 'time_callable', time_callable)
-    program.main(tiny_config(THROUGHPUT_MODE='True', AMP_OPT_LEVEL='O1', AMP_DTYPE='bfloat16'))
-    out = capsys.readouterr().out
-    assert 'batch_size 4 throughput 2.0 images/s (quartiles 1.0 to 4.0)' in out
-    assert 'give --data-path to time training and its loader too' in out
-
-
-@pytest.mark.parametrize(
-    ('seconds', 'text'),
-    [
-        (0.1, 'loader 40.0 images/s with 1 process(es), per rank: the network bounds the run; 1 loader process(es)'),
-        (8.0, 'loader 0.5 images/s with 1 process(es), per rank: the loader bounds the run; 4 loader process(es)'),
-    ],
-)
-def test_throughput_says_what_bounds_a_run(tiny_config, image_tree, capsys, monkeypatch, seconds, text):
-    loaded = []
-
-    def seconds_per_batch(batches, warm_up):
-        loaded.extend(images.shape for (images, _), _ in zip(batches, range(10), strict=False))  # more than an epoch
-        return seconds
-
-    monkeypatch.setattr(program, 'time_callable', lambda *_: Quartiles(2.0, 2.0, 2.0))
-    monkeypatch.setattr(program, 'seconds_per_batch', seconds_per_batch)
-    program.main(tiny_config(THROUGHPUT_MODE='True', DATA__DATA_PATH=str(image_tree)))
-    assert loaded == [(4, 3, 28, 28)] * 10
-    assert f'training 2.0 images/s, {text}' in capsys.readouterr().out
 
 
 def test_config_errors_come_before_any_data_is_opened(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.formats import FORMATS, compare_classes, find_format
+from data.formats import FORMATS, check_same_classes, find_format
 from data.images import DataError, decode_image
 from data.samples import Samples
 from data.shards import read_index, shard_name
@@ -137,7 +137,7 @@ def check_dataset(folder: Path, format_name: str, workers: int) -> tuple[dict[st
     if not splits and not problems:
         raise DataError(f'{folder} holds neither train nor val of the format {format_name}')
     try:
-        compare_classes(format_name, folder)
+        check_same_classes(format_name, folder)
     except DataError as error:
         problems.append(Problem('broken', str(error)))
     return {split: len(samples) for split, samples in splits.items()}, problems + find_shared(splits, hashes)

@@ -5,24 +5,24 @@
 
 The config and the class names are kept. What only training needs is dropped, so the result is for --eval, --pretrained
 and the tools, but no run can be resumed from it. The EMA weights are taken where there are some, unless the raw ones
-score higher; --raw and --ema choose. Both formats are accepted wherever a checkpoint is.
+score higher; --pretrained-weights chooses. Both formats are accepted wherever a checkpoint is.
 """
 
 import argparse
 from pathlib import Path
 
 from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint, save_safetensors
-from engine.inference import add_weights_flags
+from engine.predictor import add_weights_flag
 from utils import exit_on_user_error
 
 
-def convert(source: Path, target: Path, choice: str = '') -> tuple[int, str]:
+def convert(source: Path, target: Path, choice: str = 'auto') -> tuple[int, str]:
     """Write a checkpoint's weights in another format.
 
     Args:
         source: a .pth or .safetensors checkpoint.
         target: the file to write; its suffix, .pth or .safetensors, chooses the format.
-        choice: `raw` or `ema`; empty chooses, as `choose_weights` does.
+        choice: `auto`, `raw` or `ema`, as for `choose_weights`.
 
     Returns:
         How many tensors were written, and which weights they are.
@@ -50,10 +50,10 @@ def main() -> None:
     add = parser.add_argument
     add('source', type=Path, metavar='SOURCE', help='checkpoint to read, .pth or .safetensors')
     add('target', type=Path, metavar='TARGET', help='checkpoint to write, .pth or .safetensors')
-    add_weights_flags(parser)
+    add_weights_flag(parser)
     args = parser.parse_args()
     with exit_on_user_error():
-        count, description = convert(args.source, args.target, args.choice)
+        count, description = convert(args.source, args.target, args.pretrained_weights)
     print(f'{args.target}: {count} tensors, {description}')
 
 

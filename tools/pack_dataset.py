@@ -107,7 +107,7 @@ def pack_split(samples: Samples, root: Path, samples_per_shard: int = 10_000, na
         if index is None:
             _write_index(samples, root, shards, starts, fingerprint)
             for number in range(len(starts)):
-                _record_of(root / shard_name(number)).unlink(missing_ok=True)
+                _receipt_of(root / shard_name(number)).unlink(missing_ok=True)
     return len(starts)
 
 
@@ -146,16 +146,16 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _record_of(path: Path) -> Path:
-    """What is kept of a finished shard until all are."""
+def _receipt_of(path: Path) -> Path:
+    """The file that says that a shard is complete, until all of them are."""
     return path.with_suffix('.json')
 
 
 def _finished_shard(path: Path, fingerprint: str) -> PackedShard | None:
     """The shard, if an earlier run has finished it."""
-    if not (path.exists() and _record_of(path).exists()):
+    if not (path.exists() and _receipt_of(path).exists()):
         return None
-    shard = PackedShard(**read_json(_record_of(path), str(_record_of(path)), DataError, 'remove it'))
+    shard = PackedShard(**read_json(_receipt_of(path), str(_receipt_of(path)), DataError, 'remove it'))
     if shard.fingerprint != fingerprint:
         raise _other_shards(path.parent)
     verify(path, shard._asdict())
@@ -188,7 +188,7 @@ def _write_shard(samples: Samples, indices: range, path: Path, fingerprint: str)
     atomic_write(path, write)
     shard = PackedShard(written.digest.hexdigest(), written.size, fingerprint, table)
     verify(path, shard._asdict())
-    atomic_write(_record_of(path), lambda file: file.write(json.dumps(shard._asdict()).encode()))
+    atomic_write(_receipt_of(path), lambda file: file.write(json.dumps(shard._asdict()).encode()))
     return shard
 
 

@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import TREE
 from data.build import build_sample_transform
+from data.file_loader import InferenceLoader, print_above_bar
 from data.images import choose_images, find_images, report_other_files
-from data.inference import InferenceLoader, print_above_bar
 from data.preprocess import Preprocess
 from data.transforms import image_mode
-from engine.class_names import with_words
-from engine.inference import Predictor, load_predictor, prediction_parser
-from models import build_model
+from engine.predictor import Predictor, load_predictor, prediction_parser
+from main import TASK
 from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, write_text
-from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line
+from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line, with_words
 from utils import UserError, exit_on_user_error, positive_int
 
 STDOUT = Path('-')
@@ -160,7 +158,7 @@ def run(args: argparse.Namespace) -> InferenceLoader:
         UserError: something cannot be used or written.
     """
     outputs = prepare_outputs(args)
-    predictor = load_predictor(args, TREE, build_model, first_label=0)
+    predictor = load_predictor(args, TASK)
     names = with_words(predictor.class_names) if args.words else predictor.class_names
     if not names:
         raise UserError(f'{args.resume}: the network has no classes')

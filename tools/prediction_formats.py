@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from timm.data import ImageNetInfo
+
 from utils import csv_row
 
 
@@ -31,6 +33,12 @@ class Prediction(NamedTuple):
             yield class_names[index], index, probability
 
 
+def with_words(names: Sequence[str]) -> list[str]:
+    """Class names, those that are WordNet ids of ImageNet with the first name they stand for: n01440764 tench."""
+    words = ImageNetInfo('imagenet-1k').label_descriptions(as_dict=True)
+    return [f'{name} {words[name].split(",")[0]}' if name in words else name for name in names]
+
+
 def text_line(prediction: Prediction, class_names: Sequence[str]) -> str:
     """The path, then name and probability of each class, with tabs between them."""
     return '\t'.join([str(prediction.path), *(f'{name}\t{p:.3f}' for name, _, p in prediction.top(class_names))])
@@ -51,11 +59,11 @@ def json_parts(predictions: Iterable[Prediction], class_names: Sequence[str]) ->
     separator = '[\n'
     for prediction in predictions:
         top = prediction.top(class_names)
-        record = {
+        entry = {
             'path': str(prediction.path),
             'predictions': [{'class': name, 'index': index, 'probability': round(p, 6)} for name, index, p in top],
             'error': prediction.error or None,
         }
-        yield separator + json.dumps(record)
+        yield separator + json.dumps(entry)
         separator = ',\n'
     yield '\n]\n'

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import MSGTransformer
-from models.build import check_msg_network, class_weights, network_options
+from models.build import check_msg_network, head_pattern, network_options
 from models.symbolic import contiguous_copy
 from models.timm_networks import PREFIX, check_on_meta, create_timm_network
 
@@ -137,7 +137,7 @@ class TimmBackbone(nn.Module):
             convert = getattr(sys.modules[type(self.model).__module__], 'checkpoint_filter_fn', None)
             with contextlib.suppress(LookupError, AttributeError):  # unknown names, of which loading will tell
                 weights = convert(weights, self.model) if convert else weights
-        head = re.compile(class_weights(self.model))
+        head = re.compile(head_pattern(self.model))
         theirs = {name: x for name, x in weights.items() if not head.match(name)}
         unused = [name for name in theirs if name not in own]
         if unused:

@@ -15,15 +15,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.file_loader import InferenceLoader, exit_if_unreadable, print_above_bar
 from data.images import DataError, choose_images, find_images, report_other_files
-from data.inference import InferenceLoader, exit_if_unreadable, print_above_bar
-from detection.config import TREE
 from detection.draw import draw_detections
-from detection.inference import VIDEO_SUFFIXES, Frame, FrameDetector, Video, decode, frames_of_images
-from detection.models import build_detector
+from detection.frames import VIDEO_SUFFIXES, Frame, FrameDetector, Video, decode, frames_of_images
+from detection.main import TASK
 from detection.prediction_formats import CocoJson, csv_header, csv_rows, found_objects, text_line
 from detection.tta import Detections
-from engine.inference import Predictor, load_predictor, prediction_parser
+from engine.predictor import Predictor, load_predictor, prediction_parser
 from utils import UserError, atomic_write, exit_on_user_error, positive_int, report_write_errors
 
 EPILOG = """
@@ -180,7 +179,7 @@ def main() -> None:
     add('--batch-size', type=positive_int, default=1, metavar='N', help='images or frames at a time (1)')
     args = parser.parse_intermixed_args()
     with exit_on_user_error():
-        predictor = load_predictor(args, TREE, build_detector, first_label=1)
+        predictor = load_predictor(args, TASK)
         unreadable, count = run(args, predictor)
     if args.output:
         print(args.output)

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from data import build_loaders
-from data.seeding import SeededDataset, random_states, seeded, set_random_states
+from data.seeding import SeededDataset, seeded
 from tests.helpers.runs import CPU, is_identical
+from utils import random_states, set_random_states
 
 
 @pytest.mark.parametrize('pipeline', ['fast', 'published'])

@@ -15,7 +15,7 @@ from tests.helpers.coco_data import read_tree, update_tree
 from tests.helpers.detectors import NO_DROP_PATH, box_masks, ground_truth, perfect_detections, tiny_detector
 from tests.helpers.processes import start
 from tests.helpers.runs import folder_of, log_of, one_thread, records
-from tools.complexity import detector_complexity
+from tools.summary.complexity import count_detector
 
 BOXES = ('MODEL.MASK.ENABLED', 'False')
 
@@ -46,8 +46,8 @@ def test_a_detector_of_boxes_has_nothing_of_masks():
     [detections] = detector.eval()([torch.rand(3, 64, 64)])
     assert list(detections) == ['boxes', 'labels', 'scores']
     assert len(detections['boxes']) > 0
-    with_masks, without = (detector_complexity(x, 64, 64).measured for x in (full, config))
-    assert with_masks - without == with_masks - detector_complexity(full, 64, 64, detections=0).measured > 0
+    with_masks, without = (count_detector(x, 64, 64).measured for x in (full, config))
+    assert with_masks - without == with_masks - count_detector(full, 64, 64, detections=0).measured > 0
 
 
 def test_boxes_are_those_of_the_detector_with_masks():

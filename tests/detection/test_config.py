@@ -52,7 +52,10 @@ def test_a_dump_gives_the_same_tree(tmp_path):
         (['INPUT.CROP_SIZE', '[600, 384]'], 'the smaller first'),
         (['TRAIN.LR_SCHEDULER.DECAY_EPOCHS', '[33, 27]'], 'write them in order'),
         (['EVAL_MODE', 'True'], '--eval needs weights'),
-        (['EVAL_MODE', 'True', 'BENCHMARK_MODE', 'True'], '--eval and --benchmark exclude each other'),
+        (
+            ['EVAL_MODE', 'True', 'MODEL.RESUME', 'x', 'THROUGHPUT_MODE', 'True'],
+            '--eval and --throughput exclude each other',
+        ),
         (['SHOW', '3'], '--show draws detections of an evaluation: add --eval'),
         (['MODEL.RESUME', 'x', 'MODEL.PRETRAINED', 'y'], 'give one of them'),
     ],
@@ -67,7 +70,7 @@ def test_flags_override_their_keys():
     config = get_config(parse_option(['--cfg', str(TINY_DETECTOR), *flags, '--opts', 'SHOW_SCORE', '0.1']))
     assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH, config.MODEL.RESUME) == (3, 'd', 'r')
     assert (config.TRAIN.USE_CHECKPOINT, config.EVAL_MODE, config.SHOW, config.SHOW_SCORE) == (True, True, 4, 0.1)
-    assert get_config(parse_option(['--cfg', str(TINY_DETECTOR), '--benchmark'])).BENCHMARK_MODE
+    assert get_config(parse_option(['--cfg', str(TINY_DETECTOR), '--throughput'])).THROUGHPUT_MODE
 
 
 def test_the_number_of_classes_may_be_that_of_data_but_not_without_data(tmp_path):

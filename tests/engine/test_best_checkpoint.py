@@ -6,6 +6,7 @@ import main as program
 from engine import run_folder
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.run_folder import RunFolder
+from engine.trainer import Trainer
 from tests.helpers.runs import PLAIN, folder_of, one_thread, records
 
 SCORES = [10.0, 90.0, 50.0, 60.0, 20.0, 95.0]  # faked, by epoch
@@ -21,8 +22,8 @@ def scored(monkeypatch, tiny_config, image_tree):
     rare = {'TRAIN__EPOCHS': '6', 'DATA__BATCH_SIZE': '12', 'SAVE_STEPS': '1', 'SAVE_FREQ': '4'}
     config = tiny_config(DATA__DATA_PATH=str(image_tree), TENSORBOARD='False', **rare, **PLAIN)
     epoch_of = {}
-    monkeypatch.setattr(program.Trainer, '_epoch', _remember_epoch(program.Trainer._epoch, epoch_of))
-    monkeypatch.setattr(program, 'validate', lambda *_: program.Metrics(1.0, SCORES[epoch_of['now']], 100.0))
+    monkeypatch.setattr(Trainer, '_epoch', _remember_epoch(Trainer._epoch, epoch_of))
+    monkeypatch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, SCORES[epoch_of['now']], 100.0, 12))
     with one_thread():
         yield config
 
@@ -33,6 +34,12 @@ def _remember_epoch(epoch_function, epoch_of):
         epoch_function(trainer)
 
     return epoch
+
+
+def best_score(config):
+    """The metric of the best checkpoint; None if there is none."""
+    path = folder_of(config) / 'ckpt_best.pth'
+    return load_checkpoint(path)['scores']['raw'] if path.exists() else None
 
 
 def kill_at(monkeypatch, point):
@@ -57,12 +64,11 @@ def kill_at(monkeypatch, point):
 
 def test_best_never_falls_wherever_the_run_is_killed(scored, monkeypatch):
     """Epochs after the kill score nothing, so the best must be that of before."""
-    folder = RunFolder(folder_of(scored), 0, None)
     with monkeypatch.context() as patch:
         whole = kill_at(patch, -1)
         program.main(scored)
     assert (len(whole), whole.count('ckpt_best.pth')) == (11, 3)  # six within epochs, two at ends of epochs
-    for point in range(2 * len(whole)):
+    for point in [*range(0, 2 * len(whole), 2), 2 * len(whole) - 1]:  # after a write is before the next one
         for path in folder_of(scored).glob('ckpt_*'):
             path.unlink()
         with monkeypatch.context() as patch:
@@ -70,30 +76,28 @@ def test_best_never_falls_wherever_the_run_is_killed(scored, monkeypatch):
             with pytest.raises(Killed):
                 program.main(scored)
         bests = written.count('ckpt_best.pth')
-        assert folder.best_score() == [None, 10, 90, 95][bests], point
+        assert best_score(scored) == [None, 10, 90, 95][bests], point
         with monkeypatch.context() as patch:
-            patch.setattr(program, 'validate', lambda *_: program.Metrics(1.0, 1.0, 100.0))
+            patch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, 1.0, 100.0, 12))
             program.main(scored)
-        assert folder.best_score() == [1, 10, 90, 95][bests], point
+        assert best_score(scored) == [1, 10, 90, 95][bests], point
         assert [record['epoch'] for record in records(scored, 'epoch')] == list(range(6)), point
-    assert not list(folder_of(scored).glob('old_*'))
 
 
 def test_a_best_between_two_saves_survives_a_kill_and_worse_epochs(scored, monkeypatch):
     """Killed after the best of 90, before the next checkpoint that is due."""
-    monkeypatch.setattr(program.Trainer, 'save', _best_only(program.Trainer.save))
+    monkeypatch.setattr(Trainer, 'save', _best_only(Trainer.save))
     with monkeypatch.context() as patch:
         kill_at(patch, 4)  # before its third best
         with pytest.raises(Killed):
             program.main(scored)
-    folder = RunFolder(folder_of(scored), 0, None)
-    assert (folder.best_score(), folder.checkpoints()) == (90, [])
+    assert (best_score(scored), RunFolder(folder_of(scored), 0, None).checkpoints()) == (90, [])
     worse = [*SCORES[:5], 30.0]
     monkeypatch.setattr(
-        program, 'validate', lambda run, *_: program.Metrics(1.0, worse[len(records(scored, 'epoch'))], 100)
+        program, 'validate', lambda run, *_: program.Accuracy(1.0, worse[len(records(scored, 'epoch'))], 100, 12)
     )
     program.main(scored)
-    assert folder.best_score() == 90
+    assert best_score(scored) == 90
     assert len(records(scored, 'epoch')) == 6
 
 
@@ -112,20 +116,8 @@ def test_a_better_best_on_disk_is_kept(scored, tiny_config, monkeypatch):
     save_checkpoint(newest, load_checkpoint(newest) | {'max_accuracy': 10.0})
     best = folder_of(scored) / 'ckpt_best.pth'
     before = best.read_bytes()
-    monkeypatch.setattr(program, 'validate', lambda *_: program.Metrics(1.0, 20.0, 100.0))
+    monkeypatch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, 20.0, 100.0, 12))
     longer = {'TRAIN__EPOCHS': '8', 'DATA__BATCH_SIZE': '12', 'DATA__DATA_PATH': scored.DATA.DATA_PATH}
     program.main(tiny_config(**longer, **PLAIN))
     assert best.read_bytes() == before
     assert [record['acc1'] for record in records(scored, 'epoch')][-2:] == [20, 20]
-
-
-def test_a_fresh_start_keeps_the_old_runs_best_and_metrics(scored, tiny_config, image_tree, monkeypatch):
-    program.main(scored)
-    old = (folder_of(scored) / 'metrics.jsonl').read_text()
-    monkeypatch.setattr(program, 'validate', lambda *_: program.Metrics(1.0, 5.0, 100.0))
-    fresh = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__AUTO_RESUME='False', **PLAIN)
-    program.main(fresh)
-    folder = folder_of(fresh)
-    assert RunFolder(folder, 0, None).best_score() == 5
-    assert RunFolder(folder / 'old_1', 0, None).best_score() == 95
-    assert (folder / 'old_1' / 'metrics.jsonl').read_text() == old

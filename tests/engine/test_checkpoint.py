@@ -140,7 +140,7 @@ def test_plain_state_dicts_are_weights(tmp_path, prefix, suffix):
     else:
         safetensors.torch.save_file(prefixed(weights, prefix), path)
     checkpoint = load_checkpoint(path)
-    assert checkpoint.keys() == {'model'}
+    assert checkpoint.keys() == {'model', 'task'}
     other = network()
     load_weights(other, checkpoint, path)
     assert torch.equal(other['head'].weight, weights['head.weight'])
@@ -163,7 +163,7 @@ def test_timm_checkpoints(tmp_path, weights_key, ema_key):
     torch.save(state, tmp_path / 'timm.pth')
     checkpoint = load_checkpoint(tmp_path / 'timm.pth')
     expected = {'model': raw if weights_key else ema} | ({'model_ema': ema} if ema_key else {})
-    assert checkpoint.keys() == {'epoch', 'arch', 'args', 'metric'} | expected.keys()
+    assert checkpoint.keys() == {'epoch', 'arch', 'args', 'metric', 'task'} | expected.keys()
     for entry, weights in expected.items():
         assert checkpoint[entry].keys() == weights.keys()
         assert all(torch.equal(value, weights[name]) for name, value in checkpoint[entry].items())
@@ -172,7 +172,29 @@ def test_timm_checkpoints(tmp_path, weights_key, ema_key):
 def test_text_in_the_metadata_of_safetensors_is_skipped(tmp_path):
     metadata = {'format': 'pt', 'classes': '["a", "b"]', 'model': '"x"'}
     safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'a.safetensors', metadata)
-    assert load_checkpoint(tmp_path / 'a.safetensors') == {'model': {'x': torch.ones(1)}, 'classes': ['a', 'b']}
+    checkpoint = load_checkpoint(tmp_path / 'a.safetensors')
+    assert checkpoint == {'model': {'x': torch.ones(1)}, 'classes': ['a', 'b'], 'task': 'classification'}
+
+
+@pytest.mark.parametrize(
+    ('config', 'name', 'task'),
+    [
+        ({'TASK': 'detection'}, 'head.weight', 'detection'),
+        ({'TASK': 'classification'}, 'backbone.weight', 'classification'),
+        ({'MODEL': {'TYPE': 'cascade_rcnn'}}, 'head.weight', 'detection'),  # of an older version
+        ({'MODEL': {'TYPE': 'msg'}}, 'backbone.weight', 'classification'),
+        (None, 'backbone.body.norm.weight', 'detection'),  # of another program
+        (None, 'norm.weight', 'classification'),
+        ({'TASK': 'pretrain'}, 'norm.weight', 'classification'),
+        ({'MODEL': {'TYPE': 'faster_rcnn'}}, 'backbone.norm.weight', 'detection'),
+        ([], 'norm.weight', 'classification'),
+    ],
+)
+def test_a_checkpoint_has_a_task(tmp_path, config, name, task):
+    save_checkpoint(
+        tmp_path / 'a.pth', {'model': {name: torch.ones(1)}} | ({} if config is None else {'config': config})
+    )
+    assert load_checkpoint(tmp_path / 'a.pth')['task'] == task
 
 
 def test_files_without_tensors_are_refused(tmp_path):
@@ -187,11 +209,11 @@ def test_files_without_tensors_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ('scores', 'choice', 'expected'),
     [
-        (None, '', 'EMA weights'),
-        ({'raw': 16.5}, '', 'EMA weights'),
-        ({'raw': 16.5, 'ema': 18.04}, '', 'EMA weights (18.0 against 16.5 %)'),
-        ({'raw': 16.5, 'ema': 16.5}, '', 'EMA weights (16.5 against 16.5 %)'),
-        ({'raw': 16.5, 'ema': 0.1}, '', 'raw weights (16.5 against 0.1 %)'),
+        (None, 'auto', 'EMA weights'),
+        ({'raw': 16.5}, 'auto', 'EMA weights'),
+        ({'raw': 16.5, 'ema': 18.04}, 'auto', 'EMA weights (18.0 against 16.5 %)'),
+        ({'raw': 16.5, 'ema': 16.5}, 'auto', 'EMA weights (16.5 against 16.5 %)'),
+        ({'raw': 16.5, 'ema': 0.1}, 'auto', 'raw weights (16.5 against 0.1 %)'),
         ({'raw': 16.5, 'ema': 0.1}, 'ema', 'EMA weights (0.1 against 16.5 %)'),
         ({'raw': 16.5, 'ema': 18.0}, 'raw', 'raw weights (16.5 against 18.0 %)'),
         (None, 'raw', 'raw weights'),
@@ -206,9 +228,9 @@ def test_better_of_raw_and_ema_weights_is_chosen(scores, choice, expected):
 
 def test_choice_without_ema_weights():
     checkpoint = {'model': {'x': 'raw'}, 'scores': {'raw': 16.5}}
-    for choice in ('', 'raw'):
+    for choice in ('auto', 'raw'):
         assert choose_weights(checkpoint, 'a.pth', choice) == (checkpoint['model'], 'the only weights')
-    with pytest.raises(CheckpointError, match='a.pth holds no EMA weights: leave out --ema, or train with TRAIN.EMA_'):
+    with pytest.raises(CheckpointError, match='a.pth holds no EMA weights: write --pretrained-weights raw'):
         choose_weights(checkpoint, 'a.pth', 'ema')
 
 

@@ -39,7 +39,7 @@ def evaluate_grid(rank, world_size, folder):
         for batch in BATCHES:
             sampler = ShardSampler(size, rank, world_size)
             loader = DataLoader(as_samples(images[:size], targets[:size]), batch, sampler=sampler)
-            grid[size, batch] = tuple(validate(run, model, loader, poll))
+            grid[size, batch] = tuple(validate(run, model, loader, poll))[:3]
     torch.save(grid, f'{folder}/{world_size}_{rank}.pt')
     dist.destroy_process_group()
 

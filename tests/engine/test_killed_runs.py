@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -11,12 +12,14 @@ import pytest
 from tests.helpers.processes import SpawnedRun, children, start_two_ranks
 from tests.helpers.runs import differences
 
+pytestmark = pytest.mark.xdist_group('spawned')  # they share runs
+
 
 def is_saving(run):
     return any(name.endswith('.tmp') for name in run.checkpoint_names())
 
 
-def kill_and_resume(folder, undisturbed, tag, kills, seed):
+def kill_and_resume(folder, undisturbed, tag, kills, seed, options=''):
     """Kill a run again and again, every third time while it saves, then let it finish.
 
     Returns:
@@ -25,7 +28,7 @@ def kill_and_resume(folder, undisturbed, tag, kills, seed):
     expected, seconds = undisturbed
     rng, hit = random.Random(seed), set()
     for number in range(kills):
-        run = SpawnedRun(folder, tag)
+        run = SpawnedRun(folder, tag, options=options)
         log_before = len(run.log())
         assert run.wait_for(lambda run=run, start=log_before: 'Train: [' in run.log()[start:]), run.output.read_text()
         if number % 3 == 0:
@@ -52,20 +55,36 @@ def test_run_killed_three_times_ends_with_the_same_bits(folder, undisturbed):
 
 @pytest.mark.slow
 def test_run_killed_twenty_times_ends_with_the_same_bits(folder, undisturbed):
-    hit = kill_and_resume(folder, undisturbed, 'killed_20', kills=20, seed=time.time_ns())
+    workers = 'DATA.NUM_WORKERS 2'
+    hit = kill_and_resume(folder, undisturbed, 'killed_20', kills=20, seed=time.time_ns(), options=workers)
     assert hit >= {'training', 'saving'}
 
 
 @pytest.mark.slow
 def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, undisturbed_pair):
-    run = start_two_ranks(folder, 'dead_rank')
+    run = start_two_ranks(folder, 'dead_rank', 'DATA.NUM_WORKERS 2')
     assert run.wait_for(lambda: 'Train: [2/12]' in run.log())
     ranks = children(run.process.pid)
     os.kill(ranks[0], signal.SIGKILL)
     assert run.wait(60) != 0  # within a minute
     assert all(not os.path.exists(f'/proc/{rank}') for rank in ranks)
-    run = start_two_ranks(folder, 'dead_rank', restarts=1)
+    run = start_two_ranks(folder, 'dead_rank', 'DATA.NUM_WORKERS 2', restarts=1)
     assert run.wait_for(lambda: 'Train: [6/12]' in run.log())
     os.kill(children(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.output.read_text()
     assert differences(undisturbed_pair, run.last_checkpoint()) == []
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_with_resume_from_its_own_newest_checkpoint(folder, undisturbed_pair):
+    source = folder / 'output' / 'tiny' / 'pair' / 'ckpt_epoch_9.pth'
+    run = start_two_ranks(folder, 'resumed_pair', f'MODEL.RESUME {source} TRAIN.EPOCHS 40', restarts=1)
+    assert run.wait_for(lambda: (run.folder / 'ckpt_epoch_12.pth').exists())
+    os.kill(children(run.process.pid)[0], signal.SIGKILL)
+    assert run.wait() == 0, run.output.read_text()
+    starts = [int(epoch) for epoch in re.findall(r'resuming at epoch (\d+)', run.log())]
+    assert len(starts) == 2
+    assert starts[0] == 10
+    assert starts[1] > 12
+    metrics = [json.loads(line) for line in (run.folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [record['epoch'] for record in metrics if record['kind'] == 'epoch'] == list(range(10, 40))

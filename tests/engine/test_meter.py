@@ -1,14 +1,12 @@
 import logging
-from types import SimpleNamespace
 
-import pytest
 import torch
 
 from engine import meter
-from engine.meter import TrainMeter, peak_memory_mb
+from engine.meter import TrainMeter
 from logger import MetricsLog
 from models import build_model
-from tests.helpers.runs import CPU, build_trainer
+from tests.helpers.runs import build_trainer
 
 NO, YES = torch.tensor(False), torch.tensor(True)
 
@@ -28,9 +26,8 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
 
     def update(seconds, loss, grad_norm, skipped=NO):
         clock[0] += seconds
-        state.record(torch.tensor(loss), torch.tensor(grad_norm), skipped)
-        state.step += 1
-        state.advance(updated=not skipped)
+        state.add_update(torch.tensor(loss), torch.tensor(grad_norm), skipped, NO, 0.1)
+        state.skip() if skipped else state.advance()
 
     with caplog.at_level(logging.INFO, 'test'):
         update(1.0, 3.0, 5.0)
@@ -68,17 +65,10 @@ def test_eta_leaves_out_the_update_that_compiles(tiny_config, monkeypatch, caplo
         for seconds in (60.0, 1.0, 1.0):
             clock[0] += seconds
             state.step += 1
-            state.advance(updated=True)
+            state.advance()
             if seconds == 60:
                 train_meter.leave_out()
             train_meter.log(0.25, torch.tensor(1.0), torch.tensor(7.0), {})
     etas = [record.getMessage().partition('eta ')[2].partition(' lr')[0] for record in caplog.records]
     assert etas == ['?', '0:00:06', '0:00:05']
     assert train_meter.seconds == 62
-
-
-@pytest.mark.parametrize(('platform', 'ru_maxrss'), [('linux', 3 * 2**10), ('darwin', 3 * 2**20)])
-def test_peak_memory_of_the_host_in_the_units_of_its_system(monkeypatch, platform, ru_maxrss):
-    monkeypatch.setattr(meter.sys, 'platform', platform)
-    monkeypatch.setattr(meter.resource, 'getrusage', lambda _: SimpleNamespace(ru_maxrss=ru_maxrss))
-    assert peak_memory_mb(CPU) == 3

@@ -1,6 +1,5 @@
 """Losses and gradient norms that are not finite."""
 
-import logging
 import math
 
 import pytest
@@ -8,13 +7,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import main as program
-from engine.nonfinite import NonFiniteCheck
+from engine.nonfinite import HostCopy, NonFinitePolicy, check_first_bad
 from engine.precision import Precision
 from engine.state import TrainingState
 from engine.trainer import Trainer
 from models import build_model
 from tests.helpers.golden import fill_
-from tests.helpers.runs import CPU, build_trainer, folder_of, last_checkpoint, log_of, records, weights
+from tests.helpers.runs import build_trainer, folder_of, last_checkpoint, log_of, records, weights
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -34,13 +33,13 @@ def poison(monkeypatch, at, value=math.nan):
     made = []
     train_step = Trainer.train_step
 
-    def step(trainer, batches):
+    def step(trainer, *arguments):
         loss_fn = trainer.loss_fn
         if len(made) in at:
             scale_loss(trainer, value)
         made.append(trainer.state.step)
         try:
-            return train_step(trainer, batches)
+            return train_step(trainer, *arguments)
         finally:
             trainer.loss_fn = loss_fn
 
@@ -54,15 +53,16 @@ def test_bad_update_and_later_ones_do_not_reach_the_weights(tiny_config, optimiz
     trainer = build_trainer(config, fill_(build_model(config)).train())
     state, loss_fn = trainer.state, trainer.loss_fn
 
+    state.epoch = 2
+
     def step():
         update = trainer.train_step([batch()])
-        trainer.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, 2, state.step, 0.125)
-        state.step += 1
-        state.advance(trainer.nonfinite.updated())
+        trainer.step_schedule_and_ema(update)
         return update.skipped.item()
 
     assert not step()
-    trainer.nonfinite.check()
+    assert state.first_bad.tolist() == [-1, -1]
+    rate = state.lr
     before = [p.detach().clone() for p in state.model.parameters()]
     moments = {name: value.clone() for s in state.optimizer.state.values() for name, value in s.items()}
     scale_loss(trainer, value)
@@ -72,8 +72,10 @@ def test_bad_update_and_later_ones_do_not_reach_the_weights(tiny_config, optimiz
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     after = {name: value for s in state.optimizer.state.values() for name, value in s.items()}
     assert all(torch.equal(moments[name], after[name]) for name in moments)
-    with pytest.raises(FloatingPointError, match=r'not finite at epoch 2, update 1, learning rate 0.125.*BASE_LR'):
-        trainer.nonfinite.check()
+    with pytest.raises(
+        FloatingPointError, match=rf'not finite at epoch 2, update 1, learning rate {rate:.3g}.*BASE_LR'
+    ):
+        check_first_bad(state.epoch, *state.first_bad.tolist())
 
 
 def test_nonfinite_loss_counts_even_if_its_gradient_is_finite(tiny_config):
@@ -83,8 +85,8 @@ def test_nonfinite_loss_counts_even_if_its_gradient_is_finite(tiny_config):
     trainer.loss_fn = lambda batch: loss_fn(batch) | {'bad': torch.tensor(math.inf)}
     update = trainer.train_step([batch()])
     assert update.grad_norm.isfinite()
-    assert update.nonfinite_ranks.item() == 1
     assert update.skipped.item()
+    assert trainer.state.first_bad[0] == 0
 
 
 class DeviceReads(TorchFunctionMode):
@@ -102,16 +104,11 @@ class DeviceReads(TorchFunctionMode):
 def test_host_reads_no_loss_or_norm_between_log_lines(tiny_config, options, reads):
     config = tiny_config(**options)
     trainer = build_trainer(config, fill_(build_model(config)).train())
-    trainer.train_step([batch()])
+    update = trainer.train_step([batch()])
     with DeviceReads() as device:
         for _ in range(3):
-            update = trainer.train_step([batch()])
-            trainer.nonfinite.record(update.nonfinite_ranks, update.grad_norm, update.skipped, 0, 0, 0.1)
-            trainer.state.step += 1
-            trainer.state.advance(trainer.nonfinite.updated())
+            update = trainer.train_step([batch()], update)
         assert device.count == 3 * reads
-        trainer.nonfinite.check()
-        assert device.count == 3 * reads + 1
 
 
 @pytest.mark.parametrize(('batch_norm', 'order'), [(False, 'gradients, flag'), (True, 'flag, gradients')])
@@ -125,8 +122,8 @@ def test_flag_of_an_update_is_read_when_the_next_gradients_are_on_their_way(
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: (events.append(event), function(*args))[1])
 
-    note(NonFiniteCheck, 'record', 'update')
-    note(NonFiniteCheck, 'updated', 'flag')
+    note(TrainingState, 'add_update', 'update')
+    note(HostCopy, 'tolist', 'flag')
     note(Precision, 'backward', 'gradients')
     options = {'TRAIN__NONFINITE': 'skip', 'TRAIN__EMA_DECAY': '0.5', 'PRINT_FREQ': '1000'}
     options |= {'TRAIN__EPOCHS': '1', 'TRAIN__WARMUP_EPOCHS': '0'}
@@ -175,13 +172,9 @@ def test_diverging_run_stops(tiny_config, image_tree):
 def test_skipped_updates_advance_neither_schedule_nor_ema(tiny_config, image_tree, monkeypatch):
     options = {'DATA__DATA_PATH': str(image_tree), 'TRAIN__NONFINITE': 'skip', 'TRAIN__EMA_DECAY': '0.5'}
     updates = []
-    advance = TrainingState.advance
-
-    def note(state, updated):
-        updates.append(updated)
-        advance(state, updated)
-
-    monkeypatch.setattr(TrainingState, 'advance', note)
+    advance, skip = TrainingState.advance, TrainingState.skip
+    monkeypatch.setattr(TrainingState, 'advance', lambda state: (updates.append(True), advance(state)))
+    monkeypatch.setattr(TrainingState, 'skip', lambda state: (updates.append(False), skip(state)))
     config = tiny_config(TAG='skip', **options)
     plain = tiny_config(TAG='plain', **options)
     with monkeypatch.context() as patch:
@@ -200,7 +193,7 @@ def test_rate_is_the_first_one_where_a_resumed_run_has_skipped_more_than_it_coun
     config = tiny_config()
     state = build_trainer(config, build_model(config)).state
     first, state.skipped, state.step = state.lr, 5, 3
-    state.advance(updated=True)
+    state.advance()
     assert state.lr == first > 0
 
 
@@ -235,12 +228,12 @@ def test_float16_that_only_overflows_stops(tiny_config, image_tree, monkeypatch)
         program.main(tiny_config(TRAIN__NONFINITE_LIMIT='4', **options))
 
 
-def test_nonfinite_losses_of_other_ranks_count(tiny_config):
-    check = NonFiniteCheck(tiny_config(), may_overflow=False, device=CPU, logger=logging.getLogger('test'))
-    good = torch.tensor(1.0), torch.tensor(False)
-    check.record(torch.tensor(0.0), *good, 0, 0, 0.1)
-    assert not check.skip_update
-    check.record(torch.tensor(3.0), *good, 0, 1, 0.1)  # three other ranks
-    assert check.skip_update
-    with pytest.raises(FloatingPointError, match='update 1'):
-        check.check()
+@pytest.mark.parametrize(
+    ('stops', 'may_overflow', 'stopped'), [(True, False, True), (True, True, True), (False, False, False)]
+)
+def test_nonfinite_losses_of_other_ranks_count(stops, may_overflow, stopped):
+    policy = NonFinitePolicy(stops, 20, may_overflow)
+    norm = torch.tensor(1.0)
+    assert not policy.stops_at(torch.tensor(0.0), norm)
+    assert policy.stops_at(torch.tensor(3.0), norm) == stopped  # three other ranks
+    assert policy.stops_at(torch.tensor(0.0), torch.tensor(math.inf)) == (stops and not may_overflow)

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import main as program
-from data.seeding import random_states
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.signals import STOP_SIGNALS, Stopped
 from engine.trainer import Trainer
 from tests.helpers.images import write_images
 from tests.helpers.runs import CPU, RANDOM, differences, folder_of, last_checkpoint, log_of, one_thread, records
-from utils import set_seed
+from utils import random_states, set_seed
 
 
 @pytest.fixture
@@ -54,10 +53,10 @@ def test_signal_stops_after_the_current_update(tiny_config, steady, monkeypatch)
     program.main(whole)
     train_step = Trainer.train_step
 
-    def signalled(trainer, batches):
+    def signalled(trainer, *arguments):
         if (trainer.state.epoch, trainer.state.step) == (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(trainer, batches)
+        return train_step(trainer, *arguments)
 
     handlers = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
     config = tiny_config(TAG='stopped', **steady)
@@ -119,9 +118,9 @@ def test_another_batch_size_resumes_after_the_images_seen(tiny_config, steady, m
     seen = []
     train_step = Trainer.train_step
 
-    def note(trainer, batches):
+    def note(trainer, *arguments):
         seen.append((trainer.state.epoch, trainer.state.step, trainer.state.images))
-        return train_step(trainer, batches)
+        return train_step(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, 'train_step', note)
     config = tiny_config(TAG='two', DATA__BATCH_SIZE='2', MODEL__RESUME=str(start), **steady)
@@ -152,21 +151,25 @@ def test_changed_keys_are_named(tiny_config, steady):
         assert [line for line in log if 'the run resumes' in line][-1].endswith(message)
 
 
-def test_checkpoints_of_an_abandoned_branch_are_set_aside(tiny_config, steady):
-    """With a larger batch, a later step has a smaller number; so has an earlier checkpoint given to --resume."""
-    small = tiny_config(SAVE_STEPS='10', DATA__BATCH_SIZE='2', **{**steady, 'TRAIN__EPOCHS': '2'})
+def test_another_batch_size_leaves_the_newest_checkpoint_the_newest(tiny_config, steady):
+    """With a larger batch, a later checkpoint within an epoch has a smaller number of updates."""
+    small = tiny_config(SAVE_STEPS='8', DATA__BATCH_SIZE='2', **steady)
     program.main(small)
     folder = folder_of(small)
-    for name in ('ckpt_epoch_1.pth', 'ckpt_epoch_0.pth', 'ckpt_epoch_1_step_10.pth', 'ckpt_best.pth'):
-        (folder / name).unlink()
-    large = tiny_config(SAVE_STEPS='4', DATA__BATCH_SIZE='6', **{**steady, 'TRAIN__ACCUMULATION_STEPS': '1'})
-    program.main(large)  # from update 10 of 12, which is after update 3 of 4
-    assert 'resuming at epoch 0, update 3' in log_of(large)
-    (folder / 'ckpt_epoch_2.pth').rename(folder / 'ckpt_epoch_9.pth')
-    again = tiny_config(SAVE_STEPS='4', MODEL__RESUME=str(folder / 'ckpt_epoch_0_step_10.pth'), **steady)
-    program.main(again)
-    assert list(folder.glob('old_*/ckpt_epoch_9.pth'))
-    assert [record['epoch'] for record in records(again, 'epoch')] == [0, 1, 2]
+
+    def keep_only(*names):
+        for path in folder.glob('ckpt_*'):
+            if path.name not in names:
+                path.unlink()
+        assert {path.name for path in folder.glob('ckpt_*')} == set(names)
+
+    keep_only('ckpt_epoch_0_step_8.pth')
+    large = tiny_config(SAVE_STEPS='5', **steady)  # batches of four
+    program.main(large)
+    assert 'resuming at epoch 0, update 4' in log_of(large)
+    keep_only('ckpt_epoch_0_step_8.pth', 'ckpt_epoch_0_step_5.pth')
+    program.main(large)
+    assert 'resuming at epoch 0, update 5' in log_of(large)
 
 
 def test_another_dataset_cannot_resume_inside_an_epoch(tiny_config, steady, tmp_path):
@@ -176,8 +179,8 @@ def test_another_dataset_cannot_resume_inside_an_epoch(tiny_config, steady, tmp_
     with pytest.raises(
         CheckpointError, match='within an epoch of 24 images, but there are 27 now: take one from the end'
     ):
-        program.main(tiny_config(MODEL__RESUME=str(start), **steady))
-    program.main(tiny_config(MODEL__RESUME=str(start.with_name('ckpt_epoch_0.pth')), **steady))
+        program.main(tiny_config(TAG='more', MODEL__RESUME=str(start), **steady))
+    program.main(tiny_config(TAG='end', MODEL__RESUME=str(start.with_name('ckpt_epoch_0.pth')), **steady))
 
 
 def test_published_checkpoints_resume_after_their_epoch(tiny_config, steady):

@@ -9,7 +9,7 @@ import torch
 
 import main as program
 from config import load_config
-from engine import run
+from engine import run, run_task
 from engine.checkpoint import CheckpointError
 from engine.distributed import Process
 from engine.signals import EXIT_STOPPED, STOP_SIGNALS, Stopped
@@ -27,8 +27,8 @@ def test_saved_config_reproduces_the_run(tiny_config, image_tree, tmp_path):
     assert_same_weights(weights(config), weights(again), rtol=0, atol=0)
 
 
-def test_explicit_checkpoint_overrides_automatic_resuming(tiny_config, image_tree):
-    """Without random augmentation, two halves equal the whole; --resume overrides the newest checkpoint."""
+def test_a_run_goes_on_from_a_checkpoint_of_another_one(tiny_config, image_tree):
+    """Without random augmentation, two halves equal the whole."""
     data = {'DATA__DATA_PATH': str(image_tree), 'TRAIN__EPOCHS': '3', **PLAIN}
     whole = tiny_config(TAG='whole', **data)
     with one_thread():
@@ -45,31 +45,16 @@ def test_explicit_checkpoint_overrides_automatic_resuming(tiny_config, image_tre
         assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2]
         assert_same_weights(weights(whole, 'ckpt_epoch_2.pth'), weights(explicit, 'ckpt_epoch_2.pth'), rtol=0, atol=0)
 
-        again = tiny_config(TAG='whole', MODEL__RESUME=str(first), **data)
-        program.main(again)  # the folder has a newer one
-        assert [record['epoch'] for record in records(whole, 'epoch')] == [0, 1, 2]
-        assert 'resuming at epoch 1, update 0' in log_of(whole)
 
-
-def test_finished_run_has_nothing_to_train(tiny_config, image_tree):
-    config = tiny_config(DATA__DATA_PATH=str(image_tree))
-    program.main(config)
-    program.main(config)
-    assert len(records(config, 'epoch')) == 2
-    assert 'nothing to train: epoch 2 of TRAIN.EPOCHS 2' in log_of(config)
-
-
-def test_auto_resume_off_and_start_epoch(tiny_config, image_tree):
+def test_start_epoch(tiny_config, image_tree):
     data = {'DATA__DATA_PATH': str(image_tree)}
-    config = tiny_config(**data, TRAIN__AUTO_RESUME='False', TRAIN__START_EPOCH='1')
-    program.main(tiny_config(**data))
-    first = records(config, 'train')[6]
+    config = tiny_config(**data, TRAIN__START_EPOCH='1', TAG='from_1')
+    whole = tiny_config(**data)
+    program.main(whole)
+    first = records(whole, 'train')[6]
     program.main(config)
     assert [record['epoch'] for record in records(config, 'epoch')] == [1]
     assert records(config, 'train')[0]['lr'] == first['lr']  # the schedule starts in the middle too
-    old = folder_of(config) / 'old_1'  # nothing of the earlier run is lost
-    assert {path.name for path in old.iterdir()} >= {'ckpt_epoch_0.pth', 'ckpt_epoch_1.pth', 'ckpt_best.pth'}
-    assert len((old / 'metrics.jsonl').read_text().splitlines()) == 14
 
 
 def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tmp_path):
@@ -96,12 +81,30 @@ def test_pretrained_starts_a_new_run_with_a_new_head(tiny_config, image_tree, tm
         program.main(tiny_config(TAG='other', MODEL__RESUME=str(tmp_path / 'trained.pth'), **no_updates))
 
 
-def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch):
+class Started(BaseException):
+    """Raised instead of looking for a checkpoint, once a run has started."""
+
+
+@pytest.fixture
+def start_only(monkeypatch):
+    """A function that starts a run, and no more."""
+
+    def find_start(*_):
+        raise Started
+
+    def start(config):
+        with pytest.raises(Started):
+            program.main(config)
+
+    monkeypatch.setattr(run_task, 'find_start', find_start)
+    return start
+
+
+def test_rank_r_is_seeded_with_seed_plus_r(tiny_config, monkeypatch, start_only):
     seeds = []
     monkeypatch.setattr(run, 'start_process', lambda *_: contextlib.nullcontext(Process(3, 8, CPU)))
     monkeypatch.setattr(run, 'set_seed', seeds.append)
-    monkeypatch.setattr(program, 'throughput', lambda *_: None)
-    program.main(tiny_config(SEED='40', THROUGHPUT_MODE='True'))
+    start_only(tiny_config(SEED='40', EVAL_MODE='True', MODEL__RESUME='x'))
     assert seeds == [43]
 
 
@@ -149,11 +152,12 @@ def test_compilation_is_announced(tiny_config, image_tree, monkeypatch):
     assert log.index('the first batch of training or evaluation takes minutes') < log.index('Train: [0/2]')
     assert log.index('Train: [0/2][0/6]\teta ? lr') < log.index('1 epochs to go, about ?') < log.index('about 0:00')
     assert log.count('eta ?') == 1
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__COMPILE='True', TRAIN__EPOCHS='4', **PLAIN))
+    assert log_of(config).count('eta ?') == 2  # a resumed run compiles again
 
 
-def test_log_says_how_many_threads_and_why(tiny_config, monkeypatch):
-    monkeypatch.setattr(program, 'throughput', lambda *_: None)
+def test_log_says_how_many_threads_and_why(tiny_config, monkeypatch, start_only):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    config = tiny_config(THROUGHPUT_MODE='True')
-    program.main(config)
+    config = tiny_config()
+    start_only(config)
     assert 'thread(s): OMP_NUM_THREADS' in log_of(config)

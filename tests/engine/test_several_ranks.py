@@ -10,6 +10,8 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import TORCHRUN, SpawnedRun, start, start_two_ranks
 from tests.helpers.runs import differences
 
+pytestmark = pytest.mark.xdist_group('spawned')  # they share runs
+
 
 @pytest.mark.slow
 def test_three_ranks_sum_gradients_in_the_same_order_after_resuming(folder):
@@ -59,10 +61,10 @@ import os, main, config, engine.trainer, utils
 
 train_step = engine.trainer.Trainer.train_step
 
-def train_step_of_rank_1_on_nan(self, batches):
+def train_step_of_rank_1_on_nan(self, batches, pending):
     if os.environ['RANK'] == '1' and (self.state.epoch, self.state.step) == (1, 1):
         batches[0][0][0, 0, 0, 0] = float('nan')
-    return train_step(self, batches)
+    return train_step(self, batches, pending)
 
 engine.trainer.Trainer.train_step = train_step_of_rank_1_on_nan
 with utils.exit_on_user_error():

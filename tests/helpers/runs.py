@@ -119,9 +119,9 @@ def is_identical(one, two):
 
 
 def differences(one, two):
-    """Names of the entries in which two checkpoints differ, except for the config, which names their folders."""
+    """Names of the entries in which two checkpoints differ, except for what names folders: config and origin."""
     assert one.keys() == two.keys()
-    return [name for name in one if name != 'config' and not is_identical(one[name], two[name])]
+    return [name for name in one if name not in ('config', 'origin') and not is_identical(one[name], two[name])]
 
 
 class RecordingNode(CfgNode):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, fill_, golden_network, images, labels, micro
 from tests.helpers.runs import CPU
-from tools.benchmark.cases import BenchmarkCase, Setting
+from tools.benchmark.cases import Setting
+from tools.benchmark.classifiers import ClassifierCase
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ def test_gradients_equal_eager_ones(types):
 
 
 def test_freezing_gives_the_same_logits():
-    case = BenchmarkCase(fill_(micro()), Setting(compile_mode='freezing', batch=2, size=56), CPU)
+    case = ClassifierCase(fill_(micro()), Setting(compile_mode='freezing', batch=2, size=56), CPU)
     case.warm_up()
     with torch.inference_mode():
         torch.testing.assert_close(case(), case.network(case.images), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ import main as program
 from config import load_config
 from engine.config_tree import ConfigError
 from models import build_model
-from models.build import class_weights
+from models.build import head_pattern
 from models.timm_networks import parse_timm_args
 from tests.helpers.paths import TINY
 from tests.helpers.runs import folder_of, records
@@ -95,7 +95,7 @@ def test_class_weights_are_those_that_the_number_of_classes_changes(type_, argum
     three, five = (build_model(load(type_, arguments, 'MODEL.NUM_CLASSES', str(n))) for n in (3, 5))
     sizes = {name: value.shape for name, value in five.state_dict().items()}
     changed = {name for name, value in three.state_dict().items() if value.shape != sizes[name]}
-    assert {name for name in sizes if re.match(class_weights(three), name)} == changed
+    assert {name for name in sizes if re.match(head_pattern(three), name)} == changed
     assert changed
 
 
@@ -115,5 +115,5 @@ def test_training_resumes_and_fine_tuning_starts_with_a_new_head(tiny_config, im
 
 def test_msg_transformers_class_weights_are_the_head():
     network = build_model(load_config(TINY))
-    assert class_weights(network) == r'head\.'
+    assert head_pattern(network) == r'head\.'
     assert isinstance(network.head, nn.Linear)

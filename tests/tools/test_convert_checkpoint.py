@@ -22,7 +22,7 @@ def test_weights_survive_conversion_to_safetensors_and_back(tmp_path, tiny_confi
         assert convert(source, out, choice)[0] == convert(out, back)[0] == len(checkpoint['model'])
         for path in (out, back):
             loaded = load_checkpoint(path)
-            assert loaded.keys() == {'model', 'config', 'classes'}
+            assert loaded.keys() == {'model', 'config', 'classes', 'task'}
             assert loaded['classes'] == checkpoint['classes']
             assert loaded['config'] == json.loads(json.dumps(checkpoint['config']))
             expected = checkpoint[entry]
@@ -36,8 +36,8 @@ def test_weights_survive_conversion_to_safetensors_and_back(tmp_path, tiny_confi
 @pytest.mark.parametrize(
     ('source', 'target', 'choice', 'message'),
     [
-        ('a.pth', 'b.onnx', '', 'b.onnx has an unknown suffix: write .pth or .safetensors'),
-        ('a.pth', 'b.pth', 'ema', 'a.pth holds no EMA weights: leave out --ema'),
+        ('a.pth', 'b.onnx', 'auto', 'b.onnx has an unknown suffix: write .pth or .safetensors'),
+        ('a.pth', 'b.pth', 'ema', 'a.pth holds no EMA weights: write --pretrained-weights raw'),
         ('nowhere.pth', 'b.pth', '', 'nowhere.pth does not exist'),
         ('nowhere.pth', 'a.pth', '', 'nowhere.pth does not exist'),
         ('a.pth', 'a.pth', '', 'a.pth is the source, whose training state would be lost: write another name'),
@@ -56,8 +56,8 @@ def test_conversion_errors(tmp_path, source, target, choice, message):
         ([], {}, 1, 'EMA weights'),
         ([], {'raw': 16.5, 'ema': 18.0}, 1, 'EMA weights (18.0 against 16.5 %)'),
         ([], {'raw': 16.5, 'ema': 0.1}, 0, 'raw weights (16.5 against 0.1 %)'),
-        (['--raw'], {'raw': 16.5, 'ema': 18.0}, 0, 'raw weights (16.5 against 18.0 %)'),
-        (['--ema'], {'raw': 16.5, 'ema': 0.1}, 1, 'EMA weights (0.1 against 16.5 %)'),
+        (['--pretrained-weights', 'raw'], {'raw': 16.5, 'ema': 18.0}, 0, 'raw weights (16.5 against 18.0 %)'),
+        (['--pretrained-weights', 'ema'], {'raw': 16.5, 'ema': 0.1}, 1, 'EMA weights (0.1 against 16.5 %)'),
     ],
 )
 def test_command_line(tmp_path, monkeypatch, capsys, flags, scores, value, text):

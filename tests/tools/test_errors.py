@@ -10,7 +10,7 @@ from tests.helpers.processes import run_here
         ('predict', ['nowhere', '--resume', 'x'], 'error: checkpoint x does not exist'),
         ('predict', ['nowhere'], 'error: one of the arguments --resume --weights is required'),
         ('make_digits', [], 'error: the following arguments are required: --output'),
-        ('complexity', ['nowhere'], 'error: config file nowhere: No such file'),
+        ('summary', ['nowhere'], 'error: config file nowhere: No such file'),
         ('make_digits', ['--output', 'README.md'], 'error: '),
     ],
 )

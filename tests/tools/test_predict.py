@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from config import TREE
 from data import Preprocess, build_eval_loader
+from data.file_loader import SOME_UNREADABLE
 from data.images import choose_images, find_images
-from data.inference import SOME_UNREADABLE
 from engine.checkpoint import CheckpointError
-from engine.inference import Predictor, load_predictor, prediction_parser
+from engine.predictor import Predictor, load_predictor, prediction_parser
+from main import TASK
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.golden import fill_
@@ -107,14 +107,12 @@ def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, cap
     path = str(tmp_path / 'w.pth')
     scores = {'raw': 16.5, 'ema': 18.0}
     torch.save({'model': raw.state_dict(), 'model_ema': ema.state_dict(), 'scores': scores}, path)
-    for flags, expected in (([], ema), (['--ema'], ema), (['--raw'], raw)):
+    for flags, expected in (([], ema), (['--pretrained-weights', 'ema'], ema), (['--pretrained-weights', 'raw'], raw)):
         args = prediction_parser('').parse_intermixed_args(['x', '--cfg', str(TINY), '--resume', path, *flags])
-        model = load_predictor(args, TREE, build_model, first_label=0).model
+        model = load_predictor(args, TASK).model
         assert torch.equal(model.head.weight.cpu(), expected.head.weight)
         name, first, second = ('EMA', 18.0, 16.5) if expected is ema else ('raw', 16.5, 18.0)
         assert capsys.readouterr().err == f'{path}: {name} weights ({first} against {second} %)\n'
-    with pytest.raises(SystemExit):
-        prediction_parser('').parse_intermixed_args(['x', '--cfg', 'c', '--resume', path, '--raw', '--ema'])
 
 
 def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, tmp_path):
@@ -125,7 +123,7 @@ def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, 
 
     def load(*flags):
         argv = ['x', '--resume', str(tmp_path / 'w.pth'), *flags]
-        return load_predictor(prediction_parser('').parse_intermixed_args(argv), TREE, build_model, first_label=0)
+        return load_predictor(prediction_parser('').parse_intermixed_args(argv), TASK)
 
     config, model, names, _ = load()
     assert config.MODEL.MSG == trained.MODEL.MSG

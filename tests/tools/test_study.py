@@ -22,6 +22,8 @@ from tools.study.report import table
 from tools.study.runs import finished_run
 from tools.study.statistics import paired_difference, summarise
 
+pytestmark = pytest.mark.xdist_group('study')  # they share runs
+
 SHORT = ['--opts', 'TRAIN.EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0', 'MODEL.NUM_CLASSES', '2', 'LOCK_WAIT', '0']
 
 
@@ -151,6 +153,7 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_saved(small, tmp_path):
         finished_run(project, tmp_path, 'msg', 0, [*opts, 'TRAIN.EPOCHS', '2'])
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, digits):
     flags = ['--study', write_study(tmp_path), '--data-path', digits, '--output', tmp_path, '--variants', 'msg']
     flags += ['--seeds', '0', '--opts', 'TRAIN.EPOCHS', '60', 'MODEL.NUM_CLASSES', '2']

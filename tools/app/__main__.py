@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from config import TREE
 from data.images import choose_images, find_images
-from engine.inference import add_network_flags, load_predictor
+from engine.predictor import add_network_flags, load_predictor
+from main import TASK
 from models.registry import stored_weights
 from tools.app.explainer import Explainer
 from tools.app.page import build_page
@@ -81,7 +81,7 @@ def main() -> None:
         gradio = import_gradio()
         check_port(args.host, args.port)
         examples = choose_images(find_images(args.examples), EXAMPLES) if args.examples else []
-        predictor = load_predictor(args, TREE, build_with_msg_tokens, first_label=0)
+        predictor = load_predictor(args, TASK, build_with_msg_tokens)
     title = f'{predictor.config.MODEL.NAME}, {"/".join(Path(args.resume).parts[-2:])}'
     page = build_page(gradio, Explainer(predictor), title, examples)
     try:

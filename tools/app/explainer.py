@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 
 from data.images import decode_image, read_file
 from data.transforms import image_mode
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from tools.visualize.explain import trace_blocks, traced_logits
 from tools.visualize.overlays import (
     MIN_SHARE,

@@ -1,1 +1,1 @@
-"""Interleaved timing of networks, with a plain matmul as reference: `python -m tools.benchmark`."""
+"""Interleaved timing of networks, detectors, the stages of a network and the loader: `python -m tools.benchmark`."""

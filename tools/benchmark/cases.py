@@ -1,26 +1,19 @@
-"""Benchmark cases: a network under one setting, its memory and its multiply-adds."""
+"""Benchmark cases: a network under one setting, which infers a random batch or makes updates from it."""
 
-import copy
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
-import torch.nn.functional as F
-import torchvision
-from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 
-from config import load_config
-from engine.config_tree import ConfigError
-from engine.memory import peak_allocation, resident_bytes
 from engine.precision import Precision
-from engine.timing import synchronize
-from models import build_model
-from tools.flops import count_multiply_adds
+from models.pyramid import Size
+from tools.benchmark.memory import peak_allocation, resident_bytes
+from tools.benchmark.timing import synchronize
 
+DEVICES = ('auto', 'cuda', 'mps', 'cpu')
 MODES = ('inference', 'train')
 PRECISIONS = {
     'fp32': torch.float32,
@@ -31,8 +24,8 @@ PRECISIONS = {
 }
 COMPILE_MODES = ('eager', 'compiled', 'graphs', 'freezing')
 
-# After the name of a timm network: with fused attention, also where timm's default is not to use it
-FUSED = '+fused'
+# So small that random weights stay finite over any number of updates
+LEARNING_RATE = 1e-6
 
 
 class Setting(NamedTuple):
@@ -45,7 +38,7 @@ class Setting(NamedTuple):
         compile_mode: 'eager'; 'compiled' by torch.compile; 'graphs', which adds CUDA graphs; 'freezing', compiled with
             weights as constants (inference).
         batch: images.
-        size: image size, in pixels.
+        size: image size, in pixels: one number for a square, or height and width.
         threads: of the CPU; 0 leaves their number as it is.
     """
 
@@ -53,12 +46,23 @@ class Setting(NamedTuple):
     precision: str = 'fp32'
     compile_mode: str = 'eager'
     batch: int = 8
-    size: int = 224
+    size: int | Size = 224
     threads: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def pixels(self) -> int:
+        """Pixels of a batch."""
+        height, width = Size.of(self.size)
+        return self.batch * height * width
+
+    @property
+    def variant(self) -> str:
+        """All but batch and size, in words."""
         threads = f', {self.threads} thread(s)' if self.threads else ''
-        return f'{self.mode}, {self.precision}, {self.compile_mode}, batch {self.batch}, {self.size} px{threads}'
+        return f'{self.mode}, {self.precision}, {self.compile_mode}{threads}'
+
+    def __str__(self) -> str:
+        return f'{self.variant}, batch {self.batch}, {self.size} px'
 
 
 def unavailable(setting: Setting, device: torch.device) -> str:
@@ -79,92 +83,34 @@ def unavailable(setting: Setting, device: torch.device) -> str:
     return ''
 
 
-def build_network(name: str, size: int) -> nn.Module:
-    """Build a network with random weights, from a config file or by timm's or torchvision's name.
+class BenchmarkCase(ABC):
+    """One network under one setting: a call infers the batch, or makes an update from it.
+
+    An update is made by the functions that make it in training: see `engine.precision.Precision`.
 
     Args:
-        name: a config file, `NAME`, `timm:NAME` or `torchvision:NAME`; after one of timm's, `+fused`.
-        size: image size, in pixels.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if name.endswith(('.yaml', '.yml')):
-        return build_model(load_config(name, ['DATA.IMG_SIZE', str(size)]))
-    library, _, plain = name.removesuffix(FUSED).rpartition(':')
-    if library in ('', 'timm') and timm.is_model(plain):
-        with fused_attention(name.endswith(FUSED)):
-            try:
-                return timm.create_model(plain, img_size=size)
-            except TypeError:  # a convolutional network, which takes any size
-                return timm.create_model(plain)
-    if library in ('', 'torchvision') and plain in torchvision.models.list_models(torchvision.models):
-        return torchvision.models.get_model(plain)
-    raise ConfigError(f'no network {name!r}: give a config file, or a name that timm or torchvision lists')
-
-
-@contextmanager
-def fused_attention(everywhere: bool) -> Iterator[None]:
-    """Context in which timm's networks are made with fused attention: everywhere, or where timm does so by default."""
-    before = use_fused_attn(), use_fused_attn(experimental=True)
-    set_fused_attn(True, everywhere)
-    try:
-        yield
-    finally:
-        set_fused_attn(*before)
-
-
-def with_fused_attention(names: Sequence[str]) -> list[str]:
-    """The names, each of a timm network whose fused attention is off by default followed by that with `+fused`."""
-    result = []
-    for name in names:
-        result.append(name)
-        if name.endswith(('.yaml', '.yml', FUSED)) or not timm.is_model(name.removeprefix('timm:')):
-            continue
-        with torch.device('meta'):
-            network = build_network(name, 224)
-        if any(getattr(module, 'fused_attn', True) is False for module in network.modules()):
-            result.append(name + FUSED)
-    return result
-
-
-def short_name(name: str) -> str:
-    """A network's name in tables."""
-    return Path(name).stem if name.endswith(('.yaml', '.yml')) else name
-
-
-def image_channels(network: nn.Module) -> int:
-    """Channels of a network's images: those of its first convolution."""
-    return next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
-
-
-class BenchmarkCase:
-    """One network under one setting: a call runs a batch, or an update, of random images.
-
-    Args:
-        network: a classifier of images (B, channels, size, size) whose first layer is a convolution; moved to the
-            device.
+        network: moved to the device.
         setting: how it is run.
         device: device to run on.
+
+    Attributes:
+        compiled: the network as the setting compiles it.
+        dtype: of the images.
     """
 
     def __init__(self, network: nn.Module, setting: Setting, device: torch.device):
         self.network, self.setting, self.device = network.to(device), setting, device
-        dtype = PRECISIONS[setting.precision]
-        level = 'O1' if setting.precision in ('bf16', 'fp16') else 'O0'
-        self.precision = Precision(level, dtype, device)
-        self.images = torch.randn(setting.batch, image_channels(network), setting.size, setting.size, device=device)
+        is_training, dtype = setting.mode == 'train', PRECISIONS[setting.precision]
+        self.precision = Precision('O1' if setting.precision in ('bf16', 'fp16') else 'O0', dtype, device)
+        self.dtype = torch.float32
         if setting.precision == 'bf16-weights':
             network.to(dtype)
-            self.images = self.images.to(dtype)
-        with torch.no_grad(), self.precision.autocast():
-            classes = network.eval()(self.images[:1]).shape[1]
-        self.targets = torch.randint(classes, (setting.batch,), device=device)
+            self.dtype = dtype
         self.optimizer = None
-        if setting.mode == 'train':
+        if is_training:
             fused = device.type in ('cuda', 'cpu')
-            self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=fused)
-        network.train(setting.mode == 'train')
+            self.optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.05, fused=fused)
+        network.train(is_training)
         self.compiled = network
         if setting.compile_mode != 'eager':
             # As options: networks of one class with the same options share what PyTorch has compiled.
@@ -174,8 +120,24 @@ class BenchmarkCase:
             }
             self.compiled = torch.compile(network, options=options, dynamic=False)
 
-    def __call__(self) -> Tensor:
-        """Run once; logits (B, classes), or the loss of an update. With batch 1, it waits, for the latency."""
+    @abstractmethod
+    def infer(self) -> object:
+        """Run the compiled network on the batch."""
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """The compiled network's loss on the batch."""
+
+    @abstractmethod
+    def batch_tensors(self) -> list[Tensor]:
+        """The tensors of the batch."""
+
+    def multiply_adds(self) -> int | None:
+        """Multiply-adds of a call, over the real operators; None where they are not counted."""
+        return None
+
+    def __call__(self) -> object:
+        """Run once; what the network infers, or the loss of an update. With batch 1, it waits, for the latency."""
         with tf32(self.setting.precision == 'tf32'):
             result = self._infer() if self.optimizer is None else self._update()
         if self.setting.batch == 1:
@@ -183,13 +145,13 @@ class BenchmarkCase:
         return result
 
     @torch.inference_mode()
-    def _infer(self) -> Tensor:
+    def _infer(self) -> object:
         with self.precision.autocast():
-            return self.compiled(self.images)
+            return self.infer()
 
     def _update(self) -> Tensor:
         with self.precision.autocast():
-            loss = F.cross_entropy(self.compiled(self.images), self.targets)
+            loss = self.loss()
         self.precision.backward(loss, self.optimizer)
         self.precision.step(self.optimizer, self.network, 5.0, skip_update=torch.zeros_like(loss, dtype=torch.bool))
         return loss.detach()
@@ -208,8 +170,8 @@ class BenchmarkCase:
             self()
 
     def resident_bytes(self) -> int:
-        """Bytes kept from run to run: weights, buffers, the optimizer's moments and the images."""
-        return resident_bytes(self.network, self.optimizer, self.images, self.targets)
+        """Bytes kept from run to run: weights, buffers, the optimizer's moments and the batch."""
+        return resident_bytes(self.network, self.optimizer, *self.batch_tensors())
 
     def peak_memory(self) -> int:
         """Peak bytes of a run after `warm_up`: resident ones, and what the run allocates.
@@ -218,18 +180,27 @@ class BenchmarkCase:
         """
         return self.resident_bytes() + peak_allocation(self, self.device)
 
-    def multiply_adds(self) -> int:
-        """Multiply-adds of a run, over the real operators."""
-        with torch.device('meta'):
-            network, images = copy.deepcopy(self.network).to('meta'), torch.empty_like(self.images, device='meta')
 
-        def run() -> None:
-            logits = network(images)
-            if self.optimizer is not None:
-                logits.sum().backward()
+class MatmulReference:
+    """One plain matmul: how fast a device multiplies and adds.
 
-        with torch.set_grad_enabled(self.optimizer is not None):
-            return count_multiply_adds(run)
+    Args:
+        precision: precision of the matrices.
+        device: device to run on.
+        multiply_adds: approximate number; the attribute has the exact one.
+    """
+
+    def __init__(self, precision: str, device: torch.device, multiply_adds: int):
+        size = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
+        rows = max(1, round(multiply_adds / size**2))
+        self.precision, self.multiply_adds = precision, rows * size**2
+        self.left = torch.randn(rows, size, device=device, dtype=PRECISIONS[precision])
+        self.right = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
+
+    def __call__(self) -> Tensor:
+        """Multiply once."""
+        with tf32(self.precision == 'tf32'):
+            return self.left @ self.right
 
 
 @contextmanager

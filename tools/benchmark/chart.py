@@ -1,55 +1,51 @@
-"""A chart of results: time and memory."""
+"""A chart of results: time and, where it was measured, memory."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.benchmark.timing import Result
+from tools.benchmark.comparison import Result
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def chart(results: Sequence[Result]) -> Figure:
     """Draw bars per setting, or curves over the pixels of a batch where sizes or batches differ."""
-    figure = Figure(figsize=(13, 4.8), layout='constrained')
-    time, memory = figure.subplots(1, 2)
-    time.set_title('Time per run')
-    memory.set_title('Peak memory')
-    has_curves = len({(r.setting.batch, r.setting.size) for r in results}) > 1
-    draw_values = _curves if has_curves else _bars
-    draw_values(time, results, [1e3 * r.seconds.median for r in results], 'ms')
-    draw_values(memory, results, [r.memory / 2**20 for r in results], 'MB')
-    for axes in (time, memory):
+    panels = [('Time per run', [1e3 * result.seconds.median for result in results], 'ms')]
+    if all(result.memory is not None for result in results):
+        panels.append(('Peak memory', [result.memory / 2**20 for result in results], 'MB'))
+    has_curves = len({result.pixels for result in results}) > 1
+    height = 4.8 if has_curves else max(4.8, 0.3 * len(results))
+    figure = Figure(figsize=(6.5 * len(panels), height), layout='constrained')
+    row = figure.subplots(1, len(panels), sharey=not has_curves, squeeze=False)[0]
+    for axes, (title, values, unit) in zip(row, panels, strict=True):
+        axes.set_title(title)
+        (_draw_curves if has_curves else _draw_bars)(axes, results, values, unit)
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.3, axis='both' if has_curves else 'x')
         axes.set_axisbelow(True)
-    figure.legend(*time.get_legend_handles_labels(), loc='outside lower center', ncols=2)
-    figure.savefig(path, dpi=120)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    return figure
 
 
-def _bars(axes: Axes, results: Sequence[Result], values: Sequence[float], unit: str) -> None:
-    networks = list(dict.fromkeys(r.network for r in results))
-    settings = list(dict.fromkeys(r.setting for r in results))
-    height = 0.8 / len(networks)
-    for number, network in enumerate(networks):
-        pairs = [(r.setting, value) for r, value in zip(results, values, strict=True) if r.network == network]
+def _draw_bars(axes: Axes, results: Sequence[Result], values: Sequence[float], unit: str) -> None:
+    names = list(dict.fromkeys(result.name for result in results))
+    settings = list(dict.fromkeys(result.setting for result in results))
+    height, label_format = 0.8 / len(names), '{:,.0f}' if max(values) >= 100 else '{:.2f}'
+    for number, name in enumerate(names):
+        pairs = [(r.setting, value) for r, value in zip(results, values, strict=True) if r.name == name]
         positions = [settings.index(setting) + number * height for setting, _ in pairs]
-        bars = axes.barh(positions, [value for _, value in pairs], height, label=network)
-        axes.bar_label(bars, fmt='%.0f', padding=2, fontsize=8)
-    labels = [f'{s.mode}, batch {s.batch}\n{s.precision}, {s.compile_mode}, {s.size} px' for s in settings]
-    axes.set_yticks([i + (len(networks) - 1) * height / 2 for i in range(len(settings))], labels)
-    axes.invert_yaxis()
+        bars = axes.barh(positions, [value for _, value in pairs], height, label=name)
+        axes.bar_label(bars, fmt=label_format, padding=2, fontsize=8)
+    axes.set_yticks([i + (len(names) - 1) * height / 2 for i in range(len(settings))], map(str, settings))
+    axes.set_ylim(len(settings) - 0.1 - height / 2, -0.1 - height / 2)  # the first setting on top
     axes.set_xlabel(unit)
 
 
-def _curves(axes: Axes, results: Sequence[Result], values: Sequence[float], unit: str) -> None:
+def _draw_curves(axes: Axes, results: Sequence[Result], values: Sequence[float], unit: str) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
-    for r, value in zip(results, values, strict=True):
-        s = r.setting
-        threads = f', {s.threads} thread(s)' if s.threads else ''
-        curves.setdefault(f'{r.network}, {s.mode}, {s.precision}, {s.compile_mode}{threads}', []).append(
-            (s.batch * s.size**2 / 1e6, value)
-        )
+    for result, value in zip(results, values, strict=True):
+        points = curves.setdefault(f'{result.name}, {result.setting.variant}', [])
+        points.append((result.pixels / 1e6, value))
     for number, (label, points) in enumerate(curves.items()):
         points.sort()
         (line,) = axes.loglog(*zip(*points, strict=True), marker='o', label=label)

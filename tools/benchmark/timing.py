@@ -1,217 +1,114 @@
-"""Interleaved timing of networks and settings, with a plain matmul of as many multiply-adds as reference."""
+"""Timing of callables: seconds per call over several rounds, alone or interleaved, and their quartiles."""
 
-import copy
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from engine.timing import Quartiles, time_interleaved
-from tools.benchmark.cases import (
-    COMPILE_MODES,
-    FUSED,
-    PRECISIONS,
-    BenchmarkCase,
-    Setting,
-    build_network,
-    short_name,
-    tf32,
-    unavailable,
-)
+from engine.distributed import on_main_process
+
+Name = TypeVar('Name', bound=Hashable)
 
 
-class Result(NamedTuple):
-    """Measurements of one network under one setting.
+class Quartiles(NamedTuple):
+    """Median, lower and upper quartile; `f'{quartiles:.2f}'` is such as '1.04 (1.02 to 1.05)'."""
 
-    Attributes:
-        network: its name.
-        setting: how it was run.
-        times: seconds per run, in each round.
-        peer_times: the peer's under the same setting, in the same rounds, in the faster of its forms; None without a
-            peer.
-        matmul_times: seconds of a plain matmul of as many multiply-adds, in the same rounds.
-        memory: peak bytes.
-        multiply_adds: multiply-adds of a run, counted over the real operators.
-    """
+    median: float
+    low: float
+    high: float
 
-    network: str
-    setting: Setting
-    times: list[float]
-    peer_times: list[float] | None
-    matmul_times: list[float]
-    memory: int
-    multiply_adds: int
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> 'Quartiles':
+        """Quartiles of one value per round."""
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
 
-    @property
-    def seconds(self) -> Quartiles:
-        """Seconds per run."""
-        return Quartiles.from_values(self.times)
+    @classmethod
+    def of_ratios(cls, times: Sequence[float], others: Sequence[float]) -> 'Quartiles':
+        """Quartiles of the ratios of times to other times of the same rounds."""
+        return cls.from_values([a / b for a, b in zip(times, others, strict=True)])
 
-    @property
-    def speedup(self) -> Quartiles | None:
-        """The peer's time divided by this one's, within a round."""
-        return self.peer_times and ratio(self.peer_times, self.times)
-
-    @property
-    def matmul_fraction(self) -> Quartiles:
-        """The matmul's time divided by this one's, within a round: the fraction of the matmul peak."""
-        return ratio(self.matmul_times, self.times)
-
-    def record(self) -> dict[str, Any]:
-        """The result as plain data."""
-        quartiles = {'seconds': self.seconds, 'speedup': self.speedup, 'matmul_fraction': self.matmul_fraction}
-        record = {'network': self.network, 'setting': self.setting._asdict()}
-        record |= {name: value and value._asdict() for name, value in quartiles.items()}
-        return record | {'memory': self.memory, 'multiply_adds': self.multiply_adds}
+    def __format__(self, spec: str) -> str:
+        return f'{self.median:{spec}} ({self.low:{spec}} to {self.high:{spec}})'
 
 
-def network_name(name: str) -> str:
-    """A network's name in either form of its attention."""
-    return name.removesuffix(FUSED)
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
 
 
-def ratio(times: Sequence[float], others: Sequence[float]) -> Quartiles:
-    """Quartiles of the ratios of times of the same rounds."""
-    return Quartiles.from_values([a / b for a, b in zip(times, others, strict=True)])
+def seconds_per_call(function: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Mean seconds of calls on a device."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
 
 
-class MatmulReference:
-    """One plain matmul: how fast a device multiplies and adds.
+def time_interleaved(
+    callables: Mapping[Name, Callable[[], object]], rounds: int, device: torch.device, min_seconds: float = 0.05
+) -> dict[Name, list[float]]:
+    """Time callables in turns, since a machine's speed changes from minute to minute.
+
+    Every process of a run calls this at the same point. All of them then make the same calls, as training steps need,
+    in which processes wait for each other.
 
     Args:
-        precision: precision of the matrices.
-        device: device to run on.
-        multiply_adds: approximate number; the attribute has the exact one.
-    """
-
-    def __init__(self, precision: str, device: torch.device, multiply_adds: int):
-        size = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
-        rows = max(1, round(multiply_adds / size**2))
-        self.precision, self.multiply_adds = precision, rows * size**2
-        self.left = torch.randn(rows, size, device=device, dtype=PRECISIONS[precision])
-        self.right = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
-
-    def __call__(self) -> Tensor:
-        """Multiply once."""
-        with tf32(self.precision == 'tf32'):
-            return self.left @ self.right
-
-
-def compare(
-    names: Sequence[str], settings: Sequence[Setting], rounds: int, device: torch.device
-) -> Iterator[list[Result]]:
-    """Measure all networks, interleaved, under settings that differ in `compile_mode` only; then under the next ones.
-
-    Args:
-        names: networks to compare; the last one is the peer, with its form without `+fused` before it, if it has two.
-        settings: how to run them.
-        rounds: how often each is timed.
-        device: device to run on.
-
-    Yields:
-        The results of settings that were measured together.
-    """
-    groups: dict[Setting, list[Setting]] = {}
-    threads = torch.get_num_threads()
-    for setting in settings:
-        groups.setdefault(setting._replace(compile_mode=''), []).append(setting)
-    for group in groups.values():
-        torch.set_num_threads(group[0].threads or threads)
-        cases = {
-            (short_name(name), setting): BenchmarkCase(build_network(name, setting.size), setting, device)
-            for name, setting in product(names, group)
-        }
-        for (name, setting), case in cases.items():
-            show_progress(f'{name}: {setting}: warm-up')
-            case.warm_up()
-        case_of_network = {name: case for (name, _), case in cases.items()}  # in any compile mode
-        counts = {name: case.multiply_adds() for name, case in case_of_network.items()}
-        matmuls = {name: MatmulReference(group[0].precision, device, count) for name, count in counts.items()}
-        for matmul in matmuls.values():
-            matmul()
-        show_progress(f'{group[0]}: {rounds} rounds')
-        times = time_interleaved({**cases, **matmuls}, rounds, device)
-        peers = [name for name in map(short_name, names) if network_name(name) == network_name(short_name(names[-1]))]
-        others = len(peers) < len(names)
-        fastest = {
-            setting: min((times[peer, setting] for peer in peers), key=np.median) if others else None
-            for setting in group
-        }
-        yield [
-            Result(
-                network=name,
-                setting=setting,
-                times=times[name, setting],
-                peer_times=fastest[setting],
-                matmul_times=[seconds * counts[name] / matmuls[name].multiply_adds for seconds in times[name]],
-                memory=case.peak_memory(),
-                multiply_adds=counts[name],
-            )
-            for (name, setting), case in cases.items()
-        ]
-    torch.set_num_threads(threads)
-
-
-class Variant(NamedTuple):
-    """A way to run inference, its seconds and its relative error against fp32."""
-
-    name: str
-    seconds: Quartiles
-    error: float
-
-
-def find_fastest(
-    name: str, setting: Setting, max_error: float, rounds: int, device: torch.device
-) -> tuple[str | None, list[Variant]]:
-    """Find the fastest way to run inference of a network.
-
-    Args:
-        name: the network, as for `build_network`.
-        setting: batch and size.
-        max_error: largest norm of the difference from fp32 logits, relative to their norm.
-        rounds: how often each variant is timed.
-        device: device to run on.
+        callables: by name, each called before.
+        rounds: how often each is timed. Every round begins with the next one.
+        device: that they run on.
+        min_seconds: a shorter callable is repeated within its turn.
 
     Returns:
-        The fastest variant within the error, if any, and all variants, fastest first.
+        By name, seconds per call in each round.
     """
-    network = build_network(name, setting.size)
-    reference = BenchmarkCase(copy.deepcopy(network), setting, device)
-    exact = reference()
-    variants: dict[str, Callable[[], Tensor]] = {}
-    for precision, compile_mode in product(PRECISIONS, COMPILE_MODES):
-        candidate = setting._replace(precision=precision, compile_mode=compile_mode)
-        if unavailable(candidate, device):
-            continue
-        label = f'{precision}, {compile_mode}'
-        case = variants[label] = BenchmarkCase(copy.deepcopy(network), candidate, device)
-        case.images = reference.images.to(case.images.dtype)
-        show_progress(f'{label}: warm-up')
-        case.warm_up()
-    if device.type == 'cpu':
-        case = variants['int8 linears, eager'] = BenchmarkCase(_in_int8(network), setting, device)
-        case.images = reference.images
-    errors = {label: ((case().float() - exact).norm() / exact.norm()).item() for label, case in variants.items()}
-    times = time_interleaved(variants, rounds, device)
-    results = [Variant(label, Quartiles.from_values(times[label]), errors[label]) for label in variants]
-    results.sort(key=lambda variant: variant.seconds.median)
-    return next((variant.name for variant in results if variant.error <= max_error), None), results
+    seconds = {name: seconds_per_call(function, device) for name, function in callables.items()}
+    repeats = on_main_process(lambda: {name: max(1, round(min_seconds / seconds[name])) for name in callables})
+    times: dict[Name, list[float]] = {name: [] for name in callables}
+    names = list(callables)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds_per_call(callables[name], device, repeats[name]))
+    return times
 
 
-def _in_int8(network: nn.Module) -> nn.Module:
-    """A copy with int8 linears: weights quantized per channel once, activations per tensor at run time."""
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+def time_callable(function: Callable[[], object], device: torch.device, max_seconds: float = 60) -> Quartiles:
+    """Time a callable over ten rounds of half a second, or of one call that takes longer; see `time_interleaved`.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # PyTorch moves this to torchao, whose int8 is slower than fp32 on CPUs
-        return quantize_dynamic(copy.deepcopy(network).eval(), {nn.Linear: per_channel_dynamic_qconfig})
+    Args:
+        function: called before.
+        device: that it runs on.
+        max_seconds: fewer rounds, but at least three, where ten would take longer.
+
+    Returns:
+        Seconds per call.
+    """
+    seconds = seconds_per_call(function, device)
+    rounds = on_main_process(lambda: min(10, max(3, int(max_seconds / seconds))))
+    return Quartiles.from_values(time_interleaved({'': function}, rounds, device, min_seconds=0.5)[''])
 
 
-def show_progress(text: str) -> None:
-    """Print to standard error."""
-    print(text, file=sys.stderr, flush=True)
+def seconds_per_batch(batches: Iterable[object], warm_up: int, min_seconds: float = 10) -> float:
+    """Time a loader: mean seconds until its next batch, with nothing else to do meanwhile.
+
+    Args:
+        batches: as many as are needed, at least `warm_up` + 2.
+        warm_up: batches that may be ready before they are asked for, and are not timed.
+        min_seconds: for which to load.
+    """
+    start = time.perf_counter()
+    for number, _ in enumerate(batches, start=1):
+        now = time.perf_counter()
+        if number == warm_up + 1:
+            start = now
+        elif number > warm_up + 1 and now - start >= min_seconds:
+            break
+    return (now - start) / (number - warm_up - 1)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from engine.inference import add_network_flags
+from engine.predictor import add_network_flags
 from models.pyramid import Size
 from models.registry import stored_weights
 from tools.convert_checkpoint import convert
@@ -70,7 +70,7 @@ def main() -> None:
         if args.format == 'onnx':
             formats.require_onnx()
         network = load_network(args)
-        if network.kind == 'detector' and args.format in GRAPHS:
+        if network.is_detector and args.format in GRAPHS:
             print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
         any_size = args.always_pad or args.format not in GRAPHS
         sizes = check_sizes(network, args.size, any_size)
@@ -118,7 +118,7 @@ def write(network: Network, args: argparse.Namespace, size: Size | None, file: P
         ExportError: the network cannot be exported so.
     """
     if args.format == 'safetensors':
-        convert(Path(args.resume), file, args.choice)
+        convert(Path(args.resume), file, args.pretrained_weights)
         return network.with_weights(file)
     print('tracing', file=sys.stderr)
     program = formats.trace(network, size)
@@ -141,7 +141,7 @@ def describe(network: Network, args: argparse.Namespace, any_size: bool, sizes: 
     packages = ('onnx', 'onnxscript', 'onnxruntime') if args.format == 'onnx' else ()
     return {
         'format': args.format,
-        'network': 'classifier' if network.kind == 'classifier' else "detector's backbone",
+        'network': "detector's backbone" if network.is_detector else 'classifier',
         'input': {'name': 'images', 'dtype': 'float32', 'shape': shape, 'range': ranges},
         'outputs': network.outputs,
         'opset': OPSET if args.format == 'onnx' else None,

@@ -12,9 +12,8 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from data.images import choose_images, find_images, load_image
-from engine.timing import Quartiles, time_interleaved
 from models.pyramid import Size
-from tools.benchmark.timing import ratio
+from tools.benchmark.timing import Quartiles, time_interleaved
 from tools.export.formats import MAX_SIDE, Runner
 from tools.export.network import ExportError, Network
 from utils import first_line
@@ -140,5 +139,5 @@ def measure_latency(network: Network, run: Runner, inputs: Tensor, rounds: int) 
         function()
     times = time_interleaved(callables, rounds, inputs.device)
     seconds = {name: Quartiles.from_values(values).median for name, values in times.items()}
-    relative = {name: ratio(times['exported'], times[name])._asdict() for name in ('eager', 'compiled')}
+    relative = {name: Quartiles.of_ratios(times['exported'], times[name])._asdict() for name in ('eager', 'compiled')}
     return {'shape': list(inputs.shape), 'rounds': rounds, 'median_seconds': seconds, 'time_relative_to': relative}

@@ -11,14 +11,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-import config as classification
-import detection.config
+import detection.main
 from data.transforms import image_mode, mean_and_std, resized_side
-from detection.models import build_detector
 from engine.checkpoint import load_checkpoint, load_weights
-from engine.inference import load_predictor
+from engine.predictor import load_predictor
+from engine.task import Task
 from models.pyramid import Size
 from tools.msg_network import build_msg_network
+from tools.tasks import TASKS
 from utils import UserError
 
 
@@ -30,18 +30,23 @@ class Network(NamedTuple):
     """A trained network on the CPU, in evaluation mode.
 
     Attributes:
-        kind: `classifier` or `detector`.
+        task: its task.
         config: the config tree.
         graph: what is exported as a graph: the classifier itself, or the detector's backbone.
         outputs: names of the graph's outputs.
         class_names: of the checkpoint.
     """
 
-    kind: str
+    task: Task
     config: CfgNode
     graph: nn.Module
     outputs: list[str]
     class_names: list[str]
+
+    @property
+    def is_detector(self) -> bool:
+        """Whether the network is a detector, of which the backbone is exported."""
+        return self.task is detection.main.TASK
 
     @property
     def channels(self) -> int:
@@ -61,7 +66,7 @@ class Network(NamedTuple):
     @property
     def normalization(self) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
         """PIL mode of the images, and mean and standard deviation per channel of pixels in [0, 1]."""
-        if self.kind == 'detector':
+        if self.is_detector:
             return 'RGB', IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
         return image_mode(self.config), *mean_and_std(self.config)
 
@@ -69,7 +74,7 @@ class Network(NamedTuple):
     def preprocessing(self) -> dict[str, Any]:
         """From an image to the input, as in evaluation, as plain data."""
         mode, mean, std = self.normalization
-        if self.kind == 'detector':
+        if self.is_detector:
             resize = {'shorter_side': self.config.INPUT.TEST_SHORT, 'max_longer_side': self.config.INPUT.MAX_LONG}
             resize |= {'interpolation': 'bilinear', 'pad_to_multiple': self.patch_size * 2 ** (len(self.outputs) - 1)}
         else:
@@ -89,36 +94,30 @@ class Network(NamedTuple):
 
     def with_weights(self, path: Path) -> Callable[[Tensor], list[Tensor]]:
         """Like `run`, of a network built anew, with the weights of another checkpoint."""
-        build = build_detector if self.kind == 'detector' else build_msg_network
-        model = build(self.config)
+        model = self.task.build_network(self.config)
         load_weights(model, load_checkpoint(path), path)
-        graph = _graph(model.eval())
+        graph = self.task.backbone(model.eval())
         return lambda images: as_list(graph(images))
 
 
 def load_network(args: argparse.Namespace) -> Network:
-    """Load the network that the command line names: a classifier or, where the weights are a detector's, that.
+    """Load the network that the command line names, of either task.
 
     Raises:
         UserError: a config or checkpoint that cannot be used.
     """
     checkpoint = load_checkpoint(args.resume)
-    is_detector = any(name.startswith('backbone.body.') for name in checkpoint['model'])
-    tree, build = (detection.config.TREE, build_detector) if is_detector else (classification.TREE, build_msg_network)
-    predictor = load_predictor(args, tree, build, int(is_detector), checkpoint)
-    graph = _graph(predictor.model).cpu().requires_grad_(False)
+    task = TASKS[checkpoint['task']]
+    is_detector = task is detection.main.TASK
+    predictor = load_predictor(args, task, None if is_detector else build_msg_network, checkpoint)
+    graph = task.backbone(predictor.model).cpu().requires_grad_(False)
     if is_detector:
         outputs = [str(i) for i in range(len(graph.out_channels))]
     else:
         outputs = ['logits' if graph.num_classes else 'features']
-    kind = 'detector' if is_detector else 'classifier'
-    return Network(kind, predictor.config, graph, outputs, predictor.class_names)
+    return Network(task, predictor.config, graph, outputs, predictor.class_names)
 
 
 def as_list(outputs: Tensor | dict[str, Tensor]) -> list[Tensor]:
     """Outputs of a network in their order."""
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs.values())
-
-
-def _graph(model: nn.Module) -> nn.Module:
-    return model.backbone.body if hasattr(model, 'backbone') else model

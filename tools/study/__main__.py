@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import chart, table, write_results
-from tools.study.runs import Runner, collect, finished_run
+from tools.study.runs import StudyRuns, collect, finished_run
 from tools.study.statistics import metric_curve
 from utils import UserError, exit_on_user_error, non_negative_int, positive_int, read_json
 
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], jobs: int) -> None:
+def train(study: Study, runs: StudyRuns, variants: list[str], seeds: list[int], jobs: int) -> None:
     """Train what is not trained yet, seed by seed, and report after each run.
 
     Raises:
@@ -70,30 +70,30 @@ def train(study: Study, runner: Runner, variants: list[str], seeds: list[int], j
     pending = []
     for seed in seeds:
         for variant in variants:
-            done = finished_run(study, runner.output, variant, seed, runner.opts)
+            done = finished_run(study, runs.output, variant, seed, runs.opts)
             if done:
                 print(_line(done, study), 'already', flush=True)
             else:
                 pending.append((variant, seed))
-    write_results(collect(study, runner.output, runner.opts), runner.output)
+    write_results(collect(study, runs.output, runs.opts), runs.output)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(runner.train, *run) for run in pending]
+        futures = [pool.submit(runs.train, *run) for run in pending]
         try:
             for future in as_completed(futures):
                 result = future.result()
-                write_results(collect(study, runner.output, runner.opts), runner.output)
+                write_results(collect(study, runs.output, runs.opts), runs.output)
                 if result:
                     print(_line(result, study), flush=True)
         finally:
             for future in futures:
                 future.cancel()
-            runner.stop()
+            runs.stop()
 
 
 def _line(run: dict[str, Any], study: Study) -> str:
     seconds = timedelta(seconds=round(run['train_seconds']))
     value = metric_curve(run, study.task.metric)[-1]
-    return f'{run["variant"]}, seed {run["seed"]}: {study.task.metric_name} {value:.2f} %, trained in {seconds}'
+    return f'{run["variant"]}, seed {run["seed"]}: {study.metric_name} {value:.2f} %, trained in {seconds}'
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def main() -> None:
         output = args.output or Path('output/studies') / study.name
         prepare_output(output / 'study.json')
         try:
-            train(study, Runner(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
+            train(study, StudyRuns(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
         except KeyboardInterrupt:
             sys.exit('stopped: the same command goes on from here')
         print('\n' + (output / 'study.md').read_text())

@@ -8,7 +8,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from tools.study.tasks import TASKS, Task
+from engine.task import Task
+from tools.tasks import TASKS
 from utils import UserError, read_yaml
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
@@ -53,6 +54,11 @@ class Study:
     variants: dict[str, Variant]
     comparisons: list[tuple[str, str]]
     task: Task
+
+    @property
+    def metric_name(self) -> str:
+        """What tables and charts call the metric."""
+        return {'acc1': 'top-1'}.get(self.task.metric, self.task.metric_name)
 
     def options(self, variant: str, seed: int, opts: Sequence[str] = ()) -> list[str]:
         """A run's config keys and values, as for `--opts`; `opts` override those of the variant."""

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from engine.checkpoint import peek_checkpoint
-from tools.complexity import Complexity
+from engine.task import Task
 from tools.plot import read_run
 from tools.study.plan import Study, StudyError
-from tools.study.tasks import Task
+from tools.summary.complexity import Complexity, count_complexity, count_detector
 from utils import available_cores
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +27,7 @@ _EVALUATED = ('val_loss', 'acc1', 'acc5', 'box_AP', 'box_AP50', 'mask_AP', 'mask
 METRICS = ('train_loss', *_EVALUATED, *(f'ema_{name}' for name in _EVALUATED))
 
 
-class Runner:
+class StudyRuns:
     """Trains the runs of a study through its task's program.
 
     Args:
@@ -55,7 +55,7 @@ class Runner:
             StudyError: it failed, or its folder holds a run with other settings.
         """
         options = self.study.options(variant, seed, self.opts)
-        command = [sys.executable, '-m', self.study.task.module, '--cfg', str(self.study.cfg_file.resolve())]
+        command = [sys.executable, '-m', self.study.task.program, '--cfg', str(self.study.cfg_file.resolve())]
         command += ['--data-path', str(self.data_path.resolve()), '--output', str(self.output.resolve())]
         command += ['--opts', *options]
         with TemporaryFile() as errors:
@@ -139,15 +139,20 @@ def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, A
             first, other = (f'{x["variant"]}, seed {x["seed"]}' for x in (runs[0], run))
             raise StudyError(f'{output}: {first} and {other} have been trained on other data: write another --output')
     labels = {name: variant.label for name, variant in study.variants.items()}
-    head = {'study': study.name, 'metric': study.task.metric, 'metric_name': study.task.metric_name}
+    head = {'study': study.name, 'metric': study.task.metric, 'metric_name': study.metric_name}
     head |= {'reference': study.reference, 'labels': labels, 'comparisons': study.comparisons}
     return head | {'runs': runs}
 
 
 @cache
 def _complexity(task: Task, cfg_file: Path, options: tuple[str, ...]) -> Complexity:
-    """Count a variant once."""
-    return task.count(task.tree.load(cfg_file, options))
+    """Count a variant, once; a detector for an image of its evaluation, 4 : 3, with all proposals and detections."""
+    config = task.tree.load(cfg_file, options)
+    if task.name != 'detection':
+        return count_complexity(task, config)
+    height = config.INPUT.TEST_SHORT
+    proposals, detections = config.MODEL.RPN.POST_NMS_TEST, config.MODEL.BOX.DETECTIONS
+    return count_detector(config, height, round(height * 4 / 3), proposals, detections)
 
 
 def _rounded(value: float | None) -> float | None:

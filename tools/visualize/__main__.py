@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import TREE
+from data.file_loader import exit_if_unreadable
 from data.images import DataError, find_images, load_image, report_other_files
-from data.inference import exit_if_unreadable
 from data.transforms import image_mode
-from engine.inference import add_network_flags, load_predictor
+from engine.predictor import add_network_flags, load_predictor
+from main import TASK
 from models.registry import stored_weights
 from tools.msg_network import build_with_msg_tokens
 from tools.output_files import prepare_output, refuse_overwriting, save_figure
@@ -103,7 +103,7 @@ def main() -> None:
         if args.random_weights:
             predictor = random_predictor(args.cfg, args.opts)
         else:
-            predictor = load_predictor(args, TREE, build_with_msg_tokens, 0)
+            predictor = load_predictor(args, TASK, build_with_msg_tokens)
         if args.kind == 'all' and not predictor.class_names:
             print('no Grad-CAM: the network has no classes', file=sys.stderr)
             kinds = kinds[:2]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from models import MSGTransformer
 from tools.visualize.explain import StageTrace, trace_blocks, traced_logits
 from tools.visualize.overlays import (

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import InterpolationMode, to_tensor
 from config import TREE
 from data.transforms import build_transform, mean_and_std
 from engine.distributed import choose_device
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from tools.msg_network import build_with_msg_tokens
 from utils import UserError, set_seed
 

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 import detection.main as program
+from detection.config import load_config
 from detection.models import build_detector
 from detection.models.backbone import STRIDES, build_backbone, freeze_batch_norms
 from engine.checkpoint import CheckpointError, save_checkpoint
@@ -15,7 +16,7 @@ from optimizer import build_optimizer
 from tests.helpers.detectors import NO_DROP_PATH, ground_truth, tiny_detector
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import folder_of, last_checkpoint, log_of, one_thread
-from tools.complexity import complexity
+from tools.summary.complexity import count_detector
 
 # Narrow networks of every kind: windows and NHWC, layer norms, batch norms, batch norms with maps between strides
 SMALL = {
@@ -219,6 +220,6 @@ def test_a_backbone_that_cannot_work_is_refused_before_any_work(name, options, m
 
 
 def test_swins_cascade_has_the_published_size():
-    counted = complexity(ROOT / 'detection' / 'configs' / 'cascade_mask_rcnn_swin_tiny_3x.yaml')
+    counted = count_detector(load_config(ROOT / 'detection' / 'configs' / 'cascade_mask_rcnn_swin_tiny_3x.yaml'))
     assert counted.parameters == 85_629_804  # published: 86M, 745G
     assert counted.measured == pytest.approx(744.8e9, abs=0.05e9)

@@ -8,7 +8,7 @@ import yaml
 from pycocotools.coco import COCO
 
 from data import DataError
-from data.inference import SOME_UNREADABLE
+from data.file_loader import SOME_UNREADABLE
 from detection.config import load_config
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco

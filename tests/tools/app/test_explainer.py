@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage, noise

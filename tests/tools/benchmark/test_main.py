@@ -2,37 +2,34 @@ import json
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from torch import nn
 
-from engine.config_tree import ConfigError
-from engine.timing import Quartiles
-from tests.helpers.paths import TINY
+from tests.helpers.paths import DETECTION_CONFIGS, TINY
 from tests.helpers.runs import CPU
 from tools.benchmark import __main__ as program
-from tools.benchmark import timing
-from tools.benchmark.cases import Setting, build_network
-from tools.benchmark.chart import draw
+from tools.benchmark import best, comparison, networks
+from tools.benchmark.best import Variant, find_fastest, with_int8_linears
+from tools.benchmark.cases import Setting
+from tools.benchmark.chart import chart
+from tools.benchmark.classifiers import ClassifierCase, build_network
+from tools.benchmark.comparison import Result, compare
 from tools.benchmark.report import compare_fastest, table
-from tools.benchmark.timing import Result, Variant, compare, find_fastest
+from tools.benchmark.timing import Quartiles
 
 
-def test_networks_come_from_a_config_timm_and_torchvision():
-    assert build_network(str(TINY), 56).img_size == (56, 56)
-    assert build_network('timm:test_vit', 32).patch_embed.img_size == (32, 32)
-    assert type(build_network('test_resnet', 64)).__module__ == 'timm.models.resnet'  # has no image size
-    assert type(build_network('resnet18', 64)).__module__ == 'timm.models.resnet'  # timm has priority
-    assert type(build_network('torchvision:resnet18', 64)).__module__ == 'torchvision.models.resnet'
-    for name in ('swin_giant', 'torchvision:test_vit'):
-        with pytest.raises(ConfigError, match=f'no network .{name}.: give a config file, or a name'):
-            build_network(name, 224)
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr('sys.argv', ['benchmark', *map(str, arguments), '--device', 'cpu'])
+    program.main()
 
 
-def result(network, compile_mode, seconds):
+def build_case(name, setting):
+    return ClassifierCase(build_network(name, setting.size), setting, CPU)
+
+
+def result(name, compile_mode, seconds):
     """Three rounds, of which the last takes twice as long; the peer takes twice as long, the matmul half."""
     times = [seconds, seconds, 2 * seconds]
-    halves = [x / 2 for x in times]
-    return Result(network, Setting(compile_mode=compile_mode), times, [2 * x for x in times], halves, 3 * 2**20, 10**9)
+    twice, halves = [2 * x for x in times], [x / 2 for x in times]
+    return Result(name, Setting(compile_mode=compile_mode), times, 8, None, twice, halves, 3 * 2**20, 10**9)
 
 
 def test_fastest_compile_modes_are_compared():
@@ -50,8 +47,9 @@ def test_ratios_are_within_rounds(monkeypatch):
         times = iter(([1.0, 2.0, 3.0], [2.0, 8.0, 9.0], [0.5, 2.0, 0.75], [1.0, 1.0, 1.0]))
         return {name: next(times) for name in cases}
 
-    monkeypatch.setattr(timing, 'time_interleaved', time_interleaved)
-    ((ours, peer),) = compare([str(TINY), 'test_resnet'], [Setting(batch=2, size=28)], 3, CPU)
+    monkeypatch.setattr(comparison, 'time_interleaved', time_interleaved)
+    names, settings = [str(TINY), 'test_resnet'], [Setting(batch=2, size=28)]
+    ((ours, peer),) = compare(names, settings, build_case, 3, CPU)
     assert ours.speedup.median == 3.0  # of 2, 4 and 3
     assert peer.speedup == (1.0, 1.0, 1.0)
     assert ours.matmul_fraction.median == pytest.approx(0.5, rel=0.05)  # of 0.5, 1 and 0.25; a matmul of nearly as many
@@ -61,22 +59,20 @@ def test_ratios_are_within_rounds(monkeypatch):
 
 def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
     arguments = [str(TINY), 'test_convnext', '--modes', 'inference', 'train', '--precisions', 'fp32', 'tf32']
-    arguments += ['--compile', 'eager', '--batches', '1', '2', '--sizes', '56', '--rounds', '2', '--device', 'cpu']
-    arguments += ['--output', str(tmp_path / 'new' / 'all')]
-    monkeypatch.setattr('sys.argv', ['benchmark', *arguments])
-    program.main()
+    arguments += ['--compile', 'eager', '--batches', '2', '--sizes', '56', '--rounds', '2']
+    call(monkeypatch, *arguments, '--output', tmp_path / 'new' / 'all')
     out = capsys.readouterr().out
-    assert out.count('not run: tf32, eager: for NVIDIA GPUs only') == 4
+    assert out.count('not run: tf32, eager: for NVIDIA GPUs only') == 2
     assert 'train, fp32, fastest of each, batch 2, 56 px: tiny eager, test_convnext eager: ' in out
     assert (tmp_path / 'new' / 'all.md').read_text().strip() in out
     report = json.loads((tmp_path / 'new' / 'all.json').read_text())
     assert report['environment']['torch'] == torch.__version__
-    assert len(report['results']) == 8
+    assert len(report['results']) == 4
     for record in report['results']:
         assert record['seconds']['low'] <= record['seconds']['median'] <= record['seconds']['high']
         assert record['memory'] > 0
     train, inference = (
-        next(r for r in report['results'] if r['setting']['mode'] == mode and r['network'] == 'tiny')
+        next(r for r in report['results'] if r['setting']['mode'] == mode and r['name'] == 'tiny')
         for mode in ('train', 'inference')
     )
     assert train['memory'] > inference['memory']
@@ -87,23 +83,24 @@ def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
 def test_threads_are_compared_and_set_back(tmp_path, monkeypatch):
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr(
-        timing,
+        comparison,
         'time_interleaved',
         lambda cases, *_: seen.append(torch.get_num_threads()) or {name: [1.0] for name in cases},
     )
-    monkeypatch.setattr('sys.argv', [
-        'benchmark', str(TINY), '--compile', 'eager', '--sizes', '28', '--threads', '1', '3', '--device', 'cpu',
-        '--output', str(tmp_path / 'threads'),
-    ])  # fmt: skip
-    program.main()
+    flags = ['--compile', 'eager', '--sizes', '28', '--threads', '1', '3', '--output', tmp_path / 'threads']
+    call(monkeypatch, 'networks', TINY, *flags)
     assert (seen, torch.get_num_threads()) == ([1, 3], before)
-    assert 'eager, batch 8, 28 px, 3 thread(s) |' in (tmp_path / 'threads.md').read_text()
+    assert 'eager, 3 thread(s), batch 8, 28 px |' in (tmp_path / 'threads.md').read_text()
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
         (['swin_giant'], "error: no network 'swin_giant': give a config file"),
+        (
+            [str(DETECTION_CONFIGS / 'digits.yaml')],
+            'is not a classifier: time it with python -m tools.benchmark detectors',
+        ),
         ([str(TINY), '--sizes', '28', '1'], 'error: DATA.IMG_SIZE is 1: write at least'),
         ([str(TINY), '--modes', 'train', '--compile', 'freezing', '--sizes', '28'], 'error: nothing can be run here'),
         ([str(TINY), str(TINY), '--sizes', '28'], 'error: two of the networks have the same name'),
@@ -120,23 +117,22 @@ def test_threads_are_compared_and_set_back(tmp_path, monkeypatch):
             'px): its output is not a (batch, classes) tensor of logits',
         ),
         (['torchvision:resnet18', '--modes', 'train', '--sizes', '32', '--batches', '1'], 'Expected more than 1 value'),
-        ([str(TINY), '--sizes', '28', '--output', '/proc/new'], 'error: output folder /proc: '),
-        ([str(TINY), '--sizes', '28', '--output', '/dev/null/new'], 'error: output folder /dev/null: '),
+        ([str(TINY), '--sizes', '28', '--output', '/proc/new'], 'error: /proc/new.json: '),
+        ([str(TINY), '--sizes', '28', '--output', '/dev/null/new'], 'error: /dev/null/new.json: '),
     ],
 )
-def test_mistakes_are_reported_before_anything_is_measured(monkeypatch, capsys, flags, message):
-    monkeypatch.setattr('sys.argv', ['benchmark', *flags, '--device', 'cpu'])
-    monkeypatch.setattr(timing, 'time_interleaved', lambda *_: pytest.fail('measures'))
+def test_mistakes_are_reported_before_anything_is_measured(monkeypatch, capsys, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)  # where `output` is made
+    monkeypatch.setattr(comparison, 'time_interleaved', lambda *_: pytest.fail('measures'))
     with pytest.raises(SystemExit) as stopped:
-        program.main()
+        call(monkeypatch, *flags)
     assert message in f'{stopped.value} {capsys.readouterr().err}'
 
 
 def test_best_prints_every_variant(monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', ['benchmark', str(TINY), '--best', '--sizes', '28', '--device', 'cpu'])
     variants = [Variant('int8', Quartiles(1, 1, 1), 0.5), Variant('fp32', Quartiles(2, 2, 2), 0.0)]
-    monkeypatch.setattr(program, 'find_fastest', lambda name, setting, error, rounds, device: ('fp32', variants))
-    program.main()
+    monkeypatch.setattr(networks, 'find_fastest', lambda network, setting, error, rounds, device: ('fp32', variants))
+    call(monkeypatch, TINY, '--best', '--sizes', '28')
     assert capsys.readouterr().out.splitlines()[2:] == [
         '| int8 | 1000.0 (1000.0 to 1000.0) | 0.5 |',
         '| fp32 | 2000.0 (2000.0 to 2000.0) | 0 |',
@@ -144,13 +140,16 @@ def test_best_prints_every_variant(monkeypatch, capsys):
     ]
 
 
-def test_chart_of_one_size_has_bars(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(Figure, 'savefig', lambda figure, path, dpi: figures.append(figure))
-    draw([result('a', 'eager', 0.2), result('b', 'eager', 0.1)], tmp_path / 'bars.png')
-    time, memory = figures[0].axes
+def test_chart_of_one_size_has_bars_and_of_several_has_curves():
+    time, memory = chart([result('a', 'eager', 0.2), result('b', 'eager', 0.1)]).axes
     assert [bar.get_width() for bar in time.patches] == [200, 100]
     assert [bar.get_width() for bar in memory.patches] == [3, 3]
+    sizes = [result('a', 'eager', 0.1 * n)._replace(pixels=n * 10**6) for n in (1, 2)]
+    curve = chart(sizes).axes[0].lines[0]
+    assert curve.get_xydata().tolist() == [[1, 100], [2, 200]]
+    assert curve.get_label() == 'a, inference, fp32, eager'
+    (time,) = chart([Result('fast', 'train, files', [0.001])]).axes
+    assert [label.get_text() for label in time.get_yticklabels()] == ['train, files']
 
 
 def test_best_is_the_fastest_within_the_error(monkeypatch):
@@ -166,24 +165,24 @@ def test_best_is_the_fastest_within_the_error(monkeypatch):
             return torch.ones(2, 5) * (1 + self.off)
 
     seconds = {'fp32, eager': 3.0, 'bf16, eager': 2.0, 'int8 linears, eager': 1.0}
-    monkeypatch.setattr(timing, 'BenchmarkCase', Case)
-    monkeypatch.setattr(timing, '_in_int8', lambda network: 'int8')
+    monkeypatch.setattr(best, 'ClassifierCase', Case)
+    monkeypatch.setattr(best, 'with_int8_linears', lambda network: 'int8')
     monkeypatch.setattr(
-        timing, 'unavailable', lambda s, device: s.compile_mode != 'eager' or s.precision not in ('fp32', 'bf16')
+        best, 'unavailable', lambda s, device: s.compile_mode != 'eager' or s.precision not in ('fp32', 'bf16')
     )
-    monkeypatch.setattr(timing, 'time_interleaved', lambda variants, *_: {name: [seconds[name]] for name in variants})
-    setting = Setting(batch=2, size=28)
+    monkeypatch.setattr(best, 'time_interleaved', lambda variants, *_: {name: [seconds[name]] for name in variants})
+    network, setting = build_network(str(TINY), 28), Setting(batch=2, size=28)
     for max_error, expected in ((0.2, 'int8 linears, eager'), (0.02, 'bf16, eager'), (0.001, 'fp32, eager')):
-        best, variants = find_fastest(str(TINY), setting, max_error, 1, CPU)
-        assert best == expected
+        fastest, variants = find_fastest(network, setting, max_error, 1, CPU)
+        assert fastest == expected
         assert [variant.name for variant in variants] == ['int8 linears, eager', 'bf16, eager', 'fp32, eager']
     assert [round(variant.error, 3) for variant in variants] == [0.1, 0.01, 0.0]
 
 
 def test_int8_linears_are_near_fp32():
     network = build_network(str(TINY), 28).eval()
-    quantized = timing._in_int8(network)
-    assert not any(type(module) is nn.Linear for module in quantized.modules())
+    quantized = with_int8_linears(network)
+    assert not any(type(module) is torch.nn.Linear for module in quantized.modules())
     images = torch.randn(4, 3, 28, 28)
     with torch.no_grad():
         exact, rounded = network(images), quantized(images)

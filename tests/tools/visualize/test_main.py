@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.golden import fill_

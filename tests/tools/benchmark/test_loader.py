@@ -6,25 +6,32 @@ from data import DataError
 from data.image_folder import ClassFolders
 from tests.helpers.images import damage, noise
 from tests.helpers.processes import run_here
+from tools.benchmark import loader
 from tools.pack_dataset import pack_split
 from tools.sample_images import FileSamples, find_samples, make_jpegs
 
-QUICK = ['--images', '6', '--rounds', '1']
+PROGRAM = ['-m', 'tools.benchmark', 'loader', '--images', '6', '--rounds', '1']
 
 
-def test_rates_of_both_pipelines_their_stages_and_loaders(tmp_path):
-    done = run_here('-m', 'tools.benchmark_data', *QUICK, '--workers', '2', '--json', tmp_path / 'rates.json')
+def test_both_pipelines_their_stages_and_loaders_are_timed(tmp_path):
+    done = run_here(*PROGRAM, '--workers', '2', '--output', tmp_path / 'loading')
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / 'rates.json').read_text())
-    for split in ('train', 'eval'):
-        rates = result[split]
-        assert rates['ratio'] == pytest.approx(rates['fast'] / rates['published'])
-        assert min(rates['decoder'], rates['shards']['fast'], rates['shards']['published']) > 0
-        assert rates['stages_ms']['fast'].keys() == rates['stages_ms']['published'].keys()
-        assert all(f'| {split}: {name} |' in done.stdout for name in rates['stages_ms']['fast'])
-    assert result['workers'].keys() == {'published', 'fast'}
-    assert result['workers']['fast'].keys() == {'1', '2'}
-    assert result['environment']['cpu']
+    results = {(x['name'], x['setting']): x for x in json.loads((tmp_path / 'loading.json').read_text())['results']}
+    settings = {setting for name, setting in results if name == 'fast'}
+    assert settings == {setting for name, setting in results if name == 'published'}
+    assert {'train, files', 'train, shards', 'eval, files', 'eval, shards'} < settings
+    assert {'train, 1 loader process(es)', 'train, 2 loader process(es)'} < settings
+    assert {f'train: {x}' for x in ('read', 'decode, crop, resize', 'flip, policy')} < settings
+    fast, published = (results[name, 'train, files']['seconds']['median'] for name in ('fast', 'published'))
+    assert results['fast', 'train, files']['speedup']['median'] == pytest.approx(published / fast)
+    assert results['plain decoder', 'whole images']['seconds']['median'] > 0
+    assert '| fast | eval: decode, crop, resize | ' in done.stdout
+
+
+def test_times_are_per_image(monkeypatch):
+    monkeypatch.setattr(loader, 'time_interleaved', lambda cases, *_: {key: [12.0] for key in cases})
+    fast, published = loader.measure({('fast', 'train'): lambda: 6, ('published', 'train'): lambda: 4}, rounds=1)
+    assert (fast.times, fast.speedup.median, published.times) == ([2.0], 1.5, [3.0])
 
 
 def test_any_folder_of_images_will_do(tmp_path):
@@ -56,7 +63,7 @@ def test_the_built_in_jpegs_are_always_the_same(tmp_path):
 
 def test_a_broken_image_is_named(tmp_path):
     damage(tmp_path / 'broken.jpg', 'truncated')
-    done = run_here('-m', 'tools.benchmark_data', *QUICK, '--data-path', tmp_path)
+    done = run_here(*PROGRAM, '--data-path', tmp_path, '--output', tmp_path / 'loading')
     assert done.returncode == 1
     assert 'Traceback' not in done.stderr
     assert 'broken.jpg cannot be read' in done.stderr

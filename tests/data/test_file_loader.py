@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.file_loader import SOME_UNREADABLE, InferenceLoader
 from data.images import DataError, load_image
-from data.inference import SOME_UNREADABLE, InferenceLoader
 from tests.helpers.images import damage, set_orientation
 
 

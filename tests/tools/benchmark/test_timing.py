@@ -1,12 +1,15 @@
 import pytest
 
-from engine import timing
-from engine.timing import Quartiles, seconds_per_batch, time_callable, time_interleaved
 from tests.helpers.runs import CPU
+from tools.benchmark import timing
+from tools.benchmark.timing import Quartiles, seconds_per_batch, time_callable, time_interleaved
 
 
 def test_quartiles():
-    assert Quartiles.from_values([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+    quartiles = Quartiles.from_values([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert quartiles == (3.0, 2.0, 4.0)
+    assert f'{quartiles:.1f}' == '3.0 (2.0 to 4.0)'
+    assert Quartiles.of_ratios([2.0, 8.0, 9.0], [1.0, 2.0, 3.0]) == (3.0, 2.5, 3.5)
 
 
 def test_callables_are_interleaved_and_short_ones_repeat(monkeypatch):
@@ -36,7 +39,7 @@ def test_time_callable_gives_seconds_per_call(monkeypatch):
     assert time_callable(run, CPU) == (2.0, 2.0, 2.0)
 
 
-@pytest.mark.parametrize(('seconds', 'calls'), [(2.0, 11), (10.0, 7), (40.0, 4)])
+@pytest.mark.parametrize(('seconds', 'calls'), [(2.0, 12), (10.0, 8), (40.0, 5)])
 def test_slow_callables_are_timed_in_fewer_rounds(monkeypatch, seconds, calls):
     clock, ends = [0.0], []
     monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
@@ -46,7 +49,19 @@ def test_slow_callables_are_timed_in_fewer_rounds(monkeypatch, seconds, calls):
         ends.append(clock[0])
 
     assert time_callable(run, CPU).median == seconds
-    assert len(ends) == calls  # one comes before the rounds
+    assert len(ends) == calls  # two come before the rounds
+
+
+def test_every_process_calls_as_often_as_rank_0(monkeypatch):
+    """Training steps of several processes wait for each other."""
+    calls = []
+    monkeypatch.setattr(timing, 'on_main_process', lambda function: {'step': 6})
+    time_interleaved({'step': lambda: calls.append(0)}, 4, CPU)
+    assert len(calls) == 1 + 4 * 6
+    answers = iter([4, {'': 6}])
+    monkeypatch.setattr(timing, 'on_main_process', lambda function: next(answers))
+    time_callable(lambda: calls.append(0), CPU)
+    assert len(calls) == 1 + 4 * 6 + 2 + 4 * 6
 
 
 @pytest.mark.parametrize('warm_up', [0, 3])

@@ -1,21 +1,32 @@
 import pytest
 from torch import nn
 
+from config import load_config
 from detection.models import build_detector
 from engine.config_tree import ConfigError
+from models.pyramid import Size
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT
-from tools.complexity import complexity, detector_complexity
+from tools.summary.complexity import count_classifier, count_complexity, count_detector
+from tools.tasks import find_task
+
+
+def count(path):
+    task = find_task(path)
+    return count_complexity(task, task.tree.load(path))
 
 
 def test_formula_and_real_operators_differ_by_the_norms():
-    counted = complexity(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml')
+    counted = count(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml')
     assert (counted.parameters, counted.formula) == (28290166, 4588614144)
     # Two norms per token in a block, one in the embedding and in merging
     tokens = [56 * 56 + 64, 28 * 28 + 16, 14 * 14 + 4, 49 + 1]
     norms = sum(2 * depth * t * 96 * 2**i for i, (depth, t) in enumerate(zip((2, 2, 6, 2), tokens, strict=True)))
     norms += 56 * 56 * 96 + sum(t * 96 * 2**i for i, t in enumerate(tokens[:3])) + 768 * 50
     assert counted.formula - counted.measured == norms
+    other = count_classifier(load_config(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'), Size(224, 448))
+    assert (other.image, other.parameters) == ('224 x 448', counted.parameters)
+    assert 1.9 * counted.measured < other.measured < 2.1 * counted.measured
 
 
 @pytest.mark.parametrize(
@@ -50,8 +61,8 @@ def test_published_counts_of_detectors(monkeypatch, name, parameters, published,
                 module.register_forward_hook(add('biases', 1))
         return model
 
-    monkeypatch.setattr('tools.complexity.build_detector', build_with_hooks)
-    counted = complexity(DETECTION_CONFIGS / f'cascade_mask_rcnn_msg_{name}_3x.yaml')
+    monkeypatch.setattr('tools.summary.complexity.build_detector', build_with_hooks)
+    counted = count(DETECTION_CONFIGS / f'cascade_mask_rcnn_msg_{name}_3x.yaml')
     if isinstance(parameters, int):
         assert counted.parameters == parameters
     else:
@@ -65,11 +76,11 @@ def test_configs_that_inherit_their_type_from_a_base_are_counted(tmp_path):
     for base, name in (('msg_tiny_p4_win7_224', 'classifier'), ('../detection/configs/digits', 'detector')):
         path = tmp_path / f'{name}.yaml'
         path.write_text(f'BASE: [{ROOT}/configs/{base}.yaml]\nMODEL: {{NAME: {name}}}\n')
-        counted = complexity(path)
+        counted = count(path)
         assert (counted.name, counted.formula is None) == (name, name == 'detector')
     path.write_text('MODEL: {TYPE: cascade_rcnn, NUM_CLASES: 3}\n')
     with pytest.raises(ConfigError, match='did you mean MODEL.NUM_CLASSES'):
-        complexity(path)
+        count(path)
 
 
 def test_networks_of_timm_are_measured(tmp_path):
@@ -78,7 +89,7 @@ def test_networks_of_timm_are_measured(tmp_path):
         f'BASE: [{ROOT}/configs/msg_tiny_p4_win7_224.yaml]\n'
         'MODEL: {TYPE: timm:swin_tiny_patch4_window7_224, NAME: swin}\n'
     )
-    counted = complexity(path)
+    counted = count(path)
     assert (counted.parameters, counted.formula) == (28_288_354, None)
     blocks = sum(  # windows of 49 patches, which tile every stage
         depth * H * H * C * (12 * C + 2 * 49) for depth, H, C in ((2, 56, 96), (2, 28, 192), (6, 14, 384), (2, 7, 768))
@@ -89,7 +100,7 @@ def test_networks_of_timm_are_measured(tmp_path):
 
 def test_multiply_adds_per_roi():
     config = tiny_detector()
-    none, boxes, both = (detector_complexity(config, 64, 64, *n).measured for n in ((0, 0), (10, 0), (10, 10)))
+    none, boxes, both = (count_detector(config, 64, 64, *n).measured for n in ((0, 0), (10, 0), (10, 10)))
     box_head = 7 * 7 * 9 * 16 * 16 + 7 * 7 * 16 * 32 + 32 * (4 + 12)
     mask_head = 14 * 14 * 9 * 16 * 16 + 14 * 14 * 16 * 16 * 4 + 28 * 28 * 16 * 3
     assert (boxes - none, both - boxes) == (3 * 10 * box_head, 3 * 10 * mask_head)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from data.file_loader import InferenceLoader
 from data.images import decode_image
-from data.inference import InferenceLoader
 from detection.tta import Detections, build_detect_fn
-from engine.inference import Predictor
+from engine.predictor import Predictor
 
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
 

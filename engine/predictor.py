@@ -1,4 +1,4 @@
-"""Inference with a trained network of any task: flags, loading."""
+"""A trained network of any task, for programs that use it: command-line flags, loading."""
 
 import argparse
 import sys
@@ -11,8 +11,8 @@ from torch import nn
 from yacs.config import CfgNode
 
 from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
-from engine.config_tree import ConfigTree
 from engine.distributed import choose_device
+from engine.task import Task
 from utils import available_cores, non_negative_int, positive_int
 
 
@@ -73,55 +73,54 @@ def add_network_flags(
         )
     add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
     add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
-    add_weights_flags(parser)
+    add_weights_flag(parser)
 
 
-def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--raw` and `--ema`, read as `choice`, for `choose_weights`."""
-    group = parser.add_mutually_exclusive_group()
-    add = group.add_argument
-    add('--raw', dest='choice', action='store_const', const='raw', default='', help='take the raw weights')
-    add(
-        '--ema',
-        dest='choice',
-        action='store_const',
-        const='ema',
-        help='take the EMA weights (default: the better)',
+def add_weights_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--pretrained-weights`, for `choose_weights`."""
+    parser.add_argument(
+        '--pretrained-weights',
+        choices=('auto', 'raw', 'ema'),
+        default='auto',
+        help='weights to take; auto: the EMA weights unless the raw ones scored higher',
     )
 
 
 def load_predictor(
     args: argparse.Namespace,
-    tree: ConfigTree,
-    build: Callable[[CfgNode], nn.Module],
-    first_label: int,
+    task: Task,
+    build_network: Callable[[CfgNode], nn.Module] | None = None,
     checkpoint: dict[str, Any] | None = None,
 ) -> Predictor:
     """Load the network that the command line names; say on stderr which of its weights.
 
     Args:
         args: from a parser with `add_network_flags`.
-        tree: the task's keys.
-        build: builds the task's network from the config.
-        first_label: names classes where the checkpoint has no names: by number from here on.
+        task: the task of the network.
+        build_network: builds it from the config; None takes the task's.
         checkpoint: content of `--resume`; None reads it.
 
     Raises:
-        UserError: a config or checkpoint that cannot be used.
+        UserError: a config or checkpoint that cannot be used, or one of another task.
     """
     if checkpoint is None:
         checkpoint = load_checkpoint(args.resume)
+    if checkpoint['task'] != task.name:
+        raise CheckpointError(
+            f'{args.resume} is a checkpoint of {checkpoint["task"]}, and this program is for {task.name}: '
+            f'give a checkpoint of {task.name}'
+        )
     saved = checkpoint.get('config')
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')
-    config = tree.load(args.cfg, args.opts, saved)
+    config = task.tree.load(args.cfg, args.opts, saved)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
-    model = build(config).to(device)
-    weights, description = choose_weights(checkpoint, args.resume, args.choice)
+    model = (build_network or task.build_network)(config).to(device)
+    weights, description = choose_weights(checkpoint, args.resume, args.pretrained_weights)
     weights, notes = fit_weights(model, weights, args.resume)
     load_weights(model, {'model': weights}, args.resume)
     for note in (description, *notes):
         print(f'{args.resume}: {note}', file=sys.stderr)
-    numbers = range(first_label, first_label + config.MODEL.NUM_CLASSES)
+    numbers = range(task.first_label, task.first_label + config.MODEL.NUM_CLASSES)
     class_names = checkpoint.get('classes') or [str(number) for number in numbers]
     return Predictor(config, model.eval(), class_names, device)

@@ -1,4 +1,4 @@
-"""Runs that cannot spoil each other: what a folder's next run may change, and what is refused."""
+"""Where a run starts: what continues the run in a folder, and what is refused."""
 
 import json
 import shutil
@@ -11,7 +11,8 @@ import main as program
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigTree
-from engine.resume import ExperimentError
+from engine.experiment import ExperimentError, is_pretrained
+from engine.trainer import Trainer
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.images import write_images
@@ -57,16 +58,13 @@ def test_another_network_is_not_continued(tiny_config, options, change, message)
     before = content(folder_of(config))
     with pytest.raises(ExperimentError) as error:
         program.main(tiny_config(**options, **change))
-    newest = folder_of(config) / 'ckpt_epoch_1.pth'
-    assert str(error.value) == (
-        f'{folder_of(config)} holds a run of another experiment ({message}): '
-        f'write another --tag, or --resume {newest} to go on from it where its weights fit'
-    )
+    assert str(error.value) == f'{folder_of(config)} holds another run ({message}): write another --tag'
     assert content(folder_of(config)) == before
-    if 'MODEL__MSG__MANIP_TYPE' in change:
-        program.main(tiny_config(**options, **change, TRAIN__EPOCHS='3', MODEL__RESUME=str(newest)))
-        assert f'other settings than before: {message}; TRAIN.EPOCHS' in log_of(config)
-        program.main(tiny_config(**options, **change, TAG='other'))
+    if 'MODEL__MSG__MANIP_TYPE' in change:  # whose weights fit
+        newest = str(folder_of(config) / 'ckpt_epoch_1.pth')
+        other = tiny_config(**options, **change, TAG='other', TRAIN__EPOCHS='3', MODEL__RESUME=newest)
+        program.main(other)
+        assert f'other settings than before: {message}; TRAIN.EPOCHS' in log_of(other)
 
 
 def test_a_key_that_a_stored_config_lacks_had_its_default(tiny_config, options):
@@ -86,7 +84,7 @@ def test_a_key_that_a_stored_config_lacks_had_its_default(tiny_config, options):
 def test_a_key_whose_default_has_changed_had_its_value_of_before():
     root = KeyGroup(BASE=Key([''], 'Base files', affects='nothing'))
     root.RATE = Key(0.5, 'A rate, which older runs had fixed', before=0.1)
-    tree = ConfigTree(root, lambda config: None)
+    tree = ConfigTree('classification', root, lambda config: None)
     config = tree.defaults()
     assert [str(key) for key in tree.changed_keys(config, {})] == ['RATE has changed from 0.1 to 0.5']
     config.RATE = 0.1
@@ -137,7 +135,7 @@ def test_the_same_samples_elsewhere_and_in_another_format_are_the_same_data(tiny
     assert len(records(config, 'epoch')) == 3
 
 
-def test_other_data_are_not_continued_unless_asked_for(tiny_config, options, image_tree):
+def test_other_data_are_not_continued(tiny_config, options, image_tree):
     config = tiny_config(**options)
     program.main(config)
     record = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')['data']
@@ -146,32 +144,30 @@ def test_other_data_are_not_continued_unless_asked_for(tiny_config, options, ima
     shutil.copy(image_tree / 'train' / 'class_0' / '0.png', image_tree / 'train' / 'class_0' / 'new.png')
     (image_tree / 'val' / 'class_1' / '0.png').rename(image_tree / 'val' / 'class_1' / 'renamed.png')
     before = content(folder_of(config))
-    message = 'train has 25 images, not 24; val has as many images, but other ones'
-    with pytest.raises(ExperimentError, match=rf'another experiment \({message}\): write another --tag, or --resume'):
+    message = 'train has 25 images, not 24; val has as many images, but different ones'
+    with pytest.raises(ExperimentError, match=rf'another run \({message}\): write another --tag$'):
         program.main(config)
     assert content(folder_of(config)) == before
     newest = str(folder_of(config) / 'ckpt_epoch_1.pth')
-    program.main(tiny_config(**options, TRAIN__EPOCHS='3', MODEL__RESUME=newest))
-    assert f'the data have changed: {message}: the best metric starts from nothing' in log_of(config)
-    assert load_checkpoint(folder_of(config) / 'old_1' / 'ckpt_best.pth')['max_accuracy'] == 100.5
-    best = load_checkpoint(folder_of(config) / 'ckpt_best.pth')
-    assert best['max_accuracy'] == records(config, 'epoch')[-1]['acc1']
-    program.main(tiny_config(**options, TRAIN__EPOCHS='3'))  # now its own data
-    assert 'bit for bit, as if' in log_of(config).splitlines()[-2]
+    other = tiny_config(**options, TAG='other', TRAIN__EPOCHS='3', MODEL__RESUME=newest)
+    program.main(other)
+    assert f'other data than before: {message}: the best metric is reset' in log_of(other)
+    best = load_checkpoint(folder_of(other) / 'ckpt_best.pth')
+    assert best['max_accuracy'] == records(other, 'epoch')[-1]['acc1']
 
 
 def test_other_class_names_are_not_continued_and_are_reported_in_evaluation(tiny_config, options, image_tree, capsys):
     program.main(tiny_config(**options))
     for split in ('train', 'val'):
         (image_tree / split / 'class_2').rename(image_tree / split / 'other')
-    message = '1 of the 3 classes have other names in the checkpoint (other for class_2)'
+    message = 'other classes (other for class_2)'
     path = str(folder_of(tiny_config()) / 'ckpt_epoch_1.pth')
     assert message not in capsys.readouterr().out
     program.main(tiny_config(EVAL_MODE='True', MODEL__RESUME=path, **options))
     assert message in capsys.readouterr().out
-    with pytest.raises(ExperimentError, match='classes have other names in the checkpoint'):
+    with pytest.raises(ExperimentError, match=r'other classes \(other for class_2\)\): write another --tag'):
         program.main(tiny_config(TRAIN__EPOCHS='3', **options))
-    program.main(tiny_config(TRAIN__EPOCHS='3', MODEL__RESUME=path, **options))
+    program.main(tiny_config(TRAIN__EPOCHS='3', TAG='other', MODEL__RESUME=path, **options))
     assert message in capsys.readouterr().out
 
 
@@ -214,27 +210,43 @@ def test_other_pretrained_weights_than_a_run_began_from_are_an_error(tiny_config
 
     run('a.pth')
     folder = folder_of(tiny_config())
-    assert load_checkpoint(folder / 'ckpt_epoch_1.pth')['pretrained']['path'] == str((tmp_path / 'a.pth').resolve())
+    origin = load_checkpoint(folder / 'ckpt_epoch_1.pth')['origin']
+    assert (origin['kind'], origin['path']) == ('pretrained', str((tmp_path / 'a.pth').resolve()))
+    assert len(origin['sha256']) == 64
     run('a.pth')
     run('copy.pth')  # by content
-    run()  # forgotten: the run resumes
-    with pytest.raises(ExperimentError, match=r'holds a run that began from .*a.pth, not from .*b.pth: write another'):
+    run()  # forgotten: the run continues
+    (tmp_path / 'a.pth').rename(tmp_path / 'moved.pth')
+    run('a.pth')  # the same command, though its file is gone
+    run('moved.pth')
+    (tmp_path / 'moved.pth').rename(tmp_path / 'a.pth')
+    with pytest.raises(
+        ExperimentError, match=r'it started from --pretrained .*a.pth, not from --pretrained .*b.pth; leave'
+    ):
         run('b.pth')
     run('b.pth', tag='other')
+    torch.save({'model': build_model(tiny_config()).state_dict()}, tmp_path / 'b.pth')
+    run('b.pth', tag='other')
+    assert 'b.pth has changed since the run started from it' in log_of(tiny_config(TAG='other'))
     run(tag='scratch')
-    with pytest.raises(ExperimentError, match=r'holds a run that began from scratch, not from .*a.pth'):
+    with pytest.raises(ExperimentError, match=r'it started from scratch, not from --pretrained .*a.pth.*another --tag'):
         run('a.pth', tag='scratch')
     for key, value in (('WEIGHTS', 'raw'), ('HEAD', 'new')):  # another start from the same file
-        change = f'MODEL.PRETRAINED_{key} has changed from .auto. to .{value}.'
+        change = f'MODEL.PRETRAINED_{key} was auto and is {value}'
         with pytest.raises(ExperimentError, match=change):
             program.main(
                 tiny_config(**options, MODEL__PRETRAINED=str(tmp_path / 'a.pth'), **{f'MODEL__PRETRAINED_{key}': value})
             )
     record = load_checkpoint(folder / 'ckpt_epoch_1.pth')
     for path in folder.glob('ckpt_*.pth'):  # of an older version
-        save_checkpoint(path, {key: value for key, value in record.items() if key != 'pretrained'})
+        save_checkpoint(path, {key: value for key, value in record.items() if key != 'origin'})
     run('b.pth')
-    assert 'does not say whether its run began from' in log_of(tiny_config())
+    assert 'does not record whether it started from --pretrained' in log_of(tiny_config())
+    file = {key: origin[key] for key in ('path', 'sha256')}
+    edit_all(folder, origin=None, pretrained=file)  # of a less old version
+    run('a.pth')
+    with pytest.raises(ExperimentError, match=r'it started from --pretrained .*a.pth, not from --pretrained .*b.pth'):
+        run('b.pth')
 
 
 def test_another_environment_is_listed(tiny_config, options):
@@ -253,78 +265,119 @@ def test_another_environment_is_listed(tiny_config, options):
     assert stored.keys() >= {'torch', 'threads', 'device', 'world_size', 'precision'}
     edit_all(folder_of(config), environment=None, data=None)  # of an older version
     program.main(config)
-    message = 'not bit for bit: it has no record of its data; it has no record of its environment\n'
+    message = (
+        'not bit for bit: the checkpoint does not record its data; the checkpoint does not record its environment\n'
+    )
     assert message in log_of(config)
 
 
-def test_a_foreign_checkpoint_sets_the_folders_run_aside_and_is_copied(tiny_config, options, monkeypatch):
+def test_the_same_command_with_resume_goes_on_from_the_folders_own_newest_checkpoint(tiny_config, options, monkeypatch):
+    """A run that starts from a checkpoint of another run, and is killed before and after its first own checkpoint."""
     program.main(tiny_config(**options))
-    program.main(tiny_config(**options, TAG='other'))
     path = folder_of(tiny_config()) / 'ckpt_epoch_0.pth'
-    edit(path, max_accuracy=100.5)  # never reached again
-    other = tiny_config(**options, TAG='other', MODEL__RESUME=str(path))
-    folder = folder_of(other)
+    command = tiny_config(**options, TAG='other', TRAIN__EPOCHS='4', MODEL__RESUME=str(path))
+    epochs, train_one_epoch = [], Trainer.train_one_epoch
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed_at(epoch):
+        def train(trainer):
+            if trainer.state.epoch == epoch:
+                raise KeyboardInterrupt
+            epochs.append(trainer.state.epoch)
+            return train_one_epoch(trainer)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(program.Trainer, 'train_one_epoch', killed)
+        return train
+
+    for epoch in (1, 3):
+        monkeypatch.setattr(Trainer, 'train_one_epoch', killed_at(epoch))
         with pytest.raises(KeyboardInterrupt):
-            program.main(other)
-    assert {path.name for path in (folder / 'old_1').iterdir()} >= {'ckpt_best.pth', 'metrics.jsonl'}
-    assert [path.name for path in folder.glob('ckpt_*')] == ['ckpt_epoch_0.pth']
-    program.main(tiny_config(**options, TAG='other'))  # without --resume
-    assert [record['epoch'] for record in records(other, 'epoch')] == [1]
-    best = load_checkpoint(folder / 'ckpt_best.pth')
-    assert (best['epoch'], best['max_accuracy']) == (1, 100.5)
+            program.main(command)
+    monkeypatch.setattr(Trainer, 'train_one_epoch', killed_at(None))
+    program.main(command)
+    assert epochs == [1, 2, 3]
+    assert [record['epoch'] for record in records(command, 'epoch')] == [1, 2, 3]
+    origin = load_checkpoint(folder_of(command) / 'ckpt_epoch_3.pth')['origin']
+    assert (origin['kind'], origin['path'], origin['origin']) == ('resume', str(path.resolve()), {'kind': 'scratch'})
+    program.main(tiny_config(**options, TAG='other', TRAIN__EPOCHS='5'))  # without --resume: the run in the folder
+    assert [record['epoch'] for record in records(command, 'epoch')] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize('is_own', [True, False])
-@pytest.mark.parametrize('name', ['ckpt_epoch_0.pth', 'ckpt_best.pth'])
-def test_a_changed_experiment_that_is_killed_at_once_goes_on_without_resume(
-    tiny_config, options, image_tree, monkeypatch, is_own, name
-):
-    """On other data and with another network, from a checkpoint of the same folder or of another one."""
+def test_the_same_command_continues_after_one_without_its_flags(tiny_config, options, tmp_path):
+    torch.save({'model': build_model(tiny_config()).state_dict()}, tmp_path / 'a.pth')
+    flags = {'MODEL__PRETRAINED': str(tmp_path / 'a.pth'), 'MODEL__PRETRAINED_HEAD': 'keep'}
+    for epochs, given in (('2', flags), ('3', {}), ('4', flags)):
+        config = tiny_config(**options, **given, TRAIN__EPOCHS=epochs)
+        program.main(config)
+    assert [record['epoch'] for record in records(config, 'epoch')] == [0, 1, 2, 3]
+
+
+def test_a_run_of_an_older_version_that_started_with_resume_continues(tiny_config, options):
+    """Its checkpoints record the file of --pretrained, here none, but not that of --resume."""
     program.main(tiny_config(**options))
-    source = folder_of(tiny_config())
-    shutil.copy(source / 'ckpt_epoch_0.pth', source / 'ckpt_best.pth')
-    for i in range(6):
-        shutil.copy(image_tree / 'train' / 'class_0' / '0.png', image_tree / 'train' / 'class_0' / f'new_{i}.png')
-    options |= {'MODEL__MSG__QK_SCALE': '0.4', 'TAG': 'default' if is_own else 'other'}
+    path = folder_of(tiny_config()) / 'ckpt_epoch_0.pth'
+    command = {**options, 'TAG': 'other', 'MODEL__RESUME': str(path)}
+    program.main(tiny_config(**command))
+    edit_all(folder_of(tiny_config(TAG='other')), origin=None)
+    for path_ in folder_of(tiny_config(TAG='other')).glob('ckpt_*'):
+        save_checkpoint(path_, load_checkpoint(path_) | {'pretrained': None})
+    for epochs in ('3', '4'):
+        config = tiny_config(**command, TRAIN__EPOCHS=epochs)
+        program.main(config)
+    assert [record['epoch'] for record in records(config, 'epoch')] == [1, 2, 3]
+    origin = load_checkpoint(folder_of(config) / 'ckpt_epoch_3.pth')['origin']
+    assert (origin['kind'], origin['path'], origin['origin']) == ('resume', str(path.resolve()), {'kind': 'scratch'})
 
-    def killed(*_):
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(program.Trainer, 'train_one_epoch', killed)
-        with pytest.raises(KeyboardInterrupt):
-            program.main(tiny_config(**options, MODEL__RESUME=str(source / name)))
+def test_going_back_takes_another_tag(tiny_config, options):
+    program.main(tiny_config(**options))
+    folder = folder_of(tiny_config())
+    before = content(folder)
+    for name in ('ckpt_epoch_0.pth', 'ckpt_epoch_1.pth'):
+        with pytest.raises(ExperimentError) as error:
+            program.main(tiny_config(**options, MODEL__RESUME=str(folder / name)))
+        assert str(error.value) == (
+            f'{folder} holds another run (it started from scratch, not from --resume {folder / name}; leave out '
+            f'--resume to continue it): write another --tag'
+        )
+    assert content(folder) == before
+    back = tiny_config(**options, TAG='back', MODEL__RESUME=str(folder / 'ckpt_epoch_0.pth'))
+    with one_thread():
+        program.main(back)
+    assert [record['epoch'] for record in records(back, 'epoch')] == [1]
+
+
+def test_auto_resume_off_is_an_error_where_there_is_a_run(tiny_config, options):
+    fresh = tiny_config(**options, TRAIN__AUTO_RESUME='False')
+    program.main(fresh)
+    before = content(folder_of(fresh))
+    with pytest.raises(
+        ExperimentError, match='already holds a run, and TRAIN.AUTO_RESUME is False: write another --tag'
+    ):
+        program.main(fresh)
+    assert content(folder_of(fresh)) == before
+
+
+def test_a_finished_run_says_so(tiny_config, options):
     config = tiny_config(**options)
-    assert [path.name for path in folder_of(config).glob('ckpt_*')] == ['ckpt_epoch_0.pth']
     program.main(config)
-    assert 'resuming at epoch 1, update 0, max accuracy none' in log_of(config)
-    assert [record['epoch'] for record in records(config, 'epoch')] == ([0, 1] if is_own else [1])
-    assert len(list(folder_of(config).glob('old_*/ckpt_best.pth'))) == is_own
-
-
-def test_the_best_of_another_run_stays_the_best(tiny_config, options):
-    program.main(tiny_config(**options))
-    path = folder_of(tiny_config()) / 'ckpt_epoch_0.pth'
-    edit(path, max_accuracy=100.0, scores={'raw': 100.0})
-    other = tiny_config(**options, TAG='other', MODEL__RESUME=str(path))
+    before = content(folder_of(config))
+    program.main(config)
+    assert 'the run is finished: it has trained 2 epochs, and TRAIN.EPOCHS is 2.' in log_of(config)
+    assert content(folder_of(config)) == before
+    path = str(folder_of(config) / 'ckpt_epoch_1.pth')
+    other = tiny_config(**options, TAG='other', MODEL__RESUME=path)
     program.main(other)
-    best = load_checkpoint(folder_of(other) / 'ckpt_best.pth')
-    assert (best['epoch'], best['scores']) == (0, {'raw': 100.0})
+    assert 'the run is finished' in log_of(other)
+    assert content(folder_of(other)) == {}
 
 
-def test_a_checkpoint_with_nothing_left_to_train_changes_no_folder(tiny_config, options):
-    program.main(tiny_config(**options))
-    program.main(tiny_config(**options, TAG='other'))
-    path = folder_of(tiny_config()) / 'ckpt_epoch_1.pth'
-    before = content(folder_of(tiny_config(TAG='other')))
-    program.main(tiny_config(**options, TAG='other', MODEL__RESUME=str(path)))
-    assert content(folder_of(tiny_config(TAG='other'))) == before
+def test_a_chain_of_runs_knows_whether_it_started_from_trained_weights():
+    file = {'path': 'a', 'sha256': ''}
+    chain = {'kind': 'pretrained', **file}
+    assert is_pretrained(chain)
+    assert is_pretrained({'kind': 'resume', **file, 'origin': {'kind': 'resume', **file, 'origin': chain}})
+    assert not is_pretrained({'kind': 'resume', **file, 'origin': {'kind': 'scratch'}})
+    assert not is_pretrained({'kind': 'resume', **file, 'origin': None})  # unknown
+    assert not is_pretrained(None)
 
 
 def test_a_damaged_best_is_replaced(tiny_config, options):
@@ -363,7 +416,7 @@ def test_scores_of_both_weights_are_stored(tiny_config, options):
     program.main(config)
     [_, last] = records(config, 'epoch')
     stored = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')['scores']
-    assert stored == {'raw': last['acc1'], 'ema': last['ema_acc1']}
+    assert stored == {'raw': last['acc1'], 'ema': last['ema_acc1'], 'loss': last['ema_val_loss']}
 
 
 @pytest.mark.parametrize(
@@ -388,7 +441,7 @@ def test_head_of_pretrained_weights(tiny_config, options, tmp_path, classes, cho
     assert torch.equal(trained['msg_tokens'], source['msg_tokens'])
     assert torch.equal(trained['head.weight'], source['head.weight']) == is_kept
     assert ('the head starts from scratch' in log) != is_kept
-    assert ('PRETRAINED_HEAD keeps its head' in log) == (choice == 'keep')
+    assert ('PRETRAINED_HEAD keep keeps its head' in log) == (choice == 'keep')
 
 
 def test_evaluation_beside_a_live_run_changes_nothing_of_it(tiny_config, options, tmp_path):

@@ -1,0 +1,142 @@
+"""A run of any task, from its start to its end: training with evaluation, or evaluation of a checkpoint."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from engine.config_tree import ConfigError
+from engine.distributed import distribute
+from engine.evaluation import evaluate_with_ema, load_ema
+from engine.experiment import describe_run, log_notes, warn_of_other_classes
+from engine.run import Run, start_run
+from engine.start import SCRATCH, Start, find_start, resume_training
+from engine.state import TrainingState
+from engine.task import Task
+from engine.trainer import Trainer
+
+
+def run_task(task: Task, config: CfgNode) -> None:
+    """Train a task's network, or evaluate a checkpoint with `EVAL_MODE`, as the config says."""
+    is_training_run = not config.EVAL_MODE
+    with start_run(config, is_training_run, task.compiles(config)) as run:
+        start = find_start(run, task.tree)
+        network = build_network(run, task)
+        if is_training_run:
+            train(run, task, network, start)
+        else:
+            evaluate(run, task, network, start)
+
+
+def build_network(run: Run, task: Task) -> nn.Module:
+    """Build the run's network on its device, and log its size."""
+    network = task.build_network(run.config).to(run.process.device)
+    multiply_adds = f', {network.flops():,} multiply-adds' if hasattr(network, 'flops') else ''
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    run.logger.info(f'{run.config.MODEL.NAME}: {parameters:,} parameters{multiply_adds}')
+    return network
+
+
+def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
+    """Train until the last epoch, with evaluations every `EVAL_FREQ` epochs."""
+    if start.kind == SCRATCH and run.config.TRAIN.FROZEN_STAGES >= 0:
+        raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
+    train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
+    provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)
+    start.load_weights(run, task, network, provenance['classes'])
+    trainer = build_trainer(run, task, network, start, train_loader, eval_loader, provenance)
+    if start.resumes:
+        resume_training(run, task, trainer.state, start, provenance)
+    trainer.fit()
+
+
+def build_trainer(
+    run: Run,
+    task: Task,
+    network: nn.Module,
+    start: Start,
+    train_loader: DataLoader,
+    eval_loader: DataLoader,
+    provenance: Mapping[str, Any],
+) -> Trainer:
+    """Build a trainer in the state of a new run.
+
+    Args:
+        run: the run.
+        task: its task.
+        network: the network, with its starting weights.
+        start: where the run starts.
+        train_loader: training batches of this rank.
+        eval_loader: evaluation shard of this rank.
+        provenance: further entries of every checkpoint, from `describe_run`.
+    """
+    config = run.config
+    if config.TRAIN.FROZEN_STAGES >= 0:
+        task.backbone(network).freeze_stages(config.TRAIN.FROZEN_STAGES)
+    network = task.prepare_training(run, network, start.is_pretrained)
+    distributed, state = build_state(run, task, network, train_loader)
+    loss_fn = task.build_loss(run, distributed, train_loader.dataset.dataset)
+    evaluate = task.build_evaluation(run, eval_loader)
+    return Trainer(
+        run,
+        state,
+        distributed,
+        train_loader,
+        loss_fn,
+        evaluate,
+        metric=task.metric,
+        provenance=provenance,
+        metric_name=task.metric_name,
+        compiles=task.compiles(config),
+    )
+
+
+def build_state(run: Run, task: Task, network: nn.Module, loader: DataLoader) -> tuple[nn.Module, TrainingState]:
+    """Build the training state, as a new run starts with it.
+
+    Args:
+        run: the run.
+        task: its task.
+        network: the network, on the device.
+        loader: this process's training batches.
+
+    Returns:
+        The network, wrapped in DDP where there are several processes, with rank 0's weights; and the training state.
+    """
+    config, process = run.config, run.process
+    lr_scale = run.images_per_update / config.TRAIN.BASE_BATCH
+    steps_per_epoch = math.ceil(len(loader) / run.accumulation_steps)
+    optimizer = task.build_optimizer(config, network, config.TRAIN.BASE_LR * lr_scale)
+    network, optimizer = run.precision.prepare(network, optimizer)
+    distributed = distribute(network, process.device, config.DETERMINISTIC)
+    state = TrainingState(
+        model=network,
+        optimizer=optimizer,
+        scheduler=task.build_scheduler(config, optimizer, steps_per_epoch, lr_scale),
+        precision=run.precision,
+        sampler=loader.sampler,
+        device=process.device,
+        steps_per_epoch=steps_per_epoch,
+        images_per_epoch=config.DATA.BATCH_SIZE * process.world_size * len(loader),
+        images_per_update=run.images_per_update,
+        ema=ModelEmaV3(network, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
+        epoch=config.TRAIN.START_EPOCH,
+    )
+    return distributed, state
+
+
+def evaluate(run: Run, task: Task, network: nn.Module, start: Start) -> None:
+    """Evaluate a checkpoint's weights, and its EMA weights if it has any; reports are written to the run's folder."""
+    start.load_weights(run, task, network)
+    network, _ = run.precision.prepare(network)
+    loader = task.build_eval_loader(run.config, run.process.rank, run.process.world_size)
+    log_notes(run, {'val': loader.dataset})
+    warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
+    ema_network = load_ema(network, start.checkpoint)
+    evaluations = evaluate_with_ema(run, task.build_evaluation(run, loader), network, ema_network)
+    for name, evaluation in evaluations.items():
+        evaluation.write_report(run, '_ema' if name == 'ema' else '')

@@ -1,0 +1,260 @@
+"""Where a run starts: from scratch, from pretrained weights, or from a checkpoint of this or another run.
+
+A folder holds one run. The same command continues it from its newest intact checkpoint. A command with another network,
+other data, other classes or another origin is an error, except in an empty folder.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
+from engine.config_tree import ConfigTree
+from engine.distributed import on_main_process
+from engine.experiment import (
+    ENVIRONMENT,
+    PRETRAINED,
+    RESUME,
+    SCRATCH,
+    ExperimentError,
+    Origin,
+    changed_splits,
+    compare_classes,
+    has_changed,
+    is_pretrained,
+    is_same_origin,
+    origin_name,
+    origin_of_file,
+    recorded_origin,
+    warn_of_other_classes,
+)
+from engine.run import Run
+from engine.state import TrainingState
+from engine.task import Task
+
+# Kinds of `Start` in addition to SCRATCH, PRETRAINED and RESUME: continue the run in the folder, or evaluate weights.
+CONTINUE, EVALUATE = 'continue', 'evaluate'
+
+
+class Start(NamedTuple):
+    """What this process starts from.
+
+    Attributes:
+        kind: SCRATCH; PRETRAINED: the weights of --pretrained; RESUME: the training state of another run's checkpoint;
+            CONTINUE: the newest checkpoint in the run's folder; or EVALUATE: weights only.
+        origin: the starting point of the whole run, which its first checkpoint has recorded; None if it is unknown.
+        path: the checkpoint's path; '' for SCRATCH.
+        checkpoint: the loaded checkpoint, None for SCRATCH. For PRETRAINED, `model` holds the selected (raw or EMA)
+            weights.
+    """
+
+    kind: str
+    origin: Origin | None = None
+    path: str = ''
+    checkpoint: Mapping[str, Any] | None = None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the optimizer, the schedule and the progress are restored as well."""
+        return self.kind in (CONTINUE, RESUME)
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the weights are trained ones: from --pretrained, perhaps long ago, or to be evaluated."""
+        return self.kind == EVALUATE or is_pretrained(self.origin)
+
+    def load_weights(self, run: Run, task: Task, network: nn.Module, classes: Sequence[str] = ()) -> None:
+        """Load the checkpoint's weights into a network; the log says what was done.
+
+        A run that resumes loads them unchanged. Otherwise they are fitted to the network's window and image size. With
+        PRETRAINED, the head may be initialized anew, and the checkpoint may be of another task.
+
+        Args:
+            run: the run.
+            task: its task.
+            network: the network.
+            classes: names of the data's classes; empty if they do not matter.
+
+        Raises:
+            CheckpointError: names or shapes of the weights do not match.
+        """
+        if self.kind == SCRATCH:
+            return
+        path, checkpoint, choice = self.path, self.checkpoint, run.config.MODEL.PRETRAINED_HEAD
+        if self.kind == PRETRAINED and checkpoint['task'] != task.name:
+            _log_notes(run, path, task.load_other_task(network, checkpoint, path))
+            return
+        if not self.resumes:
+            weights, notes = fit_weights(network, checkpoint['model'], path)
+            checkpoint = {**checkpoint, 'model': weights}
+            _log_notes(run, path, notes)
+        has_other_classes = bool(classes) and bool(compare_classes(classes, checkpoint))
+        is_new = choice == 'new' or (choice == 'auto' and has_other_classes)
+        replaceable = task.head_pattern(network) if self.kind == PRETRAINED and choice != 'keep' else None
+        try:
+            is_replaced = load_weights(network, checkpoint, path, replaceable, is_replaced=is_new)
+        except CheckpointError as error:
+            remedy = ': to start over, write another --tag' if self.kind == CONTINUE else ''
+            raise CheckpointError(f'{error}{remedy}') from error
+        run.logger.info(f'weights of {path} loaded')
+        if is_replaced:
+            reason = 'MODEL.PRETRAINED_HEAD is new' if choice == 'new' else f'{path} has other classes'
+            run.logger.info(f'{reason}: the head starts from scratch')
+        elif self.kind == PRETRAINED and has_other_classes:
+            run.logger.warning(f'{path} has other classes, but MODEL.PRETRAINED_HEAD keep keeps its head')
+
+
+def _log_notes(run: Run, path: str, notes: Sequence[str]) -> None:
+    for note in notes:
+        run.logger.info(f'{path}: {note}')
+
+
+def find_start(run: Run, tree: ConfigTree) -> Start:
+    """Find and load what a run starts from.
+
+    A training run continues from the newest checkpoint in its folder. In a folder without checkpoints it starts from
+    --resume, from --pretrained, or from scratch. A run that does not train loads the weights of --resume or
+    --pretrained.
+
+    Args:
+        run: the run.
+        tree: the task's keys.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        ExperimentError: the folder holds another run.
+    """
+    model = run.config.MODEL
+    path = model.RESUME or model.PRETRAINED
+    if run.is_training_run:
+        newest = on_main_process(run.folder.newest_intact)
+        if newest is not None:
+            checkpoint = load_checkpoint(newest)
+            _check_same_run(run, checkpoint, tree)
+            if newest == run.folder.best:
+                newest = on_main_process(lambda: run.folder.copy_best(checkpoint))
+            return Start(CONTINUE, _continued_origin(run, checkpoint), str(newest), checkpoint)
+    elif run.config.EVAL_MODE or model.RESUME:
+        return Start(EVALUATE, None, path, load_checkpoint(path))
+    if not path:
+        return Start(SCRATCH, {'kind': SCRATCH})
+    checkpoint = load_checkpoint(path)
+    kind = RESUME if model.RESUME else PRETRAINED
+    origin = on_main_process(lambda: origin_of_file(kind, path))
+    if kind == RESUME:
+        return Start(kind, origin | {'origin': recorded_origin(checkpoint)}, path, checkpoint)
+    origin |= {'weights': model.PRETRAINED_WEIGHTS, 'head': model.PRETRAINED_HEAD}
+    weights, name = choose_weights(checkpoint, path, model.PRETRAINED_WEIGHTS)
+    run.logger.info(f'{path}: {name}')
+    checkpoint = {key: value for key, value in checkpoint.items() if key != 'model_ema'} | {'model': weights}
+    return Start(kind, origin, path, checkpoint)
+
+
+def _check_same_run(run: Run, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
+    """Compare the config and the origin of the command with those of the run in its folder.
+
+    Raises:
+        ExperimentError: they differ, or TRAIN.AUTO_RESUME is False.
+    """
+    if not run.config.TRAIN.AUTO_RESUME:
+        raise ExperimentError(
+            f'{run.output_dir} already holds a run, and TRAIN.AUTO_RESUME is False: write another --tag, or leave it '
+            f'out to continue the run'
+        )
+    saved = checkpoint.get('config') or run.config
+    differences = [str(key) for key in tree.changed_keys(run.config, saved) if key.defines_experiment]
+    differences += on_main_process(lambda: _changed_origin(run, checkpoint))
+    if differences:
+        raise _another_run(run, differences)
+
+
+def _changed_origin(run: Run, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Describe how the origin of the command line differs from the recorded one; empty if it does not.
+
+    A command without --resume and --pretrained has no origin: it continues the run.
+    """
+    model, recorded = run.config.MODEL, recorded_origin(checkpoint)
+    kind, path = (RESUME, model.RESUME) if model.RESUME else (PRETRAINED, model.PRETRAINED)
+    if not path:
+        return []
+    flag = f'--{kind} {path}'
+    if recorded is None or (kind == RESUME and 'origin' not in checkpoint):  # older versions did not record --resume
+        run.logger.warning(f'the run in {run.output_dir} does not record whether it started from {flag}: it continues')
+        return []
+    if not is_same_origin(kind, path, recorded):
+        return [f'it started from {origin_name(recorded)}, not from {flag}; leave out --{kind} to continue it']
+    if has_changed(path, recorded):
+        run.logger.warning(
+            f'{path} has changed since the run started from it: to start from it again, write another --tag'
+        )
+    options = {'weights': model.PRETRAINED_WEIGHTS, 'head': model.PRETRAINED_HEAD}
+    return [
+        f'MODEL.PRETRAINED_{name.upper()} was {recorded[name]} and is {value}'
+        for name, value in options.items()
+        if recorded.get(name, value) != value
+    ]
+
+
+def _continued_origin(run: Run, checkpoint: Mapping[str, Any]) -> Origin | None:
+    """The origin of the run in the folder; a run of an older version has that of --resume, which it did not record."""
+    resume, recorded = run.config.MODEL.RESUME, recorded_origin(checkpoint)
+    if not resume or 'origin' in checkpoint:
+        return recorded
+    return on_main_process(lambda: origin_of_file(RESUME, resume)) | {'origin': recorded}
+
+
+def _another_run(run: Run, differences: Sequence[str]) -> ExperimentError:
+    return ExperimentError(f'{run.output_dir} holds another run ({"; ".join(differences)}): write another --tag')
+
+
+def resume_training(run: Run, task: Task, state: TrainingState, start: Start, provenance: Mapping[str, Any]) -> None:
+    """Restore the training state from the checkpoint of a start; every rank calls it at the same point.
+
+    The log says whether the run resumes bit for bit, and what is different if it does not.
+
+    Args:
+        run: the run.
+        task: its task.
+        state: the training state, whose network has the checkpoint's weights.
+        start: where the run starts: CONTINUE or RESUME.
+        provenance: what the run's checkpoints record, from `describe_run`.
+
+    Raises:
+        ExperimentError: the run in the folder has other data or other classes.
+        CheckpointError: the checkpoint has no training state, or one that does not fit.
+    """
+    checkpoint = start.checkpoint
+    data_changes = changed_splits(checkpoint.get('data') or {}, provenance['data'])
+    changes = data_changes + compare_classes(provenance['classes'], checkpoint)
+    if start.kind == CONTINUE and changes:
+        raise _another_run(run, changes)
+    notes = state.load_state_dict(checkpoint, run.process.rank, run.process.world_size) + data_changes
+    if data_changes:
+        state.max_accuracy = -1.0
+        run.logger.warning(f'other data than before: {"; ".join(data_changes)}: the best metric is reset')
+    warn_of_other_classes(run, checkpoint, provenance['classes'])
+    changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
+    if changed:
+        before = ' '.join(f'{key.name} {shlex.quote(str(key.before))}' for key in changed)
+        run.logger.warning(f'other settings than before: {"; ".join(map(str, changed))}: undo with --opts {before}')
+    notes += [f'{key.name} has changed' for key in changed] + _environment_notes(run, checkpoint, provenance)
+    exactness = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit, as if it had never stopped'
+    best = f'{state.max_accuracy:.2f}%' if state.max_accuracy >= 0 else 'none'
+    run.logger.info(f'resuming at epoch {state.epoch}, update {state.step}, max {task.metric_name} {best}')
+    run.logger.info(f'the run resumes {exactness}')
+
+
+def _environment_notes(run: Run, checkpoint: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """Reasons of hardware and software why resuming is not bit-exact, as far as the checkpoint records them."""
+    before = checkpoint.get('environment') or {}
+    environment = {name: provenance['environment'][name] for name in ENVIRONMENT}
+    pairs = {name: (before.get(name, now), now) for name, now in environment.items()}
+    notes = [f'{name} was {old} and is {now}' for name, (old, now) in pairs.items() if old != now]
+    notes += [
+        f'the checkpoint does not record its {name}' for name in ('data', 'environment') if name not in checkpoint
+    ]
+    if run.process.device.type != 'cpu' and not run.config.DETERMINISTIC:
+        notes.append('DETERMINISTIC is off')
+    return notes
