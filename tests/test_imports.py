@@ -27,7 +27,7 @@ ALLOWED = {
     'optimizer': (),
     'logger': ('utils',),
     'data': ('utils',),
-    'engine': ('data.samplers', 'data.seeding', 'logger', 'utils'),
+    'engine': ('data.samplers', 'logger', 'utils'),
     'config': ('engine.config_keys', 'engine.config_tree', 'models'),
     'main': ('config', 'data', 'engine', 'lr_scheduler', 'models', 'optimizer', 'tools.benchmark.throughput', 'utils'),
     'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'tools.benchmark.throughput', 'utils'),

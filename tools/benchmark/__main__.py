@@ -1,7 +1,7 @@
 """Time networks, whole detectors, the loading of images, or the stages of a network.
 
-Everything that a command compares is timed in turns, in one process. Results are printed, and written as a Markdown
-table, as JSON and as a chart.
+Whatever a command compares is timed interleaved, in one process, so that a change of the machine's speed affects all of
+it. Results are printed, and written as a Markdown table, as JSON and as a chart. The default command is "networks".
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Time the loading of images by the published and the fast pipeline on one core, whole and stage by stage.
+"""Time the loading of images by the published and the fast pipeline, whole and stage by stage.
 
-Times are per image, and "x peer" compares with the published pipeline. The plain decoder, simplejpeg on whole images,
-is the limit of both pipelines.
+Without --workers, all of it runs on one core. Times are per image; "x peer" compares with the published pipeline. The
+plain decoder, simplejpeg on whole images, is the limit of both pipelines.
 """
 
 import argparse

@@ -4,12 +4,12 @@
     python -m tools.summary detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml
     python -m tools.summary configs/msg_tiny_p4_win7_224.yaml --img-size 384 640 --time
 
-Multiply-adds are counted twice: by the authors' formula (MSG-Transformers only), and over the matmuls and convolutions
-of the real operators, without norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800 pixels,
-1000 proposals, 100 detections. No weights are allocated unless --time is given.
+Two counts of multiply-adds are printed: the authors' formula (MSG-Transformers only), and the matmuls and convolutions
+that a forward pass executes, without norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800
+pixels, 1000 proposals, 100 detections. No weights are allocated unless --time is given.
 
-With one config of an MSG-Transformer, a second table lists its stages: a stage ends with its merging, the embedding has
-the MSG tokens, the head has the last norm.
+With one config of an MSG-Transformer, a second table lists its stages. Patch merging is counted in the stage before it,
+the MSG tokens in the embedding, and the final norm in the head.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """An MSG-Transformer stage by stage: tokens, channels, heads, blocks, parameters, multiply-adds and time.
 
-A stage ends with its merging, the embedding has the MSG tokens, the head has the last norm. Multiply-adds follow the
-authors' formula, with every token of every stage. Times are those of `tools.benchmark.stages`.
+Patch merging is counted in the stage before it, the MSG tokens in the embedding, and the final norm in the head.
+Multiply-adds follow the authors' formula, with every token of every stage. Times are those of `tools.benchmark.stages`.
 """
 
 from collections.abc import Mapping, Sequence
