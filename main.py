@@ -39,7 +39,7 @@ from engine.run_task import run_task
 from engine.task import LossFn, Task
 from lr_scheduler import build_scheduler
 from models import build_model
-from models.build import head_pattern
+from models.build import head_pattern, maybe_compile
 from optimizer import build_optimizer
 from utils import exit_on_user_error
 
@@ -132,11 +132,6 @@ class Classification(Task):
 
 
 TASK = Classification()
-
-
-def maybe_compile(network: nn.Module, config: CfgNode, enabled: bool) -> nn.Module:
-    """The network under torch.compile, if enabled: compiled at the first batch of each shape."""
-    return torch.compile(network, mode=config.COMPILE_MODE, dynamic=False) if enabled else network
 
 
 class Accuracy(NamedTuple):

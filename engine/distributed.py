@@ -267,8 +267,8 @@ def once_per_node(function: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return function()
-    nodes = _gather(node_name())
-    leader = nodes.index(node_name())
+    node = node_name()
+    leader = _gather(node).index(node)
     result, user_error, pickled = None, None, None
     if dist.get_rank() == leader:
         result, user_error = _call(function)

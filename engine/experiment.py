@@ -142,8 +142,9 @@ def is_same_origin(kind: str, path: str, recorded: Origin) -> bool:
 
 
 def has_changed(path: str, recorded: Origin) -> bool:
-    """Whether a file still exists, but has another content than a recorded origin."""
-    return Path(path).exists() and _sha256(path) != recorded['sha256']
+    """Whether the file at the path of a recorded origin still exists, but has another content."""
+    is_at_path = str(Path(path).resolve()) == recorded['path']
+    return is_at_path and Path(path).exists() and _sha256(path) != recorded['sha256']
 
 
 def _sha256(path: str) -> str:

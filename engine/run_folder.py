@@ -29,6 +29,7 @@ class RunFolder:
         self.path, self.keep, self.logger = path, keep, logger
         self._kept_forever: set[Path] = set()  # saved with SAVE_KEEP 0
         self._has_damaged_best = False
+        self._images: dict[Path, float] = {}  # that checkpoints within an epoch have seen of it; each is read once
 
     @property
     def best(self) -> Path:
@@ -38,7 +39,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, newest first, except the best one."""
         paths = (path for path in self.path.glob('ckpt_epoch_*.pth') if _NAME.fullmatch(path.name))
-        return sorted(paths, key=_progress_of_file, reverse=True)
+        return sorted(paths, key=self._progress_of_file, reverse=True)
 
     def newest_intact(self) -> Path | None:
         """Find the newest checkpoint that can be read, `ckpt_best.pth` included; None if there are no checkpoints.
@@ -50,7 +51,7 @@ class RunFolder:
         """
         best = self._read_or_warn(self.best) if self.best.exists() else None
         self._has_damaged_best = self.best.exists() and best is None
-        candidates = [(_progress_of_file(path), path) for path in self.checkpoints()]
+        candidates = [(self._progress_of_file(path), path) for path in self.checkpoints()]
         if best is not None and 'optimizer' in best:  # not only weights
             candidates.append((_progress_of(best), self.best))
         candidates.sort(key=lambda candidate: candidate[0], reverse=True)  # stable: the best after an equally new one
@@ -107,6 +108,7 @@ class RunFolder:
         path = self.path / (f'ckpt_epoch_{epoch}.pth' if step is None else f'ckpt_epoch_{epoch}_step_{step}.pth')
         save_checkpoint(path, state)
         self.logger.info(f'{path} saved')
+        self._images[path] = saved_progress(state)['images']
         try:
             for old in self._surplus(path):
                 old.unlink()
@@ -128,6 +130,18 @@ class RunFolder:
                 self._kept_forever.add(path)
         return sorted(surplus - self._kept_forever)
 
+    def _progress_of_file(self, path: Path) -> Progress:
+        """Progress of a checkpoint: at the end of an epoch from the file's name, within one from its content.
+
+        A damaged checkpoint within an epoch sorts as the newest of its epoch, so that it is tried and reported.
+        """
+        if not _is_step(path):
+            return _epoch_of(path), math.inf
+        if path not in self._images:
+            checkpoint = _peek_or_empty(path)
+            self._images[path] = saved_progress(checkpoint)['images'] if checkpoint else math.inf
+        return _epoch_of(path), self._images[path]
+
     def save_best(self, state: dict[str, Any]) -> None:
         """Save the best checkpoint.
 
@@ -145,17 +159,6 @@ def _epoch_of(path: Path) -> int:
 def _is_step(path: Path) -> bool:
     """Whether a checkpoint is one within an epoch, by its name."""
     return _NAME.fullmatch(path.name)[2] is not None
-
-
-def _progress_of_file(path: Path) -> Progress:
-    """Progress of a checkpoint: at the end of an epoch from the file's name, within one from its content.
-
-    A damaged checkpoint within an epoch sorts as the newest of its epoch, so that it is tried and reported.
-    """
-    if not _is_step(path):
-        return _epoch_of(path), math.inf
-    checkpoint = _peek_or_empty(path)
-    return _epoch_of(path), saved_progress(checkpoint)['images'] if checkpoint else math.inf
 
 
 def _progress_of(checkpoint: Mapping[str, Any]) -> Progress:

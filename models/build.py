@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .msg_transformer import MSGTransformer
@@ -30,6 +31,11 @@ def build_model(config: 'CfgNode') -> nn.Module:
         head_tokens=msg.HEAD_TOKENS,
         **network_options(config),
     )
+
+
+def maybe_compile(network: nn.Module, config: 'CfgNode', enabled: bool) -> nn.Module:
+    """The network under torch.compile, in `config.COMPILE_MODE`, if enabled: compiled at the first batch of a shape."""
+    return torch.compile(network, mode=config.COMPILE_MODE, dynamic=False) if enabled else network
 
 
 def network_options(config: 'CfgNode') -> dict[str, Any]:

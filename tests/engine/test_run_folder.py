@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from engine import run_folder
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.run_folder import RunFolder
 
@@ -160,6 +161,17 @@ def test_progress_within_an_epoch_goes_by_images(tmp_path):
     folder.save(state(3, 30), 3, 30)
     assert names(folder) == ['3_step_20', '3_step_30']
     assert folder.newest_intact() == tmp_path / 'ckpt_epoch_3_step_20.pth'
+
+
+def test_saving_reads_no_checkpoint_but_those_it_removes(tmp_path, monkeypatch):
+    """Reading one takes a fifth of the time of writing one."""
+    folder, read = folder_in(tmp_path, keep=3), []
+    peek = run_folder.peek_checkpoint
+    monkeypatch.setattr(run_folder, 'peek_checkpoint', lambda path: (read.append(path.name), peek(path))[1])
+    for step in range(1, 6):
+        folder.save(state(0, step), 0, step)
+    assert read == ['ckpt_epoch_0_step_1.pth', 'ckpt_epoch_0_step_2.pth']
+    assert names(folder) == ['0_step_5', '0_step_4', '0_step_3']
 
 
 def test_failed_save_removes_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Benchmark cases: a network under one setting, which infers a random batch or makes updates from it."""
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from engine.precision import Precision
 from models.pyramid import Size
 from tools.benchmark.memory import peak_allocation, resident_bytes
 from tools.benchmark.timing import synchronize
+from utils import positive_int
 
 DEVICES = ('auto', 'cuda', 'mps', 'cpu')
 MODES = ('inference', 'train')
@@ -63,6 +65,19 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         return f'{self.variant}, batch {self.batch}, {self.size} px'
+
+
+def add_timing_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the flags that say how often, with how many threads and on which device networks are timed.
+
+    Args:
+        parser: gets the flags.
+        rounds: default of `--rounds`.
+    """
+    add = parser.add_argument
+    add('--threads', nargs='+', type=positive_int, default=[0], metavar='N', help="CPU threads (default: PyTorch's)")
+    add('--rounds', type=positive_int, default=rounds, metavar='N', help=f'how often each is timed (default: {rounds})')
+    add('--device', choices=DEVICES, default='auto', help='auto takes a GPU if there is one (default: auto)')
 
 
 def unavailable(setting: Setting, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from engine.config_tree import ConfigError, task_of_file
 from models import build_model
 from models.pyramid import Size
 from tools.benchmark.cases import BenchmarkCase, Setting
-from tools.benchmark.comparison import FUSED
+from tools.benchmark.comparison import FUSED, is_config
 from tools.flops import count_multiply_adds
 
 
@@ -87,11 +87,6 @@ def build_network(name: str, size: int) -> nn.Module:
     if library in ('', 'torchvision') and plain in torchvision.models.list_models(torchvision.models):
         return torchvision.models.get_model(plain)
     raise ConfigError(f'no network {name!r}: give a config file, or a name that timm or torchvision lists')
-
-
-def is_config(name: str) -> bool:
-    """Whether a network's name is the path of a config file."""
-    return name.endswith(('.yaml', '.yml'))
 
 
 @contextmanager

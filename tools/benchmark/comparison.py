@@ -72,7 +72,12 @@ class Result(NamedTuple):
 
 def short_name(name: str) -> str:
     """A network's name in tables: without the folder and suffix of a config file."""
-    return Path(name).stem if name.endswith(('.yaml', '.yml')) else name
+    return Path(name).stem if is_config(name) else name
+
+
+def is_config(name: str) -> bool:
+    """Whether a network's name is the path of a config file."""
+    return name.endswith(('.yaml', '.yml'))
 
 
 def without_fused(name: str) -> str:

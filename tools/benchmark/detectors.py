@@ -17,7 +17,7 @@ from detection.models import build_detector
 from engine.config_tree import ConfigError
 from engine.distributed import choose_device
 from models.pyramid import Size
-from tools.benchmark.cases import DEVICES, MODES, BenchmarkCase, Setting
+from tools.benchmark.cases import MODES, BenchmarkCase, Setting, add_timing_flags
 from tools.benchmark.comparison import available_settings, compare, require_distinct_names
 from tools.benchmark.report import write_groups
 from utils import positive_int
@@ -124,9 +124,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add('--height', type=positive_int, default=800, metavar='N', help='height of the image, in pixels (default: 800)')
     add('--width', type=positive_int, default=1280, metavar='N', help='width of the image, in pixels (default: 1280)')
-    add('--threads', nargs='+', type=positive_int, default=[0], metavar='N', help="CPU threads (default: PyTorch's)")
-    add('--rounds', type=positive_int, default=3, metavar='N', help='times that each detector is timed (default: 3)')
-    add('--device', choices=DEVICES, default='auto', help='auto takes a GPU if there is one (default: auto)')
+    add_timing_flags(parser, rounds=3)
     add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.config_tree import ConfigError
 from engine.distributed import choose_device
 from tools.benchmark.best import find_fastest, variants_table
-from tools.benchmark.cases import COMPILE_MODES, DEVICES, MODES, PRECISIONS, Setting
+from tools.benchmark.cases import COMPILE_MODES, MODES, PRECISIONS, Setting, add_timing_flags
 from tools.benchmark.classifiers import ClassifierCase, build_network, image_channels, with_fused_attention
 from tools.benchmark.comparison import available_settings, compare, require_distinct_names
 from tools.benchmark.report import write_groups
@@ -47,9 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add('--batches', nargs='+', type=positive_int, default=[8], metavar='N', help='images per batch (default: 8)')
     add('--sizes', nargs='+', type=positive_int, default=[224], metavar='N', help='image size in pixels (default: 224)')
-    add('--threads', nargs='+', type=positive_int, default=[0], metavar='N', help="CPU threads (default: PyTorch's)")
-    add('--rounds', type=positive_int, default=20, metavar='N', help='times that each network is timed (default: 20)')
-    add('--device', choices=DEVICES, default='auto', help='auto takes a GPU if there is one (default: auto)')
+    add_timing_flags(parser, rounds=20)
     add(
         '--best',
         action='store_true',

@@ -16,6 +16,7 @@ from engine.run_task import build_network, build_trainer
 from engine.start import find_start
 from engine.task import Task
 from engine.trainer import Trainer
+from models.build import maybe_compile
 from tools.benchmark.timing import seconds_per_batch, time_callable
 
 # Batches that training steps are timed on, in turns: those of a detector differ in size
@@ -51,9 +52,7 @@ def log_throughput(task: Task, config: CfgNode) -> None:
 def log_classifier(run: Run, network: nn.Module) -> None:
     """Log images/s of a classifier on a random batch."""
     config, device = run.config, run.process.device
-    network.eval()
-    if config.TEST.COMPILE:
-        network = torch.compile(network, mode=config.COMPILE_MODE, dynamic=False)
+    network = maybe_compile(network.eval(), config, config.TEST.COMPILE)
     batch, size = config.DATA.BATCH_SIZE, config.DATA.IMG_SIZE
     images = torch.randn(batch, config.MODEL.MSG.IN_CHANS, size, size, device=device)
 
