@@ -66,13 +66,41 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: object) -> str:
+    """A text as one line that a terminal shows: control characters and undecodable bytes of file names are escaped."""
+    shown = (char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+    return ''.join(shown)
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the program with one line and exit code 1 on a `UserError`; other errors keep their traceback."""
+    """End the program in one line where the user can know why; other errors keep their traceback.
+
+    A `UserError` ends it with its message and exit code 1, an interrupt (Ctrl-C) with 130, and a reader of the output
+    that has read enough (`| head`) without a word.
+    """
     try:
         yield
+        flush_output()
     except UserError as error:
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {printable(error)}')
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)  # what shells report after Ctrl-C
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(1)
+
+
+def flush_output() -> None:
+    """Flush standard output, where there is one: a daemon's may be closed."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def discard_output() -> None:
+    """Send what standard output still holds nowhere, so that the interpreter's exit does not fail on a closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -224,10 +252,20 @@ def read_json(path: Path, label: str, error_class: type[UserError], remedy: str 
 
 
 def csv_row(cells: Sequence[Any]) -> str:
-    """A line of a CSV file, with its end."""
+    """A line of a CSV file, with its end.
+
+    Texts that a spreadsheet would run as a formula (`=cmd()` as the name of a file or class) get an apostrophe before
+    them, which spreadsheets do not show.
+    """
     row = io.StringIO()
-    csv.writer(row, lineterminator='\n').writerow(cells)
+    csv.writer(row, lineterminator='\n').writerow([_no_formula(cell) for cell in cells])
     return row.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet runs."""
+    is_formula = isinstance(cell, str | Path) and str(cell).startswith(('=', '+', '-', '@', '\t', '\r'))
+    return f"'{cell}" if is_formula else cell
 
 
 def environment(device: torch.device) -> dict[str, str]:

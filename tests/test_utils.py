@@ -1,4 +1,6 @@
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from utils import (
     environment,
     exit_on_user_error,
     git_revision,
+    printable,
     read_json,
     report_write_errors,
     set_backend_flags,
@@ -60,6 +63,29 @@ def test_user_errors_end_in_one_line_and_others_keep_their_traceback():
         raise KeyError
 
 
+def test_a_file_name_cannot_write_to_the_terminal():
+    assert printable('photos/汽车 é.png') == 'photos/汽车 é.png'
+    assert printable('a\x1b[2J\nb\r\u202e\udce9') == r'a\x1b[2J\nb\r\u202e\udce9'
+    with pytest.raises(SystemExit) as raised, exit_on_user_error():
+        raise UserError('no \x1b[31m.png')
+    assert raised.value.code == r'error: no \x1b[31m.png'
+
+
+def test_an_interrupt_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as raised, exit_on_user_error():
+        raise KeyboardInterrupt
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
+def test_a_reader_that_has_read_enough_ends_a_program_quietly():
+    program = 'from utils import exit_on_user_error\nwith exit_on_user_error():\n    print("a line\\n" * 100_000)\n'
+    result = subprocess.run(
+        f"{sys.executable} -c '{program}' | head -n 1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert (result.stdout, result.stderr) == ('a line\n', '')
+
+
 def test_write_errors_name_the_folder(tmp_path):
     message = 'nowhere: No such file or directory: write another --output'
     with pytest.raises(OutputError, match=message), report_write_errors(tmp_path / 'nowhere'):
@@ -106,3 +132,8 @@ def test_what_is_no_json_is_reported_in_one_line(tmp_path, content, message):
 
 def test_csv_rows_are_quoted_where_necessary():
     assert csv_row(['a', 1, 'b, "c"', '']) == 'a,1,"b, ""c""",\n'
+
+
+def test_csv_cells_are_not_run_by_a_spreadsheet():
+    cells = ['=cmd()', '+1', '-1', '@a', '\tb', Path('=x.png'), -1.5, 'a=b', '']
+    assert csv_row(cells) == "'=cmd(),'+1,'-1,'@a,'\tb,'=x.png,-1.5,a=b,\n"
