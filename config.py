@@ -19,7 +19,7 @@ from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MANIP_TYPES, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
 
-__all__ = ['TREE', 'ConfigError', 'check_run', 'get_config', 'load_config', 'shared_keys']
+__all__ = ['TREE', 'ConfigError', 'check_run', 'check_schedule', 'get_config', 'load_config', 'shared_keys']
 
 
 def shared_keys(task: str) -> KeyGroup:
@@ -55,15 +55,16 @@ def shared_keys(task: str) -> KeyGroup:
     c.DETERMINISTIC = Key(False, 'Only algorithms that give the same bits every time, even where they are slower')
     c.OUTPUT = Key(
         '',
-        'Folder of all runs (output). A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>',
+        "Folder of all runs; '' is output. A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
         flag='--output',
+        is_path=True,
         metavar='DIR',
         affects='nothing',
     )
     c.TAG = Key(
         'default', 'Name of the run: the last part of its folder', flag='--tag', metavar='NAME', affects='nothing'
     )
-    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints', min=1, affects='nothing')
+    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints; the last one is saved in any case', min=1, affects='nothing')
     c.EVAL_FREQ = Key(1, 'Epochs between evaluations; the last one is evaluated in any case', min=1, affects='nothing')
     c.SAVE_STEPS = Key(
         0, 'Updates between checkpoints within an epoch; 0 saves at ends of epochs only', min=0, affects='nothing'
@@ -104,7 +105,12 @@ def shared_keys(task: str) -> KeyGroup:
     c.DATA = KeyGroup()
     c.DATA.BATCH_SIZE = Key(128, 'Images per process and batch', min=1, flag='--batch-size')
     c.DATA.DATA_PATH = Key(
-        '', 'Folder with train/<class>/ and val/<class>/', flag='--data-path', metavar='DIR', affects='nothing'
+        '',
+        'Folder with train/<class>/ and val/<class>/',
+        flag='--data-path',
+        is_path=True,
+        metavar='DIR',
+        affects='nothing',
     )
     c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
     c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, affects='nothing')
@@ -115,8 +121,10 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.RESUME = Key(
         '',
-        'Checkpoint of another run whose training state a new run resumes; with --eval, the checkpoint to evaluate',
+        'Checkpoint of another run whose training state a new run resumes; with --eval, the checkpoint to evaluate. '
+        'Not needed to continue a stopped run: repeat its command',
         flag='--resume',
+        is_path=True,
         metavar='FILE',
         affects='nothing',
     )
@@ -124,6 +132,7 @@ def shared_keys(task: str) -> KeyGroup:
         '',
         'Checkpoint whose weights a new run starts from',
         flag='--pretrained',
+        is_path=True,
         metavar='FILE',
         affects='nothing',
     )
@@ -133,12 +142,14 @@ def shared_keys(task: str) -> KeyGroup:
         choices=('auto', 'raw', 'ema'),
         flag='--pretrained-weights',
         affects='nothing',
+        used_with='MODEL.PRETRAINED',
     )
     c.MODEL.PRETRAINED_HEAD = Key(
         'auto',
         'Head of PRETRAINED: keep it, start a new one, or auto: new where the number of classes or their names differ',
         choices=('auto', 'keep', 'new'),
         affects='nothing',
+        used_with='MODEL.PRETRAINED',
     )
     c.MODEL.NUM_CLASSES = Key(1000, 'Number of classes; 0 for no head', min=0, affects='network')
     c.MODEL.DROP_RATE = Key(
@@ -230,9 +241,11 @@ def shared_keys(task: str) -> KeyGroup:
 
     c.TRAIN.OPTIMIZER = KeyGroup()
     c.TRAIN.OPTIMIZER.NAME = Key('adamw', 'Optimizer: adamw or sgd', choices=('adamw', 'sgd'))
-    c.TRAIN.OPTIMIZER.EPS = Key(1e-8, "AdamW's epsilon", min=0)
-    c.TRAIN.OPTIMIZER.BETAS = Key((0.9, 0.999), "AdamW's betas", min=0, max=0.99999)
-    c.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, "SGD's momentum", min=0, max=0.99999)
+    c.TRAIN.OPTIMIZER.EPS = Key(1e-8, "AdamW's epsilon", min=0, used_with='TRAIN.OPTIMIZER.NAME adamw')
+    c.TRAIN.OPTIMIZER.BETAS = Key(
+        (0.9, 0.999), "AdamW's betas", min=0, max=0.99999, used_with='TRAIN.OPTIMIZER.NAME adamw'
+    )
+    c.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, "SGD's momentum", min=0, max=0.99999, used_with='TRAIN.OPTIMIZER.NAME sgd')
     return c
 
 
@@ -262,7 +275,11 @@ _C.DATA.ON_ERROR = Key(
     choices=('stop', 'skip'),
 )
 _C.DATA.ERROR_LIMIT = Key(
-    100, 'Unreadable images per process after which ON_ERROR skip stops the run', min=0, affects='nothing'
+    100,
+    'Unreadable images per process after which ON_ERROR skip stops the run',
+    min=0,
+    affects='nothing',
+    used_with='DATA.ON_ERROR skip',
 )
 _C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, affects='network')
 _C.DATA.INTERPOLATION = Key(
@@ -284,8 +301,8 @@ _C.MODEL.MSG.HEAD_TOKENS = Key(
 _C.MODEL.MSG.APE = Key(False, 'Absolute position embedding', affects='network')
 
 _C.TRAIN.WARMUP_EPOCHS = Key(20, 'Epochs of linear warm-up', min=0)
-_C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0)
-_C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0)
+_C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0, used_with='TRAIN.WARMUP_EPOCHS')
+_C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0, used_with='TRAIN.LR_SCHEDULER.NAME cosine')
 _C.TRAIN.LAYER_DECAY = Key(
     1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
 )
@@ -295,20 +312,28 @@ _C.TRAIN.LR_SCHEDULER = KeyGroup()
 _C.TRAIN.LR_SCHEDULER.NAME = Key(
     'cosine', 'Learning-rate schedule after warm-up: cosine, linear or step', choices=('cosine', 'linear', 'step')
 )
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30, 'Epochs between drops of the step schedule', min=1)
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, 'Factor of each drop of the step schedule', min=0, max=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(
+    30, 'Epochs between drops of the step schedule', min=1, used_with='TRAIN.LR_SCHEDULER.NAME step'
+)
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(
+    0.1, 'Factor of each drop of the step schedule', min=0, max=1, used_with='TRAIN.LR_SCHEDULER.NAME step'
+)
 
 _C.AUG = KeyGroup()
 _C.AUG.SCALE = Key((0.08, 1.0), 'Area of the random crop, relative to the image: min, max', min=0.001, max=1)
 _C.AUG.RATIO = Key((3 / 4, 4 / 3), 'Width over height of the random crop: min, max', min=0.001, max=1000)
 _C.AUG.HFLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
-_C.AUG.COLOR_JITTER = Key(0.4, 'Strength of colour jitter, where AUTO_AUGMENT is none; 0 is off', min=0)
+_C.AUG.COLOR_JITTER = Key(
+    0.4, 'Strength of colour jitter, where AUTO_AUGMENT is none; 0 is off', min=0, used_with='AUG.AUTO_AUGMENT none'
+)
 _C.AUG.AUTO_AUGMENT = Key(
     'rand-m9-mstd0.5-inc1', "Augmentation policy in timm's notation (rand-..., augmix-..., original, v0), or none"
 )
 _C.AUG.REPROB = Key(0.25, 'Probability of random erasing', min=0, max=1)
-_C.AUG.REMODE = Key('pixel', 'Fill of random erasing: pixel, rand or const', choices=('pixel', 'rand', 'const'))
-_C.AUG.RECOUNT = Key(1, 'Maximum number of erased rectangles', min=1)
+_C.AUG.REMODE = Key(
+    'pixel', 'Fill of random erasing: pixel, rand or const', choices=('pixel', 'rand', 'const'), used_with='AUG.REPROB'
+)
+_C.AUG.RECOUNT = Key(1, 'Maximum number of erased rectangles', min=1, used_with='AUG.REPROB')
 _C.AUG.MIXUP = Key(0.8, "Mixup's alpha; 0 is off", min=0)
 _C.AUG.CUTMIX = Key(1.0, "CutMix's alpha; 0 is off", min=0)
 _C.AUG.CUTMIX_MINMAX = Key(
@@ -319,7 +344,7 @@ _C.AUG.CUTMIX_MINMAX = Key(
     max=1,
 )
 _C.AUG.MIXUP_PROB = Key(1.0, 'Probability that a batch is mixed', min=0, max=1)
-_C.AUG.MIXUP_SWITCH_PROB = Key(0.5, 'Probability of CutMix where both are on', min=0, max=1)
+_C.AUG.MIXUP_SWITCH_PROB = Key(0.5, 'Probability of CutMix where both are on', min=0, max=1, used_with='AUG.MIXUP')
 _C.AUG.MIXUP_MODE = Key(
     'batch', 'Draw one mix per batch, per pair, or per image (elem)', choices=('batch', 'pair', 'elem')
 )
@@ -401,6 +426,20 @@ def _check(config: CfgNode) -> None:
     if patch > config.DATA.IMG_SIZE:
         raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
     check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
+
+
+def check_schedule(config: CfgNode) -> None:
+    """Refuse a step schedule that makes no step within the run.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    epochs, schedule = config.TRAIN.EPOCHS, config.TRAIN.LR_SCHEDULER
+    if schedule.NAME == 'step' and epochs <= schedule.DECAY_EPOCHS:
+        raise ConfigError(
+            f'TRAIN.LR_SCHEDULER.DECAY_EPOCHS is {schedule.DECAY_EPOCHS}, so that the learning rate never drops: write '
+            f'less than TRAIN.EPOCHS, {epochs}'
+        )
 
 
 TREE = ConfigTree('classification', _C, _check)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from config import TREE, get_config
+from config import TREE, check_schedule, get_config
 from data import (
     IGNORED,
     ImageDataset,
@@ -48,7 +48,8 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
     return run_parser(
         'Train, evaluate or time an MSG-Transformer. Every setting is a key of the config tree '
-        '(docs/configuration.md): flags override --opts, --opts override the file, the file overrides the defaults.',
+        '(docs/configuration.md), which stands in parentheses after its flag: flags override --opts, --opts override '
+        'the file, the file overrides the defaults.',
         TREE,
         example='configs/msg_tiny_p4_win7_224.yaml',
     ).parse_args(argv)
@@ -102,6 +103,10 @@ class Classification(Task):
     ) -> Scheduler:
         """The schedule of `TRAIN.LR_SCHEDULER`."""
         return build_scheduler(config, optimizer, steps_per_epoch, lr_scale)
+
+    def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
+        """Refuse a step schedule that makes no step."""
+        check_schedule(config)
 
     def compiles(self, config: CfgNode) -> bool:
         """Whether `TRAIN.COMPILE` or `TEST.COMPILE` is on."""

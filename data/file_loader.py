@@ -21,7 +21,7 @@ SOME_UNREADABLE = 3
 
 def print_above_bar(text: str, end: str = '\n') -> None:
     """Print a result on stdout, above the loader's progress bar where they share a terminal."""
-    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
+    (tqdm.write if sys.stdout and sys.stdout.isatty() else print)(text, end=end)
 
 
 class LoadedImage(NamedTuple):

@@ -30,7 +30,9 @@ _C.MODEL.NUM_CLASSES = replace(
     min=1,
 )
 _C.MODEL.DROP_PATH_RATE = replace(_C.MODEL.DROP_PATH_RATE, default=0.2)
-_C.DATA.BATCH_SIZE = replace(_C.DATA.BATCH_SIZE, default=2)
+_C.DATA.BATCH_SIZE = replace(
+    _C.DATA.BATCH_SIZE, default=2, help='Training images per process and batch; evaluation takes one at a time'
+)
 _C.DATA.DATA_PATH = replace(
     _C.DATA.DATA_PATH, help='Folder with annotations/instances_<split>.json and a folder of images per split'
 )
@@ -59,10 +61,13 @@ _C.DATA.TRAIN_SPLIT = Key(
 _C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split', affects='data')
 for _split, _name in (('TRAIN', 'training'), ('VAL', 'evaluation')):
     _C.DATA[f'{_split}_ANNOTATIONS'] = Key(
-        '', f"Annotation file of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", affects='data'
+        '', f"Annotation file of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", is_path=True, affects='data'
     )
     _C.DATA[f'{_split}_IMAGES'] = Key(
-        '', f"Folder of the images of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", affects='nothing'
+        '',
+        f"Folder of the images of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT",
+        is_path=True,
+        affects='nothing',
     )
     _C.DATA[f'{_split}_LIMIT'] = Key(
         0, f'Number of images of {_name}, a random but fixed choice; 0 takes all', min=0, affects='data'
@@ -77,9 +82,11 @@ _C.INPUT.TRAIN_SHORT = Key(
 )
 _C.INPUT.MAX_LONG = Key(1333, 'Maximum long side of an image, in pixels; overrides the short side', min=1)
 _C.INPUT.CROP_PROB = Key(0.5, 'Probability of a resize and a crop before the resize of training', min=0, max=1)
-_C.INPUT.CROP_RESIZE = Key([400, 500, 600], 'Short side before a crop, in pixels: one of these, at random', min=1)
-_C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1)
-_C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1)
+_C.INPUT.CROP_RESIZE = Key(
+    [400, 500, 600], 'Short side before a crop, in pixels: one of these, at random', min=1, used_with='INPUT.CROP_PROB'
+)
+_C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1, used_with='INPUT.CROP_PROB')
+_C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1, used_with='INPUT.CROP_PROB')
 _C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1)
 
 _C.TEST = KeyGroup()
@@ -162,11 +169,15 @@ _C.TRAIN.FROZEN_BATCH_NORM = Key(
     True, "Keep the batch norms of timm's backbone as they were loaded; without weights, they are trained"
 )
 _C.TRAIN.WARMUP_STEPS = Key(500, 'Updates of linear warm-up', min=0)
-_C.TRAIN.WARMUP_FACTOR = Key(0.001, 'Learning rate of the first update, relative to the peak', min=0, max=1)
+_C.TRAIN.WARMUP_FACTOR = Key(
+    0.001, 'Learning rate of the first update, relative to the peak', min=0, max=1, used_with='TRAIN.WARMUP_STEPS'
+)
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key([27, 33], 'Epochs before which the learning rate drops', min=1)
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, 'Factor of each drop', min=0, max=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key([27, 33], 'Epochs before which the learning rate drops; [] for none', min=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(
+    0.1, 'Factor of each drop', min=0, max=1, used_with='TRAIN.LR_SCHEDULER.DECAY_EPOCHS'
+)
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -215,6 +226,30 @@ def _check(config: CfgNode) -> None:
     if config.SHOW and not config.EVAL_MODE:
         raise ConfigError('--show draws detections of an evaluation: add --eval')
     check_run(config, check_backbone)
+
+
+def check_schedule(config: CfgNode, steps_per_epoch: int | None = None) -> None:
+    """Refuse a warm-up or drops that do not end within the run.
+
+    Args:
+        config: the config tree.
+        steps_per_epoch: updates per epoch; None where they are not known yet.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    train = config.TRAIN
+    drops = train.LR_SCHEDULER.DECAY_EPOCHS
+    if drops and drops[-1] >= train.EPOCHS:
+        raise ConfigError(
+            f'TRAIN.LR_SCHEDULER.DECAY_EPOCHS is {drops}, and the run ends after {train.EPOCHS} epochs: write epochs '
+            f'before TRAIN.EPOCHS, or [] for no drop of the learning rate'
+        )
+    if steps_per_epoch and train.EPOCHS * steps_per_epoch <= train.WARMUP_STEPS:
+        raise ConfigError(
+            f'TRAIN.WARMUP_STEPS is {train.WARMUP_STEPS}, and the run has {train.EPOCHS * steps_per_epoch} updates '
+            f'({steps_per_epoch} per epoch), so that its warm-up never ends: write fewer, or more TRAIN.EPOCHS'
+        )
 
 
 TREE = ConfigTree('detection', _C, _check)

@@ -1,5 +1,6 @@
 """Images and video frames for prediction, in batches, and their detections."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -56,7 +57,7 @@ class Video:
 
     def __init__(self, path: Path):
         self.path = path
-        self.capture = cv2.VideoCapture(str(path))
+        self.capture = cv2.VideoCapture(os.fsencode(path))  # a name need not be Unicode
         self.fps = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
 
     def __iter__(self) -> Iterator[Frame]:
@@ -76,7 +77,7 @@ class FrameDetector:
 
     Args:
         predictor: the network, with its config.
-        batch_size: frames at a time.
+        batch_size: frames at a time; their detections do not depend on it, see `build_detect_fn`.
     """
 
     def __init__(self, predictor: Predictor, batch_size: int = 1):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.device_copies import DeviceCopies
-from detection.config import TREE, get_config
+from detection.config import TREE, check_schedule, get_config
 from detection.data import build_eval_loader, build_loaders, with_classes_of_data
 from detection.data.coco import CocoDataset
 from detection.draw import beside, draw_detections, draw_ground_truth
@@ -43,12 +43,15 @@ from utils import exit_on_user_error, report_write_errors
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
-    return run_parser(
-        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md): flags '
-        'override --opts, --opts override the file, the file overrides the defaults.',
+    parser = run_parser(
+        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md), which '
+        'stands in parentheses after its flag: flags override --opts, --opts override the file, the file overrides the '
+        'defaults.',
         TREE,
         example='detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml',
-    ).parse_args(argv)
+    )
+    parser.prog = 'python -m detection.main'
+    return parser.parse_args(argv)
 
 
 def main(config: CfgNode) -> None:
@@ -101,6 +104,10 @@ class Detection(Task):
     ) -> Scheduler:
         """Linear warm-up and drops, relative to the optimizer's peak learning rate."""
         return build_scheduler(config, optimizer, steps_per_epoch)
+
+    def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
+        """Refuse a warm-up or drops that do not end within the run."""
+        check_schedule(config, steps_per_epoch)
 
     def build_loss(self, run: Run, network: nn.Module, dataset: CocoDataset) -> LossFn:
         """The detector's own losses."""

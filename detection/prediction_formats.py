@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 
 from detection.frames import Frame
 from detection.tta import Detections
-from utils import csv_row
+from utils import csv_row, printable
 
 COLUMNS = ('path', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2')
 
@@ -33,10 +33,13 @@ def found_objects(detections: Detections, class_names: Sequence[str], min_score:
 
 
 def text_line(frame: Frame, found: Found) -> str:
-    """Path, with the number of a video's frame, class, score and corners, with tabs between them."""
+    """Path, with the number of a video's frame, class, score and corners, with tabs between them.
+
+    What of the path and the class a terminal would not show is escaped.
+    """
     path = str(frame.path) if frame.number is None else f'{frame.path}:{frame.number}'
     corners = ' '.join(f'{x:.1f}' for x in found.box)
-    return f'{path}\t{found.name}\t{found.score:.3f}\t{corners}'
+    return f'{printable(path)}\t{printable(found.name)}\t{found.score:.3f}\t{corners}'
 
 
 def csv_header() -> str:

@@ -1,12 +1,14 @@
-"""Test-time augmentation: an image is seen at several sizes, and mirrored; detections are merged by NMS."""
+"""Inference of a detector, perhaps with test-time augmentation: several sizes, and mirrored; merged by NMS."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 from yacs.config import CfgNode
 
+from detection.data.transforms import resized_shape
 from detection.models.build import Detector
 from detection.models.masks import BoxMasks
 
@@ -16,20 +18,33 @@ Detections = dict[str, Tensor | BoxMasks]
 def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]], list[Detections]]:
     """A function from images (3, H, W) in [0, 1] to their detections, with the augmentation of `TEST`, if any.
 
+    An image's detections do not depend on the others, but for rounding errors: only images that are resized to one
+    shape are batched, as others would be padded to a common one, which changes scores.
+
     Args:
-        config: the config tree; `TEST`, `INPUT.TEST_SHORT` and `MODEL.BOX` are read.
+        config: the config tree; `TEST`, `INPUT` and `MODEL.BOX` are read.
         model: in evaluation mode.
     """
     shorts = config.TEST.SHORTS or [config.INPUT.TEST_SHORT]
+
+    def detect_alike(images: Sequence[Tensor], short: int) -> list[Detections]:
+        by_shape = defaultdict(list)
+        for i, image in enumerate(images):
+            by_shape[resized_shape(*image.shape[1:], short, config.INPUT.MAX_LONG)].append(i)
+        found: dict[int, Detections] = {}
+        for indices in by_shape.values():
+            found |= zip(indices, model.detect([images[i] for i in indices], short), strict=True)
+        return [found[i] for i in range(len(images))]
+
     if len(shorts) == 1 and not config.TEST.FLIP:
-        return lambda images: model.detect(images, shorts[0])
+        return lambda images: detect_alike(images, shorts[0])
 
     def detect(images: list[Tensor]) -> list[Detections]:
         views = []
         for short in shorts:
-            views.append(model.detect(images, short))
+            views.append(detect_alike(images, short))
             if config.TEST.FLIP:
-                mirrored = model.detect([image.flip(2) for image in images], short)
+                mirrored = detect_alike([image.flip(2) for image in images], short)
                 views.append([mirror(x, image.shape[2]) for x, image in zip(mirrored, images, strict=True)])
         box = config.MODEL.BOX
         return [merge(detections, box.NMS_IOU, box.DETECTIONS) for detections in zip(*views, strict=True)]

@@ -16,6 +16,9 @@ class Key:
         optional: type of its values where None is one of them.
         flag: its command-line flag, if any; several spellings are separated by spaces.
         metavar: what `--help` shows as the flag's value.
+        is_path: whether it is a path, in which a leading ~ is the user's home folder.
+        used_with: the setting without which the key has no effect: a key, whose value is neither 0 nor empty, or a key
+            and its value, such as `TRAIN.OPTIMIZER.NAME sgd`.
         affects: what another value changes: the `network`, the content of the `data`, the course of the `training`, or
             `nothing` that a run computes.
         before: what runs did before there was the key, where that is not its default. To be set where a default
@@ -30,6 +33,8 @@ class Key:
     optional: type | None = None
     flag: str = ''
     metavar: str | None = None
+    is_path: bool = False
+    used_with: str = ''
     affects: str = 'training'
     before: Any = None
 

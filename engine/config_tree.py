@@ -3,6 +3,8 @@
 import argparse
 import ast
 import difflib
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +15,16 @@ from typing import Any
 from yacs.config import CfgNode
 
 from engine.config_keys import ChangedKey, Key, KeyGroup
-from utils import UserError, read_yaml
+from utils import UserError, read_yaml, shortened
 
 # Names of the tasks: values of the key TASK
 TASKS = ('classification', 'detection')
+
+# Config files that one may start from, each counted as often as it is named
+MAX_BASE_FILES = 50
+
+# Booleans as they are written in Python and YAML
+BOOLEANS = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False}
 
 
 class ConfigError(UserError):
@@ -57,8 +65,8 @@ class ConfigTree:
 
         Args:
             cfg_file: a YAML file with part of the tree; None for none.
-            opts: alternating keys and values, such as `['TRAIN.EPOCHS', '10']`; text is parsed as a Python value unless
-                the key holds text.
+            opts: alternating keys and values, such as `['TRAIN.EPOCHS', '10']`. Text is read, as in files, as a value
+                of the key's type.
             saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, and keys that are
                 unknown to another program: neither is read.
 
@@ -69,13 +77,12 @@ class ConfigTree:
         for name, value in leaves(saved or {}):
             if name in self.keys and not self.keys[name].flag:
                 self._set(config, name, value, "the checkpoint's config")
-        if cfg_file is not None:
-            self._merge_file(config, Path(cfg_file))
-        config.BASE = _copy(self.keys['BASE'].default)  # merged now, so a dump stands alone
+        for path, tree in _read_with_bases(Path(cfg_file)) if cfg_file is not None else ():
+            self._merge_file(config, path, tree)
         for key, value in _pairs(opts):
             if key == 'BASE':
                 raise ConfigError('BASE is for config files: write it in the file given to --cfg')
-            self._set(config, key, _parse(value, get(config, key, '--opts')), '--opts')
+            self._set(config, key, value, '--opts')
         self.check(config)
         config.freeze()
         return config
@@ -125,54 +132,54 @@ class ConfigTree:
                 changed.append(ChangedKey(name, key.affects, before, ours))
         return changed
 
-    def _merge_file(self, config: CfgNode, path: Path, included_from: tuple[Path, ...] = ()) -> None:
-        """Merge a YAML file's BASE files, in order, then the file; `included_from` are the files that led to it."""
-        tree = _read_file(path, included_from)
+    def differences(self, config: CfgNode) -> list[str]:
+        """Keys that differ from their defaults, with their values."""
+        changed = ((name, value) for name, value in leaves(config) if _plain(value) != _plain(self.keys[name].default))
+        return [f'{name} {value!r}' for name, value in changed]
+
+    def unused(self, config: CfgNode) -> list[str]:
+        """Keys that differ from their defaults without any effect, with the setting that they need; see `Key`."""
+        unused, values = [], dict(leaves(config))
+        for name, key in self.keys.items():
+            other, _, needed = key.used_with.partition(' ')
+            if not other or _plain(values[name]) == _plain(key.default):
+                continue
+            value = values[other]
+            if str(value) != needed if needed else not value:
+                unused.append(f'{name} has no effect: {other} is {value!r}' + (f', not {needed}' if needed else ''))
+        return unused
+
+    def _merge_file(self, config: CfgNode, path: Path, tree: Mapping[str, Any]) -> None:
+        """Merge a YAML file without its BASE files."""
         task = stated_task(tree)
         if task not in (None, self.task):
             raise ConfigError(
                 f'config file {path} is for {task}, and this program is for {self.task}: '
                 f'start the program of {task}, or give another --cfg'
             )
-        default = self.keys['BASE'].default
-        for base in self._coerce('BASE', tree.get('BASE', default), str(path)):
-            if base:
-                self._merge_file(config, path.parent / base, (*included_from, path.resolve()))
-        for key, value in leaves(tree):
-            self._set(config, key, value, str(path))
+        names = set()
+        for name, value in leaves(tree):
+            if name in names:  # as TRAIN.EPOCHS, and within TRAIN
+                raise ConfigError(f'config file {path} gives {shortened(name)} twice: remove one')
+            names.add(name)
+            if name != 'BASE':  # merged now, so a dump stands alone
+                self._set(config, name, value, str(path))
 
     def _set(self, config: CfgNode, name: str, value: Any, source: str) -> None:
         """Set the leaf of a dotted name to a value of its type, within its bounds."""
         get(config, name, source)  # it must exist
-        value = self._coerce(name, value, source)
-        self._check_value(name, value, source)
+        key = self.keys[name]
+        try:
+            read = _read_value(key, value)
+        except ValueError as error:
+            raise ConfigError(f'{name} is {_quoted(value)}: write {_example(key)} (in {source})') from error
+        if key.is_path:
+            read = os.path.expanduser(read)
+        self._check_value(name, read, source)
         *groups, leaf = name.split('.')
         for group in groups:
             config = config[group]
-        config[leaf] = value
-
-    def _coerce(self, name: str, value: Any, source: str) -> Any:
-        """The value in the key's type: an integer serves as a float, lists and tuples as each other."""
-        key = self.keys[name]
-        if key.optional and (value is None or (value == 'None' and key.optional is not str)):  # which YAML calls null
-            return None
-        kind = key.type
-        if kind in (list, tuple) and isinstance(value, list | tuple):
-            item = type(key.default[0]) if key.default else float
-            if all(_is_a(x, item) for x in value):
-                return kind(item(x) for x in value)
-        elif _is_a(value, kind) and kind not in (list, tuple):
-            return kind(value)
-        elif kind is float and isinstance(value, str):  # YAML reads 5e-4, without a dot, as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        if kind in (list, tuple):
-            example = f'a list such as {list(key.default or [0.2, 0.8])}'
-        else:
-            example = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text'}[kind]
-        raise ConfigError(f'{name} is {value!r}: write {example} (in {source})')
+        config[leaf] = read
 
     def _check_value(self, name: str, value: Any, source: str) -> None:
         """Refuse a value that the key does not allow."""
@@ -181,7 +188,7 @@ class ConfigTree:
         low, high = (-float('inf') if key.min is None else key.min), (float('inf') if key.max is None else key.max)
         is_outside = any(isinstance(x, int | float) and not low <= x <= high for x in values)
         if is_outside or not key.is_choice(value):
-            raise ConfigError(f'{name} is {value!r}: write {key.allowed} (in {source})')
+            raise ConfigError(f'{name} is {_quoted(value)}: write {key.allowed} (in {source})')
 
 
 def stated_task(config: Mapping[str, Any]) -> str | None:
@@ -202,27 +209,33 @@ def task_of_file(path: str | Path) -> str:
     """The task of a config file, which it or one of its BASE files states; classification if none does.
 
     Raises:
-        ConfigError: a file cannot be read, or is among its own BASE files.
+        ConfigError: a file cannot be read, is among its own BASE files, or has too many of them.
     """
-    return _task_of_file(Path(path), ()) or 'classification'
+    tasks = (stated_task(tree) for _, tree in reversed(_read_with_bases(Path(path))))
+    return next(filter(None, tasks), 'classification')
 
 
-def _task_of_file(path: Path, included_from: tuple[Path, ...]) -> str | None:
-    tree = _read_file(path, included_from)
-    bases = tree.get('BASE') or []
-    paths = [path.parent / str(base) for base in ([bases] if isinstance(bases, str) else bases) if base]
-    tasks = (_task_of_file(base, (*included_from, path.resolve())) for base in paths)
-    return stated_task(tree) or next(filter(None, tasks), None)
+def _read_with_bases(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Paths and contents of a config file's BASE files, which have their own, and of the file, as they are merged."""
+    files: list[tuple[Path, Mapping[str, Any]]] = []
 
+    def read(path: Path, included_from: tuple[Path, ...]) -> None:
+        if path.resolve() in included_from:
+            raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
+        tree = read_yaml(path, f'config file {path}', ConfigError, as_text=True)
+        if not isinstance(tree, Mapping):
+            raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
+        bases = tree.get('BASE', [])
+        if not isinstance(bases, list) or not all(isinstance(base, str) and base.isprintable() for base in bases):
+            raise ConfigError(f'BASE is {_quoted(bases)}: write a list such as [base.yaml] (in {path})')
+        for base in filter(None, bases):
+            read(path.parent / os.path.expanduser(base), (*included_from, path.resolve()))
+        files.append((path, tree))
+        if len(files) > MAX_BASE_FILES:
+            raise ConfigError(f'config file {path} is one of more than {MAX_BASE_FILES} BASE files: write fewer')
 
-def _read_file(path: Path, included_from: tuple[Path, ...] = ()) -> Mapping[str, Any]:
-    """Content of a config file; `included_from` are the files that name it, one after the other, in their BASE."""
-    if path.resolve() in included_from:
-        raise ConfigError(f'config file {path} is among its own BASE files: remove it there')
-    tree = read_yaml(path, f'config file {path}', ConfigError)
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f'config file {path} holds no keys: write some, such as MODEL: {{NAME: ...}}')
-    return tree
+    read(Path(os.path.expanduser(path)), ())
+    return files
 
 
 def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
@@ -248,9 +261,9 @@ def get(config: CfgNode, name: str, source: str) -> Any:
     node: Any = config
     for part in str(name).split('.'):
         if not isinstance(node, CfgNode) or part not in node:
-            near = difflib.get_close_matches(str(name), [known for known, _ in leaves(config)], n=1, cutoff=0.5)
-            hint = f': did you mean {near[0]}?' if near else ''
-            raise ConfigError(f'config key {name} does not exist{hint} (in {source})')
+            near = _closest(str(name), [known for known, _ in leaves(config)])
+            hint = f': did you mean {near}?' if near else ''
+            raise ConfigError(f'config key {shortened(name)} does not exist{hint} (in {source})')
         node = node[part]
     if isinstance(node, CfgNode):
         raise ConfigError(
@@ -280,19 +293,76 @@ def _pairs(opts: Sequence[Any]) -> list[tuple[str, Any]]:
     return list(zip(opts[0::2], opts[1::2], strict=True))
 
 
-def _parse(value: Any, current: Any) -> Any:
-    """Parse an option's text as a Python value, unless the key holds text."""
-    if not isinstance(value, str) or isinstance(current, str):
+def _closest(name: str, known: Sequence[str]) -> str | None:
+    """The known key that a name was probably meant to be: its last part, and the whole, are much alike."""
+    if len(name) > 100:
+        return None
+
+    def likeness(key: str) -> float:
+        pairs = ((name, key), (name.rpartition('.')[2], key.rpartition('.')[2]))
+        whole, last = (difflib.SequenceMatcher(None, one.upper(), two).ratio() for one, two in pairs)
+        return last + whole if last >= 0.75 and whole >= 0.55 else 0
+
+    best = max(known, key=likeness)
+    return best if likeness(best) else None
+
+
+def _read_value(key: Key, value: Any) -> Any:
+    """A value in the key's type, of text or of a Python value; lists and tuples serve as each other.
+
+    Raises:
+        ValueError: it has another type.
+    """
+    if key.optional and (value is None or (value == 'None' and key.optional is not str)):  # which YAML calls null
+        return None
+    if key.type not in (list, tuple):
+        return _read_scalar(key.type, value)
+    values = _parse(value)
+    if not isinstance(values, list | tuple):
+        raise ValueError
+    item = type(key.default[0]) if key.default else float
+    return key.type(_read_scalar(item, x) for x in values)
+
+
+def _read_scalar(kind: type, value: Any) -> Any:
+    """A value as a bool, int, float or str; an integer serves as a float, and a number as text.
+
+    Raises:
+        ValueError: it has another type, is not finite or huge, or is text with control characters.
+    """
+    if kind is bool and isinstance(value, str):
+        value = BOOLEANS.get(value.lower(), value)
+    if kind in (int, float):
+        value = _parse(value)
+    allowed = {bool: bool, int: int, float: int | float, str: str | int | float}[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        raise ValueError
+    if isinstance(value, int | float) and not abs(value) <= sys.maxsize:  # nor is nan
+        raise ValueError
+    value = kind(value)
+    if kind is str and any(char < ' ' for char in value):
+        raise ValueError
+    return value
+
+
+def _parse(value: Any) -> Any:
+    """Parse text as a Python value; what is none stays text."""
+    if not isinstance(value, str):
         return value
     try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 
 
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if kind is str:  # YAML reads a tag such as 2024 as a number
-        return isinstance(value, str | int | float)
-    return isinstance(value, (int, float) if kind is float else kind)
+def _example(key: Key) -> str:
+    """What a value of a key's type looks like."""
+    if key.type in (list, tuple):
+        return f'a list such as {list(key.default or [0.2, 0.8])}'
+    return {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text on one line'}[key.type]
+
+
+def _quoted(value: Any) -> str:
+    """A value as messages show it."""
+    is_short_text = isinstance(value, str) and len(value) < 100
+    return shortened(repr(_parse(value) if is_short_text else value))

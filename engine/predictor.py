@@ -1,6 +1,7 @@
 """A trained network of any task, for programs that use it: command-line flags, loading."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from yacs.config import CfgNode
 from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
 from engine.distributed import choose_device
 from engine.task import Task
-from utils import available_cores, non_negative_int, positive_int
+from utils import available_cores, home_path, non_negative_int, positive_int
 
 
 class Predictor(NamedTuple):
@@ -40,7 +41,7 @@ def prediction_parser(
     )
     add = parser.add_argument
     images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'
-    add('images', nargs='+', type=Path, metavar='IMAGES', help=images)
+    add('images', nargs='+', type=home_path, metavar='IMAGES', help=images)
     add_network_flags(parser, stored)
     add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
     workers = min(available_cores(), 4)
@@ -59,7 +60,7 @@ def add_network_flags(
         is_required: whether one must be named.
     """
     group, add = parser.add_mutually_exclusive_group(required=is_required), parser.add_argument
-    group.add_argument('--resume', metavar='FILE', help='checkpoint of the network')
+    group.add_argument('--resume', type=os.path.expanduser, metavar='FILE', help='checkpoint of the network')
     if stored:
 
         def file_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,6 +65,10 @@ class Run(NamedTuple):
     def images_per_update(self) -> int:
         """Images per update, over all processes."""
         return self.config.DATA.BATCH_SIZE * self.process.world_size * self.accumulation_steps
+
+    def steps_per_epoch(self, batches: int) -> int:
+        """Updates per epoch, in which each process has this many batches."""
+        return math.ceil(batches / self.accumulation_steps)
 
 
 def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.ArgumentParser:

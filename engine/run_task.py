@@ -1,6 +1,5 @@
 """A run of any task, from its start to its end: training with evaluation, or evaluation of a checkpoint."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,13 +44,57 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     """Train until the last epoch, with evaluations every `EVAL_FREQ` epochs."""
     if start.kind == SCRATCH and run.config.TRAIN.FROZEN_STAGES >= 0:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
+    check_course(run, task, start)
+    log_config(run, task)
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
+    check_course(run, task, start, len(train_loader))
     provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)
     start.load_weights(run, task, network, provenance['classes'])
     trainer = build_trainer(run, task, network, start, train_loader, eval_loader, provenance)
     if start.resumes:
         resume_training(run, task, trainer.state, start, provenance)
     trainer.fit()
+
+
+def check_course(run: Run, task: Task, start: Start, batches: int | None = None) -> None:
+    """Refuse a new run whose settings do not take effect before it ends; one that resumes gets a warning.
+
+    Args:
+        run: the run.
+        task: its task.
+        start: where the run starts.
+        batches: training batches per epoch of a process; None before the data are open.
+
+    Raises:
+        ConfigError: a setting would not take effect.
+    """
+    train = run.config.TRAIN
+    steps_per_epoch = None if batches is None else run.steps_per_epoch(batches)
+    try:
+        if not start.resumes and train.START_EPOCH >= train.EPOCHS:
+            raise ConfigError(f'TRAIN.START_EPOCH is {train.START_EPOCH}: write less than TRAIN.EPOCHS, {train.EPOCHS}')
+        if batches is not None and run.accumulation_steps > batches:
+            raise ConfigError(
+                f'TRAIN.ACCUMULATION_STEPS is {run.accumulation_steps}, and an epoch has {batches} batches, while the '
+                f'learning rate is scaled for {run.images_per_update:,} images per update: write at most {batches}'
+            )
+        task.check_schedule(run.config, steps_per_epoch)
+    except ConfigError as error:
+        if not start.resumes:
+            raise
+        run.logger.warning(str(error))
+    if steps_per_epoch and steps_per_epoch <= run.config.SAVE_STEPS:
+        run.logger.warning(f'SAVE_STEPS has no effect: an epoch has {steps_per_epoch} updates')
+
+
+def log_config(run: Run, task: Task) -> None:
+    """Log which keys differ from their defaults, and which of them have no effect; config.yaml has all keys."""
+    differences = ', '.join(task.tree.differences(run.config))
+    run.logger.info(
+        f'config: {run.output_dir / "config.yaml"}; differs from the defaults in: {differences or "nothing"}'
+    )
+    for unused in task.tree.unused(run.config):
+        run.logger.warning(unused)
 
 
 def build_trainer(
@@ -109,7 +152,7 @@ def build_state(run: Run, task: Task, network: nn.Module, loader: DataLoader) ->
     """
     config, process = run.config, run.process
     lr_scale = run.images_per_update / config.TRAIN.BASE_BATCH
-    steps_per_epoch = math.ceil(len(loader) / run.accumulation_steps)
+    steps_per_epoch = run.steps_per_epoch(len(loader))
     optimizer = task.build_optimizer(config, network, config.TRAIN.BASE_LR * lr_scale)
     network, optimizer = run.precision.prepare(network, optimizer)
     distributed = distribute(network, process.device, config.DETERMINISTIC)

@@ -100,6 +100,18 @@ class Task(ABC):
         """Build the schedule, which is stepped per update; `lr_scale` multiplies the config's learning rates."""
 
     @abstractmethod
+    def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
+        """Refuse a schedule that a new run does not get through.
+
+        Args:
+            config: the config tree.
+            steps_per_epoch: updates per epoch; None before the data are open.
+
+        Raises:
+            ConfigError: a setting of the schedule would not take effect.
+        """
+
+    @abstractmethod
     def build_loss(self, run: Run, network: nn.Module, dataset: SampleList) -> LossFn:
         """Build a function that maps a training batch to its mean losses by name; their sum is minimized.
 

@@ -101,7 +101,6 @@ class Trainer:
             run.logger.info('stopped by a signal before training: start again')
             raise Stopped
         if run.process.rank == 0:
-            run.logger.info(f'config:\n{run.config.dump()}')
             with report_write_errors(run.output_dir):
                 dump = run.config.dump().encode()
                 atomic_write(run.output_dir / 'config.yaml', lambda file: file.write(dump))

@@ -224,7 +224,9 @@ def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
     run(TAG='adamw')
     run(TAG='adamw')
     run(TAG='pretrained', MODEL__PRETRAINED=str(folder_of(tiny_config(TAG='adamw')) / 'ckpt_epoch_1.pth'))
-    run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', TRAIN__LR_SCHEDULER__NAME='step')
+    run(
+        TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', TRAIN__LR_SCHEDULER__NAME='step', TRAIN__LR_SCHEDULER__DECAY_EPOCHS='1'
+    )
     run(TAG='timm', MODEL__TYPE='timm:resnet18', MODEL__TIMM_ARGS='channels=(4,8,8,8) layers=(1,1,1,1)')
     config = tiny_config(TAG='adamw')
     tree = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(config) / 'ckpt_epoch_1.pth'))

@@ -13,6 +13,7 @@ from utils import (
     environment,
     exit_on_user_error,
     git_revision,
+    home_path,
     printable,
     read_json,
     report_write_errors,
@@ -137,3 +138,10 @@ def test_csv_rows_are_quoted_where_necessary():
 def test_csv_cells_are_not_run_by_a_spreadsheet():
     cells = ['=cmd()', '+1', '-1', '@a', '\tb', Path('=x.png'), -1.5, 'a=b', '']
     assert csv_row(cells) == "'=cmd(),'+1,'-1,'@a,'\tb,'=x.png,-1.5,a=b,\n"
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert [home_path(text) for text in ('~/runs', '~', '~.txt', 'a/~', '-')] == [
+        Path('/home/me/runs'), Path('/home/me'), Path('~.txt'), Path('a/~'), Path('-')
+    ]  # fmt: skip

@@ -25,7 +25,7 @@ from data.samples import Samples
 from data.shards import read_index, shard_name
 from data.workers import init_worker, worker_context
 from tools.pack_dataset import verify
-from utils import exit_on_user_error, positive_int, report_write_errors
+from utils import exit_on_user_error, home_path, positive_int, report_write_errors
 
 
 class Problem(NamedTuple):
@@ -146,10 +146,12 @@ def check_dataset(folder: Path, format_name: str, workers: int) -> tuple[dict[st
 def main() -> None:
     """Read the command line, check and print one line per problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('path', type=Path, metavar='PATH', help='folder of the dataset')
+    parser.add_argument('path', type=home_path, metavar='PATH', help='folder of the dataset')
     parser.add_argument('--format', choices=sorted(FORMATS), help='default: what PATH looks like')
     parser.add_argument('--workers', type=positive_int, default=os.cpu_count(), metavar='N', help='default: all cores')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the numbers and problems to this file too')
+    parser.add_argument(
+        '--json', type=home_path, metavar='FILE', help='write the numbers and problems to this file too'
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         if not args.path.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint, save_safetensors
 from engine.predictor import add_weights_flag
-from utils import exit_on_user_error
+from utils import exit_on_user_error, home_path
 
 
 def convert(source: Path, target: Path, choice: str = 'auto') -> tuple[int, str]:
@@ -48,8 +48,8 @@ def main() -> None:
     """Read the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('source', type=Path, metavar='SOURCE', help='checkpoint to read, .pth or .safetensors')
-    add('target', type=Path, metavar='TARGET', help='checkpoint to write, .pth or .safetensors')
+    add('source', type=home_path, metavar='SOURCE', help='checkpoint to read, .pth or .safetensors')
+    add('target', type=home_path, metavar='TARGET', help='checkpoint to write, .pth or .safetensors')
     add_weights_flag(parser)
     args = parser.parse_args()
     with exit_on_user_error():

@@ -5,7 +5,6 @@ python -m tools.draw_figures --output docs
 
 import argparse
 import io
-from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from sklearn.datasets import load_sample_image
 
 from tools.visualize.sheets import Choice, draw_kinds
 from tools.visualize.view import prepare, random_predictor
+from utils import home_path
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 PATCH, INK = '#e8e8e8', '#333333'
@@ -24,7 +24,7 @@ PATCH, INK = '#e8e8e8', '#333333'
 def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder for the files')
+    parser.add_argument('--output', type=home_path, required=True, metavar='DIR', help='folder for the files')
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams.update({'svg.hashsalt': 'msg', 'font.size': 10, 'font.family': 'DejaVu Sans'})

@@ -23,6 +23,12 @@ overrides its `BASE` files, and those override the defaults below. Unknown keys 
 python main.py --cfg configs/msg_tiny_p4_win7_224.yaml --data-path <data> --opts MODEL.NUM_CLASSES 10 TRAIN.EPOCHS 100
 ```
 
+Config files are YAML. A value is read as the type of its key: `TAG: 010` is the text 010, and `TRAIN.BASE_LR: 1e-3` a
+number. A key that a file gives twice is an error. In keys that are paths, `~` is the home folder.
+
+A run writes all of its keys to `config.yaml`, and logs those that differ from the defaults. Settings that would not
+take effect before the run ends, such as a warm-up that is longer than the run, are errors.
+
 - [Classification](#classification): `main.py`, [config.py](../config.py)
 - [Detection](#detection): `detection/main.py`, [detection/config.py](../detection/config.py)
 """

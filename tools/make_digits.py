@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from data.digits import load_split_digits
+from utils import home_path
 
 SIZE = 56  # pixels
 
@@ -40,7 +41,9 @@ def make_digits(output: Path) -> dict[str, int]:
 def main() -> None:
     """Read the command line and write the data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='folder to write train/ and val/ in')
+    parser.add_argument(
+        '--output', type=home_path, required=True, metavar='DIR', help='folder to write train/ and val/ in'
+    )
     args = parser.parse_args()
     try:
         written = make_digits(args.output)

@@ -28,6 +28,7 @@ from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_inde
 from utils import (
     atomic_write,
     exit_on_user_error,
+    home_path,
     positive_int,
     read_json,
     remove_dead_temporaries,
@@ -218,8 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog=__doc__.split('\n\n', 2)[2], allow_abbrev=False
     )
-    parser.add_argument('source', type=Path, metavar='SOURCE', help='folder of the dataset')
-    parser.add_argument('target', type=Path, metavar='TARGET', help='folder to write train/ and val/ in')
+    parser.add_argument('source', type=home_path, metavar='SOURCE', help='folder of the dataset')
+    parser.add_argument('target', type=home_path, metavar='TARGET', help='folder to write train/ and val/ in')
     parser.add_argument('--format', choices=sorted(FORMATS), help='of SOURCE; default: what it looks like')
     parser.add_argument(
         '--samples-per-shard', type=positive_int, default=10_000, metavar='N', help='default: 10000, about 1.1 GB'

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tools.output_files import prepare_figure, save_figure
-from utils import UserError, exit_on_user_error
+from utils import UserError, exit_on_user_error, home_path
 
 # Metrics of classifiers and detectors in metrics.jsonl, and the styles of their lines
 TITLES = {'acc1': 'Top-1 accuracy', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
@@ -263,7 +263,7 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('--run', type=Path, nargs='+', action='extend', required=True, metavar='DIR', help='folders of runs')
+    add('--run', type=home_path, nargs='+', action='extend', required=True, metavar='DIR', help='folders of runs')
     add(
         '--smooth',
         type=epochs,
@@ -272,7 +272,12 @@ def main() -> None:
         help='epochs to average the training loss over; 0 for none (1)',
     )
     add('--losses', action='store_true', help='draw each loss of a detector instead')
-    add('--output', type=Path, metavar='FILE', help='.png, .svg or .pdf to write (of a single run: <run>/curves.png)')
+    add(
+        '--output',
+        type=home_path,
+        metavar='FILE',
+        help='.png, .svg or .pdf to write (of a single run: <run>/curves.png)',
+    )
     args = parser.parse_args()
     if args.output is None and len(args.run) > 1:
         parser.error('several runs need an --output')

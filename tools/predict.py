@@ -28,7 +28,7 @@ from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, write_text
 from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line, with_words
-from utils import UserError, exit_on_user_error, positive_int
+from utils import UserError, exit_on_user_error, home_path, positive_int
 
 STDOUT = Path('-')
 EPILOG = """
@@ -125,9 +125,9 @@ def parse_option() -> argparse.Namespace:
     add('--topk', type=positive_int, default=1, metavar='K', help='the K most likely classes, at most all (1)')
     add('--words', action='store_true', help="add words to ImageNet's WordNet ids: n01440764 tench")
     table = parser.add_mutually_exclusive_group()
-    table.add_argument('--csv', type=Path, metavar='FILE', help='CSV to write; - for standard output')
-    table.add_argument('--json', type=Path, metavar='FILE', help='JSON to write; - for standard output')
-    add('--output', type=Path, metavar='FILE', help=f'contact sheet to draw, of at most {MAX_IMAGES} images')
+    table.add_argument('--csv', type=home_path, metavar='FILE', help='CSV to write; - for standard output')
+    table.add_argument('--json', type=home_path, metavar='FILE', help='JSON to write; - for standard output')
+    add('--output', type=home_path, metavar='FILE', help=f'contact sheet to draw, of at most {MAX_IMAGES} images')
     return parser.parse_intermixed_args()
 
 

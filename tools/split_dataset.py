@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data.image_folder import ClassFolders
 from data.images import DataError
-from utils import exit_on_user_error, report_write_errors
+from utils import exit_on_user_error, home_path, report_write_errors
 
 
 def split_classes(samples: ClassFolders, fraction: float, seed: int = 0) -> dict[str, list[int]]:
@@ -115,8 +115,8 @@ def main() -> None:
         epilog='example: python -m tools.split_dataset pictures --output output/pictures --val 0.2',
     )
     add = parser.add_argument
-    add('folder', type=Path, metavar='DIR', help='folder that holds a folder of images for each class')
-    add('--output', type=Path, required=True, metavar='DIR', help='new folder to write train/ and val/ in')
+    add('folder', type=home_path, metavar='DIR', help='folder that holds a folder of images for each class')
+    add('--output', type=home_path, required=True, metavar='DIR', help='new folder to write train/ and val/ in')
     add('--val', type=val_fraction, default=0.2, metavar='F', help='part of each class that goes to val/ (0.2)')
     add('--seed', type=int, default=0, metavar='N', help='seed of the choice (0)')
     args = parser.parse_args()

@@ -7,13 +7,12 @@ Look at it before training: boxes that are off, classes that are mixed up and cr
 
 import argparse
 import sys
-from pathlib import Path
 
 from detection.data import open_split
 from detection.data.transforms import TrainTransform
 from detection.draw import draw_sheet
 from detection.tools.options import add_data_options, load_data_config
-from utils import exit_on_user_error, non_negative_int, positive_int
+from utils import exit_on_user_error, home_path, non_negative_int, positive_int
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     add('--augmented', action='store_true', help='draw what training makes of the images')
     add('--count', type=positive_int, default=24, metavar='N', help='number of images, a random but fixed choice (24)')
     add('--seed', type=non_negative_int, default=0, metavar='N', help='seed of the augmentation (0)')
-    add('--output', type=Path, required=True, metavar='FILE', help='picture to write, .png or .jpg')
+    add('--output', type=home_path, required=True, metavar='FILE', help='picture to write, .png or .jpg')
     args = parser.parse_args()
     with exit_on_user_error():
         config = load_data_config(args, args.split.upper())

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
 from data.digits import load_split_digits
+from utils import home_path
 
 SIZES = ((128, 96), (96, 128))  # width and height, in pixels
 DIGIT_SIZES = 24, 56  # smallest and largest size of a digit, in pixels
@@ -116,7 +117,7 @@ def main() -> None:
     """Read the command line and write the data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--output', type=Path, required=True, metavar='DIR', help='folder to write')
+    add('--output', type=home_path, required=True, metavar='DIR', help='folder to write')
     add('--train', type=int, default=800, metavar='N', help='training images')
     add('--val', type=int, default=200, metavar='N', help='evaluation images')
     args = parser.parse_args()

@@ -6,8 +6,9 @@ IMAGES are files, folders, quoted patterns, or - for a list of them on standard 
 has their names, and their paths within the folders.
 """
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +24,15 @@ from detection.main import TASK
 from detection.prediction_formats import CocoJson, csv_header, csv_rows, found_objects, text_line
 from detection.tta import Detections
 from engine.predictor import Predictor, load_predictor, prediction_parser
-from utils import UserError, atomic_write, exit_on_user_error, positive_int, report_write_errors
+from utils import (
+    UserError,
+    atomic_write,
+    exit_on_user_error,
+    home_path,
+    positive_int,
+    printable,
+    report_write_errors,
+)
 
 EPILOG = """
 examples:
@@ -31,7 +40,8 @@ examples:
   python -m detection.tools.predict --resume ckpt_best.pth --output drawn film.mp4 --batch-size 4
   python -m detection.tools.predict --resume ckpt_best.pth --json found.json 'photos/**/*.jpg' --opts TEST.FLIP True
 
-exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images or videos that cannot be read
+exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images or videos that cannot be read, 130
+interrupted: --csv, --json and the drawn video hold what was found until then
 """
 
 
@@ -72,7 +82,7 @@ class VideoWriter:
         if self.writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             size = pixels.shape[1::-1]
-            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter_fourcc(*'mp4v'), self.fps, size)
+            self.writer = cv2.VideoWriter(os.fsencode(self.path), cv2.VideoWriter_fourcc(*'mp4v'), self.fps, size)
             if not self.writer.isOpened():
                 raise UserError(f'{self.path} cannot be written: write to another folder')
         self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
@@ -86,37 +96,62 @@ class VideoWriter:
 class Results:
     """What becomes of detections: lines on standard output, drawings, CSV and JSON.
 
+    A context manager: rows of CSV are written as they come, and the JSON file when the context ends, for whatever
+    reason, with what there is by then.
+
     Args:
         class_names: of the network.
         min_score: minimum score of what is printed, drawn and written.
         csv: file of CSV; None for none.
         json: file of JSON; None for none.
+
+    Raises:
+        OutputError: a file cannot be written, which is found out on entering the context.
     """
 
     def __init__(self, class_names: list[str], min_score: float, csv: Path | None, json: Path | None):
         self.class_names, self.min_score, self.csv, self.json = class_names, min_score, csv, json
-        self.coco, self.rows = CocoJson(class_names), [csv_header()]
+        self.coco, self.csv_file = CocoJson(class_names), None
+
+    def __enter__(self) -> 'Results':
+        for path in filter(None, (self.csv, self.json)):
+            with report_write_errors(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        self._write_json()
+        if self.csv:
+            with report_write_errors(self.csv.parent):
+                self.csv_file = self.csv.open('w', encoding='utf-8', errors='surrogateescape', newline='')
+            self._write_rows([csv_header()])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.csv_file:
+            self.csv_file.close()
+        self._write_json()
 
     def add(self, frame: Frame, detections: Detections) -> None:
-        """Print, and keep for the files."""
-        objects = found_objects(detections, self.class_names, self.min_score)
-        for found in objects:
-            print_above_bar(text_line(frame, found))
-        self.rows += csv_rows(frame, objects)
-        if self.json:
-            self.coco.add(frame, detections, self.min_score)
-
-    def write(self) -> None:
-        """Write the files.
+        """Print and write the detections of a frame.
 
         Raises:
-            OutputError: one cannot be written.
+            OutputError: the file of CSV cannot be written.
         """
-        for path, text in ((self.csv, ''.join(self.rows)), (self.json, self.coco.text())):
-            if path:
-                with report_write_errors(path.parent):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    atomic_write(path, lambda file, text=text: file.write(text.encode(errors='surrogateescape')))
+        objects = found_objects(detections, self.class_names, self.min_score)
+        if self.csv_file:
+            self._write_rows(csv_rows(frame, objects))
+        if self.json:
+            self.coco.add(frame, detections, self.min_score)
+        for found in objects:
+            print_above_bar(text_line(frame, found))
+
+    def _write_rows(self, rows: Iterable[str]) -> None:
+        with report_write_errors(self.csv.parent):
+            self.csv_file.writelines(rows)
+            self.csv_file.flush()
+
+    def _write_json(self) -> None:
+        if self.json:
+            with report_write_errors(self.json.parent):
+                atomic_write(self.json, lambda file: file.write(self.coco.text().encode()))
 
 
 def predict_images(
@@ -164,7 +199,7 @@ def predict_video(
                 picture = draw_detections(frame.pixels / 255, found, results.class_names, results.min_score)
                 writer.write(np.asarray(picture))
     if count == 0:
-        print(f'error: video {path} cannot be read', file=sys.stderr)
+        print(f'error: video {printable(path)} cannot be read', file=sys.stderr)
     return count > 0
 
 
@@ -172,17 +207,25 @@ def main() -> None:
     """Read the command line, print one line per object and write what is asked for."""
     parser = prediction_parser(__doc__.splitlines()[0], EPILOG)
     add = parser.add_argument
-    add('--output', type=Path, metavar='DIR', help='folder to draw the images and videos into')
-    add('--csv', type=Path, metavar='FILE', help='CSV to write, a row per object')
-    add('--json', type=Path, metavar='FILE', help="JSON to write, in COCO's format, with scores and masks")
+    add('--output', type=home_path, metavar='DIR', help='folder to draw the images and videos into')
+    add('--csv', type=home_path, metavar='FILE', help='CSV to write, a row per object, as they are found')
+    add('--json', type=home_path, metavar='FILE', help="JSON to write, in COCO's format, with scores and masks")
     add('--score', type=float, metavar='S', help='minimum score of what is printed and drawn (SHOW_SCORE)')
-    add('--batch-size', type=positive_int, default=1, metavar='N', help='images or frames at a time (1)')
+    add(
+        '--batch-size',
+        type=positive_int,
+        default=1,
+        metavar='N',
+        help='images or frames at a time: for speed (1)',
+    )
     args = parser.parse_intermixed_args()
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # class names that the terminal's encoding does not have
     with exit_on_user_error():
         predictor = load_predictor(args, TASK)
         unreadable, count = run(args, predictor)
-    if args.output:
-        print(args.output)
+        if args.output:
+            print(printable(args.output))
     exit_if_unreadable(unreadable, count)
 
 
@@ -201,20 +244,21 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     if args.csv and args.csv == args.json:
         raise DataError(f'--csv and --json are both {args.csv}: write two files')
     detector = FrameDetector(predictor, args.batch_size)
-    results = Results(predictor.class_names, min_score, args.csv, args.json)
-    unreadable, count = 0, len(videos)
     drawings = output_paths(sources, videos, args.output) if args.output else None
+    paths: Sequence[Path] = ()
     if sources:
         report_other_files(sources)
         found = find_images(sources) if drawings is None else drawings.keys() - set(videos)
         paths = choose_images(sorted(found), args.limit)
-        images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
-        predict_images(detector(frames_of_images(images)), results, drawings)
-        unreadable, count = images.unreadable, count + len(paths)
-    for path in videos:
-        unreadable += not predict_video(path, detector, results, drawings and drawings[path], args.limit)
-    results.write()
-    return unreadable, count
+    unreadable = 0
+    with Results(predictor.class_names, min_score, args.csv, args.json) as results:
+        if paths:
+            images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
+            predict_images(detector(frames_of_images(images)), results, drawings)
+            unreadable = images.unreadable
+        for path in videos:
+            unreadable += not predict_video(path, detector, results, drawings and drawings[path], args.limit)
+    return unreadable, len(videos) + len(paths)
 
 
 if __name__ == '__main__':

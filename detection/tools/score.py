@@ -15,7 +15,7 @@ from detection.data import CocoDataset, open_split
 from detection.data.annotation_checks import are_numbers
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from detection.tools.options import add_data_options, load_data_config
-from utils import UserError, exit_on_user_error, read_json
+from utils import UserError, exit_on_user_error, home_path, read_json
 
 
 class ResultsError(UserError):
@@ -77,7 +77,7 @@ def main() -> None:
     """Read the command line, evaluate and print."""
     parser = argparse.ArgumentParser('python -m detection.tools.score', description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('results', type=Path, help='JSON file of detections in the evaluation split')
+    add('results', type=home_path, help='JSON file of detections in the evaluation split')
     add_data_options(parser)
     add('--by', nargs='+', choices=EVALUATORS, default=[choose_evaluator().name], help='evaluators (the fastest here)')
     args = parser.parse_args()

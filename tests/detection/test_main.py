@@ -30,7 +30,8 @@ LOSSES |= {'loss_objectness', 'loss_rpn_box_reg'}
 # Random numbers in the network, EMA weights, detections from the first update on.
 OPTIONS = {'MODEL__DROP_PATH_RATE': '0.3', 'TRAIN__EMA_DECAY': '0.9', 'MODEL__BOX__SCORE': '0.0'}
 
-NO_UPDATES = {'TRAIN__BASE_LR': '0.0', 'TRAIN__EPOCHS': '1', 'TRAIN__WEIGHT_DECAY': '0'}
+ONE_EPOCH = {'TRAIN__EPOCHS': '1', 'TRAIN__LR_SCHEDULER__DECAY_EPOCHS': '[]'}
+NO_UPDATES = {'TRAIN__BASE_LR': '0.0', 'TRAIN__WEIGHT_DECAY': '0', **ONE_EPOCH}
 RUNNING_STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -292,7 +293,7 @@ def test_images_without_objects_are_trained_on_and_evaluated(tiny, coco):
         tree = read_tree(coco, split)
         kept = {image['id'] for image in tree['images'][2:]}
         update_tree(coco, split, annotations=[x for x in tree['annotations'] if x['image_id'] in kept])
-    config = tiny(TRAIN__EPOCHS='1', DATA__BATCH_SIZE='1')
+    config = tiny(DATA__BATCH_SIZE='1', **ONE_EPOCH)
     program.main(config)
     assert len(records(config, 'train')) >= 4
 
@@ -306,9 +307,9 @@ def test_every_key_is_read(finished, tiny):
         return config
 
     checkpoint = str(folder_of(finished) / 'ckpt_epoch_0.pth')
-    run(TAG='adamw', TRAIN__EPOCHS='1', MODEL__PRETRAINED=checkpoint)
-    run(TAG='adamw', TRAIN__EPOCHS='1')
-    run(TAG='sgd', TRAIN__EPOCHS='1', TRAIN__OPTIMIZER__NAME='sgd', INPUT__CROP_PROB='1.0')
-    run(TAG='timm', TRAIN__EPOCHS='1', MODEL__BACKBONE='timm:resnet18', MODEL__TIMM_ARGS='channels=(8,8,8,8)')
+    run(TAG='adamw', MODEL__PRETRAINED=checkpoint, **ONE_EPOCH)
+    run(TAG='adamw', **ONE_EPOCH)
+    run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', INPUT__CROP_PROB='1.0', **ONE_EPOCH)
+    run(TAG='timm', MODEL__BACKBONE='timm:resnet18', MODEL__TIMM_ARGS='channels=(8,8,8,8)', **ONE_EPOCH)
     config = run(EVAL_MODE='True', MODEL__RESUME=checkpoint, SHOW='1')
     assert set(config.leaves()) - reads == {'BASE'}  # which `load_config` reads

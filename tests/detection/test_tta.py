@@ -65,3 +65,17 @@ def test_a_mirrored_image_has_the_mirrored_detections():
     order, theirs = (x['boxes'][x['scores'].argsort(stable=True)].sort(dim=0).values for x in (own, expected))
     torch.testing.assert_close(order, theirs, atol=1e-3, rtol=1e-3)
     assert len(own['boxes']) <= config.MODEL.BOX.DETECTIONS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('opts', [(), ('TEST.FLIP', 'True', 'TEST.SHORTS', '[48, 64]')])
+def test_detections_do_not_depend_on_the_other_images_of_a_batch(opts):
+    config = tiny_detector('MODEL.BOX.SCORE', '0.0', *opts)
+    detect = build_detect_fn(config, build_detector(config).eval())
+    sizes = [(50, 70), (70, 50), (100, 140), (50, 70), (64, 64)]  # 100 x 140 is resized as 50 x 70 is
+    images = [torch.rand(3, *size) for size in sizes]
+    for together, image in zip(detect(images), images, strict=True):
+        [alone] = detect([image])
+        for key in ('boxes', 'labels', 'scores'):
+            torch.testing.assert_close(together[key], alone[key], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together['masks'].probabilities, alone['masks'].probabilities, atol=1e-4, rtol=1e-4)

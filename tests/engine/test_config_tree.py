@@ -81,3 +81,35 @@ def test_loaded_tree_is_frozen():
     config = load_config(TINY)
     with pytest.raises(AttributeError):
         config.TRAIN.EPOCHS = 3
+
+
+def test_paths_take_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write(tmp_path / 'base.yaml', f'BASE: [{TINY}]\nOUTPUT: ~/runs\nTAG: ~x')
+    write(tmp_path / 'mine.yaml', 'BASE: [~/base.yaml]')
+    config = load_config('~/mine.yaml', ['DATA.DATA_PATH', '~/data', 'MODEL.RESUME', '~/a.pth'])
+    assert (f'{tmp_path}/runs', f'{tmp_path}/data') == (config.OUTPUT, config.DATA.DATA_PATH)
+    assert (f'{tmp_path}/a.pth', '~x') == (config.MODEL.RESUME, config.TAG)
+
+
+@pytest.mark.parametrize(
+    ('name', 'meant'),
+    [
+        ('train.epoch', 'TRAIN.EPOCHS'),
+        ('EPOCHS', 'TRAIN.EPOCHS'),
+        ('TRAIN.SEED', 'SEED'),
+        ('MODEL.EMBED_DIM', 'MODEL.MSG.EMBED_DIM'),
+        ('TRAIN.OPTIMISER.NAME', 'TRAIN.OPTIMIZER.NAME'),
+        ('AUG.CUTMIX_MIXMAX', 'AUG.CUTMIX_MINMAX'),
+        ('TRAIN.LOSS', None),
+        ('TRAIN.LR', None),
+        ('FOO', None),
+        ('MODEL.DROPOUT', None),
+        ('THE.QUICK.BROWN', None),
+    ],
+)
+def test_close_keys_are_suggested_and_no_others(name, meant):
+    with pytest.raises(ConfigError) as error:
+        load_config(TINY, [name, '1'])
+    hint = f': did you mean {meant}?' if meant else ''
+    assert str(error.value) == f'config key {name} does not exist{hint} (in --opts)'

@@ -10,6 +10,7 @@ from tests.helpers.paths import TINY_DETECTOR
 
 STRIDES = (4, 8, 16, 32)  # of the levels that RoIs are pooled from
 
+ONE_EPOCH = ('TRAIN.EPOCHS', '1', 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS', '[]')
 NO_DROP_PATH = ('MODEL.DROP_PATH_RATE', '0')
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_here
 
 
@@ -19,3 +20,9 @@ def test_tools_report_mistakes_in_one_line(tool, flags, message):
     assert done.returncode not in (0, None)
     assert message in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
+
+
+def test_every_argument_that_is_a_path_takes_the_home_folder():
+    """`type=Path` would make a folder named ~ of `--output=~/runs`, which shells leave as it is."""
+    for path in [*ROOT.glob('tools/**/*.py'), *ROOT.glob('detection/**/*.py'), *ROOT.glob('engine/*.py')]:
+        assert 'type=Path' not in path.read_text(), path

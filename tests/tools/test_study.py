@@ -261,7 +261,7 @@ def test_tables_have_both_intervals_and_the_comparisons():
     [
         ({'reference': 'none'}, 'reference none is none of its variants'),
         ({'seeds': 3}, r'seeds is 3: write a list such as \[0, 1, 2\]'),
-        ({'seeds': [True]}, r'seeds is \[True\]: write a list'),
+        ({'seeds': [True]}, r"seeds is \['true'\]: write a list"),
         ({'options': 3}, 'options is 3: write config keys and values'),
         ({'comparisons': [['msg', 'none']]}, 'write a list of pairs of variants'),
         ({'comparisons': [['msg', {}]]}, 'write a list of pairs of variants'),

@@ -20,7 +20,7 @@ from models.registry import stored_weights
 from tools.app.explainer import Explainer
 from tools.app.page import build_page
 from tools.msg_network import build_with_msg_tokens
-from utils import UserError, exit_on_user_error
+from utils import UserError, exit_on_user_error, home_path
 
 MAX_UPLOAD = '64mb'
 EXAMPLES = 8  # pictures offered
@@ -75,7 +75,14 @@ def main() -> None:
     add = parser.add_argument
     add('--host', default='127.0.0.1', help='address to listen on (127.0.0.1: this machine only)')
     add('--port', type=_port, default=7860, help='port to listen on (7860)')
-    add('--examples', nargs='+', type=Path, default=[], metavar='IMAGES', help='image files or folders to choose from')
+    add(
+        '--examples',
+        nargs='+',
+        type=home_path,
+        default=[],
+        metavar='IMAGES',
+        help='image files or folders to choose from',
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         gradio = import_gradio()

@@ -13,7 +13,7 @@ import torch
 
 from tools.benchmark import detectors, loader, networks, stages
 from tools.output_files import prepare_output
-from utils import exit_on_user_error
+from utils import exit_on_user_error, home_path
 
 COMMANDS = {'networks': networks, 'detectors': detectors, 'loader': loader, 'stages': stages}
 EPILOG = """examples:
@@ -38,7 +38,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
         module.add_flags(parsers[name])
         parsers[name].add_argument(
             '--output',
-            type=Path,
+            type=home_path,
             default=Path('output') / 'benchmark',
             metavar='NAME',
             help='write NAME.md, NAME.json and NAME.png (default: output/benchmark)',

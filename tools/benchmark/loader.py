@@ -34,7 +34,7 @@ from tools.benchmark.report import write_groups
 from tools.benchmark.timing import time_interleaved
 from tools.pack_dataset import pack_split
 from tools.sample_images import find_samples
-from utils import positive_int
+from utils import home_path, positive_int
 
 CONFIG = 'configs/msg_tiny_p4_win7_224.yaml'
 PIPELINES = ('published', 'fast')
@@ -152,7 +152,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         '--data-path',
-        type=Path,
+        type=home_path,
         metavar='DIR',
         help="dataset, or any folder of images (default: JPEGs cut from scikit-learn's photographs)",
     )

@@ -30,7 +30,7 @@ from tools.export.check import TOLERANCE, check_sizes, compare, load_images, mak
 from tools.export.formats import FORMATS, GRAPHS, OPSET, Runner
 from tools.export.network import ExportError, Network, load_network
 from tools.output_files import prepare_output, refuse_overwriting
-from utils import atomic_write, environment, exit_on_user_error, positive_int, report_write_errors
+from utils import atomic_write, environment, exit_on_user_error, home_path, positive_int, report_write_errors
 
 SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
 
@@ -47,10 +47,17 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_network_flags(parser, stored_weights())
     add = parser.add_argument
     add('--format', required=True, choices=FORMATS, help='torch_export: a .pt2 file for torch.export.load')
-    add('--output', required=True, type=Path, metavar='FILE', help='file to write: .onnx, .pt2 or .safetensors')
+    add('--output', required=True, type=home_path, metavar='FILE', help='file to write: .onnx, .pt2 or .safetensors')
     add('--always-pad', action='store_true', help='dynamic height and width, each from one patch to 4096 pixels')
     add('--size', type=positive_int, nargs='+', action='append', default=[], metavar='N', help=SIZE_HELP)
-    add('--images', nargs='+', type=Path, default=[], metavar='IMAGES', help='to check with (default: two photographs)')
+    add(
+        '--images',
+        nargs='+',
+        type=home_path,
+        default=[],
+        metavar='IMAGES',
+        help='to check with (default: two photographs)',
+    )
     add('--latency', action='store_true', help='time the file against eager and compiled execution: minutes')
     add('--rounds', type=positive_int, default=20, metavar='N', help='how often each is timed (20)')
     args = parser.parse_args(argv)

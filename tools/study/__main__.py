@@ -21,7 +21,7 @@ from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import chart, table, write_results
 from tools.study.runs import StudyRuns, collect, finished_run
 from tools.study.statistics import metric_curve
-from utils import UserError, exit_on_user_error, non_negative_int, positive_int, read_json
+from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int, read_json
 
 DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:
@@ -41,14 +41,18 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--data-path', type=Path, metavar='DIR', help='dataset to train and evaluate on, as of main.py')
-    source.add_argument('--results', type=Path, metavar='FILE', help='print the table of a study.json; train nothing')
-    add('--study', type=Path, default=DEFAULT_STUDY, metavar='FILE', help=f'study file ({DEFAULT_STUDY})')
+    source.add_argument(
+        '--data-path', type=home_path, metavar='DIR', help='dataset to train and evaluate on, as of main.py'
+    )
+    source.add_argument(
+        '--results', type=home_path, metavar='FILE', help='print the table of a study.json; train nothing'
+    )
+    add('--study', type=home_path, default=DEFAULT_STUDY, metavar='FILE', help=f'study file ({DEFAULT_STUDY})')
     add('--variants', nargs='+', metavar='NAME', help='variants of the study file to train (all)')
     add('--seeds', nargs='+', type=non_negative_int, metavar='N', help="seeds to train (the study file's)")
     add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share cores and GPU (1)')
-    add('--output', type=Path, metavar='DIR', help='folder of runs and results (output/studies/<study>)')
-    add('--chart', type=Path, metavar='FILE', help='with --results: chart to draw')
+    add('--output', type=home_path, metavar='DIR', help='folder of runs and results (output/studies/<study>)')
+    add('--chart', type=home_path, metavar='FILE', help='with --results: chart to draw')
     add(
         '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values of all runs'
     )

@@ -1,5 +1,6 @@
 """What a study trains: variants of one config, and seeds."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from yacs.config import CfgNode
 
 from engine.task import Task
 from tools.tasks import TASKS
-from utils import UserError, read_yaml
+from utils import UserError, read_yaml, shortened
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
 OPTIONAL = {'comparisons', 'options', 'task'}
+MAX_BASES = 20  # of a study, one the base of the next
 
 
 class StudyError(UserError):
@@ -99,7 +101,7 @@ def read_study(path: Path) -> Study:
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
     variants, shared = {}, _options(content, f'study {path}')
     for name, entry in content['variants'].items():
-        label = f'study {path}, variant {name}'
+        label = f'study {path}, variant {shortened(name)}'
         if not re.fullmatch(r'[\w-]+', str(name)):
             raise StudyError(f'{label}: write a name of letters, digits, _ and -, as it names a folder')
         if not isinstance(entry, Mapping) or not {'label'} <= entry.keys() <= {'label', 'options'}:
@@ -107,17 +109,18 @@ def read_study(path: Path) -> Study:
         variants[str(name)] = Variant(str(entry['label']).replace('|', '/'), shared | _options(entry, label))
     reference, seeds = str(content['reference']), content['seeds']
     if reference not in variants:
-        raise StudyError(f'study {path}: reference {reference} is none of its variants')
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise StudyError(f'study {path}: seeds is {seeds!r}: write a list such as [0, 1, 2]')
+        raise StudyError(f'study {path}: reference {shortened(reference)} is none of its variants')
+    if not isinstance(seeds, list) or not seeds or not all(re.fullmatch(r'[0-9]{1,9}', str(seed)) for seed in seeds):
+        raise StudyError(f'study {path}: seeds is {shortened(seeds)}: write a list such as [0, 1, 2]')
     comparisons = content.get('comparisons') or []
     if not isinstance(comparisons, list) or not all(_is_pair(pair, variants) for pair in comparisons):
-        raise StudyError(f'study {path}: comparisons is {comparisons!r}: write a list of pairs of variants')
+        raise StudyError(f'study {path}: comparisons is {shortened(comparisons)}: write a list of pairs of variants')
     task = content.get('task', 'classification')
     if not isinstance(task, str) or task not in TASKS:
-        raise StudyError(f'study {path}: task is {task}: write {" or ".join(TASKS)}')
+        raise StudyError(f'study {path}: task is {shortened(task)}: write {" or ".join(TASKS)}')
     pairs = [(str(name), str(other)) for name, other in comparisons]
-    return Study(path.stem, path.parent / str(content['config']), reference, seeds, variants, pairs, TASKS[task])
+    cfg_file = path.parent / os.path.expanduser(str(content['config']))
+    return Study(path.stem, cfg_file, reference, [int(seed) for seed in seeds], variants, pairs, TASKS[task])
 
 
 def _is_pair(pair: Any, variants: Mapping[str, Variant]) -> bool:
@@ -127,19 +130,19 @@ def _is_pair(pair: Any, variants: Mapping[str, Variant]) -> bool:
 def _options(entry: Mapping[str, Any], label: str) -> dict[str, Any]:
     options = entry.get('options') or {}
     if not isinstance(options, Mapping):
-        raise StudyError(f'{label}: options is {options!r}: write config keys and values')
+        raise StudyError(f'{label}: options is {shortened(options)}: write config keys and values')
     return dict(options)
 
 
 def _read(path: Path, *readers: Path) -> dict[str, Any]:
     """The keys of a study file and its base; `readers` have this one as their base."""
-    if path in readers:
-        raise StudyError(f'study {path} is its own base: remove it there')
-    content = read_yaml(path, f'study {path}', StudyError)
+    if path in readers or len(readers) > MAX_BASES:
+        raise StudyError(f'study {path} is its own base, or one of more than {MAX_BASES}: remove it there')
+    content = read_yaml(path, f'study {path}', StudyError, as_text=True)
     if not isinstance(content, Mapping) or not isinstance(content.get('variants', {}), Mapping):
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
     if 'base' not in content:
         return dict(content)
-    base = _read(path.with_name(str(content['base'])), *readers, path)
+    base = _read(path.parent / os.path.expanduser(str(content['base'])), *readers, path)
     variants = base.get('variants', {}) | content.get('variants', {})
     return base | {key: value for key, value in content.items() if key != 'base'} | {'variants': variants}

@@ -22,7 +22,7 @@ from tools.msg_network import build_with_msg_tokens
 from tools.output_files import prepare_output, refuse_overwriting, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
 from tools.visualize.view import NarrowImageError, VisualizeError, find_class, prepare, random_predictor
-from utils import exit_on_user_error, positive_int
+from utils import exit_on_user_error, home_path, positive_int
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 EXAMPLES = """examples:
@@ -73,10 +73,10 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('images', nargs='+', type=Path, metavar='IMAGES', help='image files or folders; first, or after --output')
+    add('images', nargs='+', type=home_path, metavar='IMAGES', help='image files or folders; first, or after --output')
     add_network_flags(parser, stored_weights(), is_required=False)
     add('--random-weights', action='store_true', help='take the network of --cfg with random weights, and say so')
-    add('--output', type=Path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
+    add('--output', type=home_path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
     add('--kind', choices=(*KINDS, 'all'), default='all', help='what to draw (default: all)')
     add('--stage', type=_from_one, nargs='+', metavar='N', help='stages, from 1 (default: all)')
     add('--block', type=_from_one, nargs='+', metavar='N', help='blocks within these stages, from 1 (default: all)')

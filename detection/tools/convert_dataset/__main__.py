@@ -20,7 +20,7 @@ from data.images import choose_images
 from detection.data import CocoDataset
 from detection.draw import draw_sheet
 from detection.tools.convert_dataset.formats import READERS, Item, Source, detect_format
-from utils import exit_on_user_error, read_json, report_write_errors
+from utils import exit_on_user_error, home_path, read_json, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine
@@ -153,8 +153,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('source', type=Path, metavar='SOURCE', help="folder of the data, or YOLO's data.yaml")
-    add('--output', type=Path, required=True, metavar='DIR', help='folder to write; it must not exist')
+    add('source', type=home_path, metavar='SOURCE', help="folder of the data, or YOLO's data.yaml")
+    add('--output', type=home_path, required=True, metavar='DIR', help='folder to write; it must not exist')
     add('--format', choices=READERS, help='format of the data (recognised by its files)')
     add('--link', action='store_true', help='make symbolic links to the images, instead of copies')
     add('--val-fraction', type=_fraction, default=0.2, metavar='F', help='validation part if there is no split (0.2)')

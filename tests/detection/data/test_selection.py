@@ -11,7 +11,7 @@ from detection.data import CocoDataset, build_eval_loader, build_loaders, with_c
 from detection.data.coco import Selection
 from detection.evaluation import CocoEvaluation
 from tests.helpers.coco_data import CATEGORIES, read_tree, rectangle, update_tree, wedge, write_tree
-from tests.helpers.detectors import perfect_detections, tiny_detector
+from tests.helpers.detectors import ONE_EPOCH, perfect_detections, tiny_detector
 from tests.helpers.runs import folder_of, log_of, one_thread
 
 NAMES = [category['name'] for category in CATEGORIES]
@@ -78,7 +78,7 @@ def test_images_without_objects_are_trained_on_if_asked(coco):
     dataset = CocoDataset(coco, 'train', is_train=True, selection=Selection(empty_images=True))
     assert len(dataset) == 6
     assert dataset.notes == []
-    config = load(coco, 'DATA.EMPTY_IMAGES', 'True', 'TRAIN.EPOCHS', '1', 'OUTPUT', str(coco / 'out'))
+    config = load(coco, 'DATA.EMPTY_IMAGES', 'True', *ONE_EPOCH, 'OUTPUT', str(coco / 'out'))
     with one_thread():
         program.main(config)
     assert (folder_of(config) / 'ckpt_epoch_0.pth').exists()
@@ -92,14 +92,14 @@ def test_the_number_of_classes_is_that_of_the_data(coco, tmp_path):
     assert with_classes_of_data(chosen).MODEL.NUM_CLASSES == 2
     unchanged = load(coco)
     assert with_classes_of_data(unchanged) is unchanged
-    run = load(coco, 'MODEL.NUM_CLASSES', 'None', 'TRAIN.EPOCHS', '1', 'OUTPUT', str(tmp_path / 'out'))
+    run = load(coco, 'MODEL.NUM_CLASSES', 'None', *ONE_EPOCH, 'OUTPUT', str(tmp_path / 'out'))
     with one_thread():
         program.main(run)
     assert 'NUM_CLASSES: 3' in (folder_of(run) / 'config.yaml').read_text()
 
 
 def test_a_file_without_annotations_predicts(coco, tmp_path):
-    options = ['OUTPUT', str(tmp_path / 'out'), 'TRAIN.EPOCHS', '1', 'MODEL.BOX.SCORE', '0.0']
+    options = ['OUTPUT', str(tmp_path / 'out'), *ONE_EPOCH, 'MODEL.BOX.SCORE', '0.0']
     config = load(coco, *options)
     with one_thread():
         program.main(config)

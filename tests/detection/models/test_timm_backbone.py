@@ -13,7 +13,7 @@ from detection.models.backbone import STRIDES, build_backbone, freeze_batch_norm
 from engine.checkpoint import CheckpointError, save_checkpoint
 from engine.config_tree import ConfigError
 from optimizer import build_optimizer
-from tests.helpers.detectors import NO_DROP_PATH, ground_truth, tiny_detector
+from tests.helpers.detectors import NO_DROP_PATH, ONE_EPOCH, ground_truth, tiny_detector
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import folder_of, last_checkpoint, log_of, one_thread
 from tools.summary.complexity import count_detector
@@ -177,7 +177,7 @@ def test_batch_norms_stay_as_loaded():
 def test_batch_norms_are_frozen_only_with_weights(tmp_path, coco):
     def run(tag, *options):
         config = load(
-            'resnet18', 'DATA.DATA_PATH', str(coco), 'OUTPUT', str(tmp_path), 'TAG', tag, 'TRAIN.EPOCHS', '1', *options
+            'resnet18', 'DATA.DATA_PATH', str(coco), 'OUTPUT', str(tmp_path), 'TAG', tag, *ONE_EPOCH, *options
         )
         with one_thread():
             program.main(config)

@@ -1,4 +1,8 @@
 import csv
+import json
+import os
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,13 +14,15 @@ from pycocotools.coco import COCO
 from data import DataError
 from data.file_loader import SOME_UNREADABLE
 from detection.config import load_config
+from detection.frames import Frame, frames_of_images
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco
-from detection.tools.predict import main, output_paths
+from detection.tools.predict import Results, main, output_paths
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.images import damage
 from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
 from tests.helpers.processes import error_line, run_here, start
+from utils import OutputError
 
 PROGRAM = ['-m', 'detection.tools.predict']
 CONFIG = DETECTION_CONFIGS / 'digits.yaml'
@@ -143,17 +149,71 @@ def test_csv_and_json_have_what_is_printed(coco, weights, tmp_path):
 
 def test_batches_find_the_same(coco, weights):
     one, three = (predict(coco / 'val', '--resume', weights, '--batch-size', n) for n in (1, 3))
-    assert [line.split('\t')[0] for line in one] == [line.split('\t')[0] for line in three]
-    boxes = [[float(x) for line in lines for x in line.split('\t')[3].split()] for lines in (one, three)]
-    assert np.median(np.abs(np.subtract(*boxes))) < 1  # images of a batch share the padding
+    for first, second in zip(one, three, strict=True):
+        (*names, score, box), (*same, again, moved) = first.split('\t'), second.split('\t')
+        assert names == same
+        assert float(score) == pytest.approx(float(again), abs=2e-3)
+        assert [float(x) for x in box.split()] == pytest.approx([float(x) for x in moved.split()], abs=0.11)
+
+
+def test_an_interrupted_prediction_keeps_what_it_has(coco, weights, tmp_path, monkeypatch, capsys):
+    def interrupted(frames):
+        for count, frame in enumerate(frames):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield frame
+
+    monkeypatch.setattr(
+        'detection.tools.predict.frames_of_images', lambda images: interrupted(frames_of_images(images))
+    )
+    files = ['--csv', tmp_path / 'found.csv', '--json', tmp_path / 'found.json']
+    arguments = ['predict', coco / 'val', '--resume', weights, '--score', '0', '--workers', '0', *files]
+    monkeypatch.setattr('sys.argv', list(map(str, arguments)))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err.endswith('interrupted\n')
+    assert len(COCO(tmp_path / 'found.json').imgs) == 2
+    assert len((tmp_path / 'found.csv').read_text().splitlines()) == 1 + 2 * 4
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    pixels, box = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.tensor([[1.0, 2, 3, 4]])
+    found = {'boxes': box, 'labels': torch.tensor([1]), 'scores': torch.tensor([0.9])}
+    with Results(['=a'], 0.5, tmp_path / 'new' / 'found.csv', tmp_path / 'new' / 'found.json') as results:
+        results.add(Frame(Path('a\udce9\x1b.png'), None, pixels), found)
+        row = (tmp_path / 'new' / 'found.csv').read_bytes().splitlines()[1]
+        assert row == b"a\xe9\x1b.png,,'=a,1,0.9000,1.00,2.00,3.00,4.00"
+        assert json.loads((tmp_path / 'new' / 'found.json').read_text())['images'] == []
+    assert json.loads((tmp_path / 'new' / 'found.json').read_text())['images'][0]['file_name'] == 'a\udce9\x1b.png'
+    with pytest.raises(OutputError), Results(['a'], 0.5, tmp_path, None):
+        pass
+
+
+def test_names_of_files_need_not_be_unicode(weights, coco, tmp_path):
+    name, folder = os.fsdecode(b'caf\xe9'), tmp_path / 'in'
+    folder.mkdir()
+    shutil.copy(next((coco / 'val').iterdir()), folder / f'{name}.png')
+    write_video(folder / f'{name}.avi', 2)
+    files = [folder / f'{name}.png', folder / f'{name}.avi']
+    lines = predict(*files, '--resume', weights, '--output', tmp_path / 'drawn')
+    assert {line.split('\t')[0] for line in lines[:-1]} == {
+        f'{folder}/caf\\udce9{end}' for end in ('.png', '.avi:0', '.avi:1')
+    }
+    assert (tmp_path / 'drawn' / f'{name}.png').exists()
+    assert (tmp_path / 'drawn' / f'{name}.mp4').exists()
+
+
+def write_video(path, frames, size=(96, 64)):
+    writer = cv2.VideoWriter(os.fsencode(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, size)
+    for number in range(frames):
+        writer.write(np.full((*size[::-1], 3), 40 * number, np.uint8))
+    writer.release()
 
 
 def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
-    path, size = tmp_path / 'film.avi', (96, 64)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 10, size)
-    for number in range(5):
-        writer.write(np.full((*size[::-1], 3), 40 * number, np.uint8))
-    writer.release()
+    path = tmp_path / 'film.avi'
+    write_video(path, 5)
     flags = ['--resume', weights, '--output', tmp_path / 'drawn', '--csv', tmp_path / 'found.csv', '--batch-size', '2']
     lines = predict(path, *flags)
     with (tmp_path / 'found.csv').open() as file:
