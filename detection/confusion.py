@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_area, box_convert, box_iou
 
 BACKGROUND = 'background'
 
@@ -17,7 +17,8 @@ def confusion_matrix(
     """Count how ground truth of each class is detected.
 
     In an image, pairs of an object and a detection are matched one to one, whatever their classes, from the highest IoU
-    down. Crowd regions are left out.
+    down. Crowd regions are not counted. As in COCO's metrics, neither is a detection that matches no object and has
+    `min_iou` or more of its area in a crowd region of its class.
 
     Args:
         ground_truth: in COCO's annotation format.
@@ -32,6 +33,7 @@ def confusion_matrix(
     labels = {category['id']: i for i, category in enumerate(ground_truth['categories'])}
     counts = np.zeros((len(labels) + 1, len(labels) + 1), dtype=np.int64)
     objects = _by_image(x for x in ground_truth['annotations'] if not x['iscrowd'])
+    crowds = _by_image(x for x in ground_truth['annotations'] if x['iscrowd'])
     detections = _by_image(x for x in results if x['score'] >= min_score)
     for image_id in objects.keys() | detections.keys():
         ours, theirs = objects.get(image_id, []), detections.get(image_id, [])
@@ -42,10 +44,26 @@ def confusion_matrix(
         for row in rows:
             if row >= 0:
                 counts[row, -1] += 1
-        for column in columns:
-            if column >= 0:
+        is_ignored = in_crowds(theirs, crowds.get(image_id, []), min_iou)
+        for column, ignored in zip(columns, is_ignored, strict=True):
+            if column >= 0 and not ignored:
                 counts[-1, column] += 1
     return counts
+
+
+def in_crowds(
+    detections: Sequence[dict[str, Any]], crowds: Sequence[dict[str, Any]], min_fraction: float
+) -> list[bool]:
+    """Whether each detection of an image has this fraction of its area in the box of a crowd region of its class."""
+    if not crowds:
+        return [False] * len(detections)
+    boxes, regions = _boxes(detections), _boxes(crowds)
+    low = torch.maximum(boxes[:, None, :2], regions[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], regions[:, 2:])
+    inside = (high - low).clamp(min=0).prod(dim=2)  # (n, m)
+    ours, theirs = (torch.tensor([x['category_id'] for x in entries]) for entries in (detections, crowds))
+    matches = (ours[:, None] == theirs) & (inside >= min_fraction * box_area(boxes)[:, None])
+    return matches.any(dim=1).tolist()
 
 
 def match_boxes(a: torch.Tensor, b: torch.Tensor, min_iou: float) -> list[tuple[int, int]]:

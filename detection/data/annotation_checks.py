@@ -3,8 +3,8 @@
 Boxes are [x, y, width, height] as in a file; extents are corners [x1, y1, x2, y2].
 """
 
-import math
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any
 
 from pycocotools import mask as coco_mask
@@ -14,6 +14,12 @@ from data import DataError
 # A box may differ from its mask's extent by so much on each side: pixels, or a fraction of the extent.
 SLACK_PIXELS = 2
 SLACK_FRACTION = 0.1
+
+# What pycocotools needs memory for: pixels of the outline of one mask's polygons, 100 bytes each.
+MAX_OUTLINE = 5_000_000
+
+# Numbers beyond this are no pixels of an image, and some beyond it cannot be computed with.
+_MAX_NUMBER = 1e12
 
 MIN_IOU = 0.5  # of a box and its mask's extent
 MAX_LOOSE = 0.01  # fraction of a file's boxes that may be worse
@@ -27,33 +33,48 @@ def check_box(annotation: dict[str, Any], label: str) -> None:
 
 
 def check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) -> list[float]:
-    """Refuse a segmentation that is not a mask of the image; polygons without area are dropped.
+    """Refuse a segmentation that is not a mask of the image; polygons without area are dropped, of which not all are.
 
     Returns:
         The mask's extent.
     """
     segmentation = annotation['segmentation']
     if isinstance(segmentation, dict):
-        return _check_run_lengths(segmentation, [image['height'], image['width']], label)
-    polygons = segmentation if isinstance(segmentation, list) else []
-    if not all(are_numbers(polygon) and len(polygon) % 2 == 0 for polygon in polygons):
-        polygons = []
-    # A polygon of two corners has no area, and pycocotools would take it for a box.
-    annotation['segmentation'] = polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    if not polygons:
+        return check_run_lengths(segmentation, [image['height'], image['width']], label)
+    if not _are_polygons(segmentation):
         raise DataError(
             f'{label} has no mask: write its "segmentation" as polygons of three or more corners, or run lengths'
         )
+    # A polygon of two corners has no area, and pycocotools would take it for a box.
+    annotation['segmentation'] = polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     lows = [min(min(polygon[axis::2]) for polygon in polygons) for axis in (0, 1)]
     highs = [max(max(polygon[axis::2]) for polygon in polygons) for axis in (0, 1)]
     for low, high, length in zip(lows, highs, (image['width'], image['height']), strict=True):
         if low < -length or high > 2 * length:  # would exhaust pycocotools' memory
             far = low if low < -length else high
             raise DataError(f'{label} has a corner at {far}, far outside the image: move it, or remove the mask')
+    outline = sum(map(_outline, polygons))
+    if outline > MAX_OUTLINE:
+        raise DataError(f'{label} has a mask with an outline of {outline:.0f} pixels: write fewer corners')
     return lows + highs
 
 
-def _check_run_lengths(segmentation: dict[str, Any], size: list[int], label: str) -> list[float]:
+def has_no_area(segmentation: Any) -> bool:
+    """Whether it is a list of polygons, all of them with fewer than three corners, such as [[]]."""
+    return _are_polygons(segmentation) and all(len(polygon) < 6 for polygon in segmentation)
+
+
+def _are_polygons(segmentation: Any) -> bool:
+    return isinstance(segmentation, list) and all(are_numbers(x) and len(x) % 2 == 0 for x in segmentation)
+
+
+def _outline(polygon: list[float]) -> float:
+    """Pixels of a polygon's outline, as far as pycocotools draws it."""
+    xs, ys = polygon[::2], polygon[1::2]
+    return sum(max(abs(xs[i] - xs[i - 1]), abs(ys[i] - ys[i - 1])) for i in range(len(xs)))
+
+
+def check_run_lengths(segmentation: dict[str, Any], size: list[int], label: str) -> list[float]:
     """Refuse run lengths that are not those of a mask of this height and width; returns the mask's extent."""
     counts = segmentation.get('counts')
     runs = _run_lengths(counts) if isinstance(counts, str) else counts
@@ -87,14 +108,19 @@ def _run_lengths(text: str) -> list[int]:
     return [-1] if bits else runs
 
 
-def is_a(value: Any, kind: type) -> bool:
+def is_a(value: Any, kind: type | UnionType) -> bool:
     """Whether a value is of this type; a boolean is no integer."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def are_numbers(values: Any) -> bool:
-    """Whether this is a list of finite numbers."""
-    return isinstance(values, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+    """Whether this is a list of finite numbers of a size that pixels can have."""
+    return isinstance(values, list) and all(is_a(x, int | float) and abs(x) < _MAX_NUMBER for x in values)  # no NaN
+
+
+def whole_number(value: Any) -> Any:
+    """A float without fraction, which some programs write for integers, as an integer; other values as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _MAX_NUMBER else value
 
 
 class PlacementCheck:

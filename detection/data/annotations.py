@@ -14,26 +14,33 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from data import DataError
-from detection.data.annotation_checks import PlacementCheck, are_numbers, check_box, check_mask, is_a
+from detection.data.annotation_checks import (
+    PlacementCheck,
+    are_numbers,
+    check_box,
+    check_mask,
+    has_no_area,
+    is_a,
+    whole_number,
+)
 from utils import read_json
 
-# Types of these keys, in whatever section of a file.
-_TYPES = {'id': int, 'image_id': int, 'category_id': int, 'width': int, 'height': int, 'file_name': str, 'name': str}
-
-# Keys that the entries of each section must have.
+# Keys that the entries of each section must have, and their types. Keys that nothing reads may be of any type.
 _KEYS = {
-    'images': ('id', 'file_name', 'width', 'height'),
-    'categories': ('id', 'name'),
-    'annotations': ('image_id', 'category_id', 'bbox'),
+    'images': {'id': int | str, 'file_name': str, 'width': int, 'height': int},
+    'categories': {'id': int, 'name': str},
+    'annotations': {'image_id': int | str, 'category_id': int, 'bbox': object},
 }
+
+_MAX_PIXELS = 178_956_970  # of an image: PIL refuses to decode larger ones
 
 
 def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = True) -> dict[str, Any]:
     """Read a file of images, categories and annotations.
 
     Keys that pycocotools needs and other programs may leave out are filled in: `info`, `iscrowd`, `area`. Annotations
-    are renumbered from 1, since pycocotools takes the id 0 for "not found". `notes` for the log and
-    `is_labelled` are added. Where an annotation has no mask, `segmentation` is missing.
+    are renumbered from 1, since pycocotools takes the id 0 for "not found", and images where an id is a text. `notes`
+    for the log and `is_labelled` are added. Where an annotation has no mask, `segmentation` is missing.
 
     Args:
         path: the file.
@@ -43,16 +50,17 @@ def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = 
     Raises:
         DataError: it cannot be read, or has an invalid entry; the message names it.
     """
-    tree = _read_tree(path)
+    tree = read_tree(path)
     tree['is_labelled'] = needs_objects or 'annotations' in tree
     if not tree['is_labelled']:
         tree['annotations'] = []
     _check_sections(tree, path)
     images = {image['id']: image for image in tree['images']}
+    has_text_ids = _number_images(tree['images'])
     categories = {category['id'] for category in tree['categories']}
-    placement, without_mask = PlacementCheck(), 0
+    placement, without_mask, without_area = PlacementCheck(), 0, []
     for number, annotation in enumerate(tree['annotations'], start=1):
-        label = f'{path}: annotation {annotation.get("id", number)}'
+        label = f'{path}: annotation {str(annotation.get("id", number))[:80]}'
         if annotation['image_id'] not in images:
             raise DataError(f'{label} is of image {annotation["image_id"]}, which is not among the images: remove it')
         if annotation['category_id'] not in categories:
@@ -62,16 +70,21 @@ def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = 
         image = images[annotation['image_id']]
         label_of_image = f'{label}, of {image["file_name"]},'
         check_box(annotation, label_of_image)
-        if not with_masks or annotation.get('segmentation') in (None, [], {}):
+        segmentation = annotation.get('segmentation')
+        is_flat = with_masks and bool(segmentation) and has_no_area(segmentation)
+        if is_flat:
+            without_area.append(label_of_image)
+        if not with_masks or segmentation in (None, [], {}) or is_flat:
             annotation.pop('segmentation', None)
             without_mask += 1
             extent = [0.0] * 4
         else:
             extent = check_mask(annotation, image, label_of_image)
-        annotation['id'] = number
+        annotation |= {'id': number, 'image_id': image['id']}
         if annotation.setdefault('iscrowd', 0) not in (0, 1):
             raise DataError(f'{label} has iscrowd {annotation["iscrowd"]!r}: write 0 or 1')
-        if 'area' not in annotation:
+        annotation['iscrowd'] = int(annotation['iscrowd'])
+        if annotation.get('area') is None:
             annotation['area'] = _area(annotation, image)
         elif not (are_numbers([annotation['area']]) and annotation['area'] >= 0):
             raise DataError(
@@ -80,12 +93,26 @@ def read_annotations(path: Path, with_masks: bool = True, needs_objects: bool = 
         placement.add(annotation, image, extent, label_of_image)
     tree.setdefault('info', {})
     tree['notes'] = placement.finish()
+    if has_text_ids:
+        tree['notes'].append('ids of images are texts: results have numbers instead, from 1 in the order of the file')
     count = len(tree['annotations'])
     if without_mask and with_masks:
         if without_mask == count:
             raise DataError(f'{path}: no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone')
         tree['notes'].append(f'{without_mask} of {count} annotations have no mask, and count for boxes alone')
+    if without_area:
+        tree['notes'].append(
+            f'{len(without_area)} of them have polygons of fewer than three corners, such as {without_area[0][:-1]}'
+        )
     return tree
+
+
+def _number_images(images: list[dict[str, Any]]) -> bool:
+    """Give images numbers as ids where some id is a text, as evaluators need them; returns whether it is so."""
+    has_text_ids = any(isinstance(image['id'], str) for image in images)
+    for number, image in enumerate(images, start=1):
+        image['id'] = number if has_text_ids else image['id']
+    return has_text_ids
 
 
 def _area(annotation: dict[str, Any], image: dict[str, Any]) -> float:
@@ -119,7 +146,7 @@ def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
     Raises:
         DataError: the file cannot be read, or lacks a category.
     """
-    tree = _read_tree(path)
+    tree = read_tree(path)
     tree.setdefault('annotations', [])
     _check_sections(tree, path)
     if names:
@@ -127,12 +154,20 @@ def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
     return [category['name'] for category in tree['categories']]
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The content of an annotation file, not checked; {} where it is no JSON object.
+
+    Raises:
+        DataError: it cannot be read, or is not JSON.
+    """
     remedy = (
         'replace it, or give --data-path the folder that holds annotations/instances_<split>.json and the images in '
         '<split>/'
     )
-    tree = read_json(path, f'annotation file {path}', DataError, remedy)
+    try:
+        tree = read_json(path, f'annotation file {path}', DataError, remedy)
+    except RecursionError:
+        raise DataError(f'annotation file {path} is nested too deeply: {remedy}') from None
     return tree if isinstance(tree, dict) else {}
 
 
@@ -145,11 +180,12 @@ def _check_sections(tree: dict[str, Any], path: Path) -> None:
         for number, entry in enumerate(entries):
             if missing := [key for key in keys if key not in entry]:
                 raise DataError(f'{path}: entry {number} of "{section}" has no {", ".join(missing)}: add it')
-            if wrong := [key for key in _TYPES.keys() & entry.keys() if not is_a(entry[key], _TYPES[key])]:
-                kind = 'text' if _TYPES[wrong[0]] is str else 'an integer'
-                raise DataError(
-                    f'{path}: entry {number} of "{section}" has the {wrong[0]} {entry[wrong[0]]!r}: write {kind}'
-                )
+            for key, kind in keys.items():
+                entry[key] = whole_number(entry[key])
+                if not is_a(entry[key], kind) or (isinstance(entry[key], int) and abs(entry[key]) >= 2**63):
+                    expected = 'text' if kind is str else 'an integer' if kind is int else 'an integer or a text'
+                    value = repr(entry[key])[:80]
+                    raise DataError(f'{path}: entry {number} of "{section}" has the {key} {value}: write {expected}')
     for section in ('images', 'categories'):
         if not tree[section]:
             raise DataError(f'annotation file {path} has no {section}')
@@ -160,6 +196,11 @@ def _check_sections(tree: dict[str, Any], path: Path) -> None:
     for image in tree['images']:
         if not min(image['width'], image['height']) > 0:
             raise DataError(f'{path}: image {image["file_name"]} has no width and height in pixels: write them')
+        if image['width'] * image['height'] > _MAX_PIXELS:
+            raise DataError(
+                f'{path}: image {image["file_name"]} has {image["width"]} x {image["height"]} pixels, too many to be '
+                f'read: correct the entry, or scale the image down'
+            )
 
 
 def _duplicates(values: Iterable[Any]) -> list[Any]:

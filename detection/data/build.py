@@ -31,10 +31,15 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     if dataset.classes != eval_loader.dataset.classes:
         raise DataError(
             f'{dataset.annotation_file} and {eval_loader.dataset.annotation_file} have different categories: '
-            f'write the same ones in the same order into both'
+            f'write the same ones in the same order into both, as python -m detection.tools.convert_dataset does'
         )
     if not eval_loader.dataset.is_labelled:
         raise DataError(f'{eval_loader.dataset.annotation_file} has no annotations to evaluate with: it is for --eval')
+    if not eval_loader.dataset.num_objects:
+        raise DataError(
+            f'{eval_loader.dataset.annotation_file} has no objects in the images to evaluate on, so AP is undefined: '
+            f'annotate them, or give other images as DATA.VAL_SPLIT'
+        )
     is_portrait = [int(image['height'] > image['width']) for image in dataset.images]
     sampler = GroupedTrainSampler(is_portrait, config.DATA.BATCH_SIZE, rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler, collate), eval_loader

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +69,11 @@ class CocoDataset(Shareable, Dataset):
         annotation_file: the file of the objects.
         categories: its entries; label i + 1 is `categories[i]`.
         images: its entries of the images in the dataset.
-        notes: for the log: what was left out of training, loose boxes, EXIF orientations.
+        notes: for the log: what was left out of training or is absent, loose boxes, EXIF orientations.
         ground_truth: the file's content for these images and categories, in evaluation; the process that has read the
             file has it, for pycocotools, and None in others.
         is_labelled: whether the file has annotations at all.
+        num_objects: number of objects in the dataset, without crowd regions.
 
     Raises:
         DataError: the data cannot be used.
@@ -103,8 +104,10 @@ class CocoDataset(Shareable, Dataset):
         keeps_empty = selection.empty_images or not is_train
         usable = [image for image in tree['images'] if objects[image['id']] or keeps_empty]
         images = choose_images(usable, selection.limit or None)
-        if not images:
+        chosen = [x for image in images for x in objects[image['id']]]
+        if not images or (is_train and not chosen):
             raise DataError(f'{self.annotation_file}: none of its images has an object to train on')
+        self.num_objects = len(chosen)
         self.images = PackedList.of(images)
         self._objects = PackedList.of(objects[image['id']] for image in images)
         without_objects = len(tree['images']) - len(usable)
@@ -114,12 +117,27 @@ class CocoDataset(Shareable, Dataset):
             'boxes without area': without_area,
         }
         self.notes = [f'{count} {what} left out' for what, count in counts.items() if count and is_train]
-        self.notes += tree['notes']
+        self.notes += self._notes_on_absence(images, objects, is_train) + tree['notes']
         if len(images) < len(usable):
             self.notes.append(f'{len(images)} of {len(usable)} images, a random but fixed choice')
         self.ground_truth = None if is_train else _ground_truth(tree, images)
         self._check_files()
         self._check_headers()
+
+    def _notes_on_absence(
+        self, images: Sequence[dict[str, Any]], objects: Mapping[Any, list[dict[str, Any]]], is_train: bool
+    ) -> list[str]:
+        """Notes on images and categories without objects: they are easily a mistake, and no error."""
+        if not is_train:
+            return [] if self.num_objects or not self.is_labelled else ['no objects: AP and AR are undefined']
+        empty = sum(not objects[image['id']] for image in images)
+        notes = [f'{empty} images without objects are trained on as background'] if empty else []
+        used = {x['category_id'] for image in images for x in objects[image['id']]}
+        unused = [category['name'] for category in self.categories if category['id'] not in used]
+        if unused:
+            names = ', '.join(unused[:5]) + (', ...' if len(unused) > 5 else '')
+            notes.append(f'{len(unused)} of {len(self.categories)} categories have no object to train on: {names}')
+        return notes
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the ground truth, for other processes."""
@@ -162,7 +180,7 @@ class CocoDataset(Shareable, Dataset):
         names: dict[Path, set[str]] = {}
         paths = [self.folder / entry['file_name'] for entry in self.images]
         for folder in {path.parent for path in paths}:
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # Path.is_dir raises errors for names that are too long
                 raise DataError(f'folder {folder}, with images of {self.annotation_file}, does not exist: add it')
             names[folder] = set(os.listdir(folder))
         missing = [path for path in paths if path.name not in names[path.parent]]

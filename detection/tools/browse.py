@@ -7,12 +7,13 @@ Look at it before training: boxes that are off, classes that are mixed up and cr
 
 import argparse
 import sys
+from pathlib import Path
 
 from detection.data import open_split
 from detection.data.transforms import TrainTransform
 from detection.draw import draw_sheet
 from detection.tools.options import add_data_options, load_data_config
-from utils import exit_on_user_error, home_path, non_negative_int, positive_int
+from utils import OutputError, exit_on_user_error, home_path, non_negative_int, positive_int, printable
 
 
 def main() -> None:
@@ -29,12 +30,16 @@ def main() -> None:
     with exit_on_user_error():
         config = load_data_config(args, args.split.upper())
         dataset = open_split(config, args.split.upper(), TrainTransform(config) if args.augmented else None)
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(dataset, args.count, seed=args.seed).save(args.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f'error: {args.output}: {error}')
-    print(f'{args.output}: {min(args.count, len(dataset))} of {len(dataset)} images', *dataset.notes, sep='; ')
+        images = (dataset.folder / entry['file_name'] for entry in dataset.images)
+        if any(x.name == args.output.name and x.resolve() == args.output.resolve() for x in images):
+            raise OutputError(f'{args.output} is one of the images and would be overwritten: write to another file')
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            draw_sheet(dataset, args.count, seed=args.seed).save(args.output)
+        except (OSError, ValueError) as error:
+            raise OutputError(f'{args.output}: {error}') from error
+        text = [f'{args.output}: {min(args.count, len(dataset))} of {len(dataset)} images', *dataset.notes]
+        print(printable('; '.join(text)))
 
 
 if __name__ == '__main__':

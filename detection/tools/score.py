@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from detection.data import CocoDataset, open_split
-from detection.data.annotation_checks import are_numbers
+from detection.data.annotation_checks import are_numbers, check_run_lengths, is_a
+from detection.data.annotations import to_rle
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from detection.tools.options import add_data_options, load_data_config
 from utils import UserError, exit_on_user_error, home_path, read_json
@@ -28,7 +29,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         ResultsError: it cannot be read, or is none.
     """
-    results = read_json(path, str(path), ResultsError, 'give the results of an evaluation')
+    try:
+        results = read_json(path, str(path), ResultsError, 'give the results of an evaluation')
+    except RecursionError:
+        raise ResultsError(f'{path} is nested too deeply: give the results of an evaluation') from None
     if not isinstance(results, list):
         raise ResultsError(f'{path} is not in the result format of COCO, which is a list')
     for i, result in enumerate(results):
@@ -42,7 +46,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def is_result(x: Any) -> bool:
     """Whether it is a detection in COCO's result format."""
-    if not isinstance(x, dict) or not all(isinstance(x.get(key), int | str) for key in ('image_id', 'category_id')):
+    if not isinstance(x, dict) or not all(is_a(x.get(key), int | str) for key in ('image_id', 'category_id')):
         return False
     if not isinstance(x.get('bbox'), list) or len(x['bbox']) != 4:
         return False
@@ -56,6 +60,7 @@ def by_image(results: list[dict[str, Any]], dataset: CocoDataset, path: Path) ->
 
     Raises:
         ResultsError: one is of no image or category of the data, or has a mask of another size.
+        DataError: a mask is invalid.
     """
     images = {image['id']: image for image in dataset.images}
     categories = {category['id'] for category in dataset.categories}
@@ -69,6 +74,9 @@ def by_image(results: list[dict[str, Any]], dataset: CocoDataset, path: Path) ->
         size = [image['height'], image['width']]
         if result.get('segmentation', {'size': size})['size'] != size:
             raise ResultsError(f'{path}: a mask of image {image["id"]} is not of its size, {size}')
+        if 'segmentation' in result:  # invalid ones would crash pycocotools
+            check_run_lengths(result['segmentation'], size, f'{path}: a detection in image {image["id"]}')
+            result['segmentation'] = to_rle(result['segmentation'], image)
         grouped[image['id']].append(result)
     return grouped
 

@@ -24,13 +24,29 @@ def test_objects_are_right_wrong_missed_or_made_up():
         entry(1, 3, 101, 0.8),  # a dog taken for a cat
         entry(1, 7, 102, 0.4),  # the score is too low
         entry(2, 7, 40, 0.9),  # apart: one missed, one made up
-        entry(3, 3, 0, 0.9),  # crowds are left out
+        entry(3, 3, 4, 0.9),  # in a crowd region of its class: neither right nor made up
     ]
     counts = confusion_matrix({'categories': CATEGORIES, 'annotations': annotations}, results)
-    assert counts.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0]]
+    assert counts.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
     assert confusion_matrix({'categories': CATEGORIES, 'annotations': annotations}, []).tolist() == [
         [0, 0, 1], [0, 0, 2], [0, 0, 0]
     ]  # fmt: skip
+
+
+def test_detections_in_crowd_regions_of_their_class_are_not_counted():
+    region = entry(1, 3, 0, crowd=1) | {'bbox': [0, 0, 100, 100]}
+    tree = {'categories': CATEGORIES, 'annotations': [region, entry(1, 3, 50)]}
+    results = [
+        entry(1, 3, 10, 0.9),  # in the region, although its IoU with it is low
+        entry(1, 3, 80, 0.9),  # regions hold any number of detections
+        entry(1, 3, 94, 0.9),  # half of it and more
+        entry(1, 3, 96, 0.9),  # less than half: made up
+        entry(1, 7, 30, 0.9),  # of another class: made up
+        entry(1, 3, 50, 0.9),  # an object within the region is right
+        entry(2, 3, 10, 0.9),  # another image
+    ]
+    counts = confusion_matrix(tree, results)
+    assert counts.tolist() == [[1, 0, 0], [0, 0, 0], [2, 1, 0]]
 
 
 @pytest.mark.parametrize('seed', range(20))

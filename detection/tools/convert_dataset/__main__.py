@@ -2,13 +2,15 @@
 
     python -m detection.tools.convert_dataset <export> --output <folder>
 
-Reads Roboflow's COCO export, YOLO's text files with their data.yaml, and Pascal VOC's XML files. Boxes and masks stay
-as they are; images are copied. `samples.png` shows some of the result with its boxes.
+Reads exports in COCO's format (Roboflow, Label Studio, CVAT), YOLO's text files, and Pascal VOC's XML files. Boxes and
+masks stay as they are; images are copied, and nothing is written outside the folder. Choices that the files leave open
+are reported on stderr. `samples.png` shows some of the result with its boxes.
 """
 
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +21,17 @@ from data import DataError
 from data.images import choose_images
 from detection.data import CocoDataset
 from detection.draw import draw_sheet
-from detection.tools.convert_dataset.formats import READERS, Item, Source, detect_format
-from utils import exit_on_user_error, home_path, read_json, report_write_errors
+from detection.tools.convert_dataset.formats import READERS, detect_format
+from detection.tools.convert_dataset.names import UniqueNames
+from detection.tools.convert_dataset.source import Item, Source, shown
+from detection.tools.convert_dataset.yolo import read_yolo
+from utils import exit_on_user_error, home_path, printable, read_json, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine
   python -m detection.tools.convert_dataset yolo/data.yaml --output output/mine --link
   python -m detection.tools.convert_dataset VOCdevkit/VOC2012 --output output/voc
+  python -m detection.tools.convert_dataset labelstudio/result.json --output output/mine --val-fraction 0.1
 """
 
 
@@ -33,10 +39,10 @@ def convert(source: Source, output: Path, links: bool = False, val_fraction: flo
     """Write a dataset in COCO's layout: `annotations/instances_<split>.json`, and the images in `<split>/`.
 
     Where there is no `val`, the `test` images become it or, without these, a part of the training images.
-    There need not be training images.
+    There need not be training images. Images keep their names as far as these stay in the folder and are not taken.
 
     Args:
-        source: the dataset.
+        source: the dataset; notes on what has been chosen are added.
         output: a folder that does not exist yet, or an empty one.
         links: make symbolic links to the images, instead of copies.
         val_fraction: part of the training images that becomes `val` where there is nothing else.
@@ -45,17 +51,27 @@ def convert(source: Source, output: Path, links: bool = False, val_fraction: flo
         Images by split.
 
     Raises:
-        DataError: there are too few images, or two of one name.
+        DataError: there are too few images.
         OutputError: the folder cannot be written.
     """
     splits = dict(source.splits)
     if 'val' not in splits and 'test' in splits:
         splits['val'] = splits.pop('test')
+        source.notes.append('there are no validation images: those to test with become val')
     if 'val' not in splits:
         splits['train'], splits['val'] = _divide(splits['train'], val_fraction)
+        source.notes.append(
+            f'there are no validation images: {len(splits["val"])} of {len(source.splits["train"])} training images, a '
+            f'random but fixed choice, become val (--val-fraction)'
+        )
     with report_write_errors(output):
         (output / 'annotations').mkdir(parents=True)
         for split, items in splits.items():
+            names = UniqueNames()
+            items = [item._replace(name=names.add(item.name)) for item in items]
+            if names.renamed:
+                pairs = shown([f'{old} is {new}' for old, new in names.renamed])
+                source.notes.append(f'{split}: {len(names.renamed)} images of equal names are renamed: {pairs}')
             _write_images(items, output / split, links)
             text = json.dumps(to_coco(source.categories, items))
             (output / 'annotations' / f'instances_{split}.json').write_text(text)
@@ -86,11 +102,7 @@ def _divide(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]
 
 
 def _write_images(items: list[Item], folder: Path, links: bool) -> None:
-    seen: dict[str, Path] = {}
     for item in items:
-        if item.name in seen:
-            raise DataError(f'{item.path} and {seen[item.name]} have the same name: rename one of them')
-        seen[item.name] = item.path
         target = folder / item.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if links:
@@ -153,28 +165,39 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('source', type=home_path, metavar='SOURCE', help="folder of the data, or YOLO's data.yaml")
+    add(
+        'source',
+        type=home_path,
+        metavar='SOURCE',
+        help="folder of the data, data.yaml, or COCO's JSON file",
+    )
     add('--output', type=home_path, required=True, metavar='DIR', help='folder to write; it must not exist')
     add('--format', choices=READERS, help='format of the data (recognised by its files)')
     add('--link', action='store_true', help='make symbolic links to the images, instead of copies')
     add('--val-fraction', type=_fraction, default=0.2, metavar='F', help='validation part if there is no split (0.2)')
+    add('--polygons', action='store_true', help="YOLO's lines that may be keypoints or polygons are polygons")
     args = parser.parse_args()
     with exit_on_user_error():
         if not args.source.exists():
             raise DataError(f'{args.source} does not exist: give the folder of the data')
         if args.output.exists():
             raise DataError(f'{args.output} exists: write another --output')
-        source = READERS[args.format or detect_format(args.source)](args.source)
+        name = args.format or detect_format(args.source)
+        source = read_yolo(args.source, args.polygons) if name == 'yolo' else READERS[name](args.source)
         with new_folder(args.output) as folder:
             counts = convert(source, folder, args.link, args.val_fraction)
             datasets = {split: open_converted(folder, split, args.source) for split in counts}
             draw_sheet(next(iter(datasets.values()))).save(folder / 'samples.png')
-    for split, dataset in datasets.items():
-        objects = len(dataset.ground_truth['annotations'])
-        print(f'{split}: {counts[split]} images, {objects} objects', *dataset.notes, sep='; ')
-    opts = f'MODEL.NUM_CLASSES {len(source.categories)} DATA.TRAIN_SPLIT train DATA.VAL_SPLIT val'
-    opts += '' if all(dataset.with_masks for dataset in datasets.values()) else ' MODEL.MASK.ENABLED False'
-    print(f'Look at {args.output / "samples.png"}, then: --data-path {args.output} --opts {opts}')
+        for note in source.notes:
+            print(printable(note), file=sys.stderr)
+        for split, dataset in datasets.items():
+            annotations = dataset.ground_truth['annotations']
+            empty = counts[split] - len({x['image_id'] for x in annotations})
+            text = f'{split}: {counts[split]} images, {empty} of them without objects, {len(annotations)} objects'
+            print(printable('; '.join([text, *dataset.notes])))
+        opts = f'MODEL.NUM_CLASSES {len(source.categories)} DATA.TRAIN_SPLIT train DATA.VAL_SPLIT val'
+        opts += '' if all(dataset.with_masks for dataset in datasets.values()) else ' MODEL.MASK.ENABLED False'
+        print(f'Look at {args.output / "samples.png"}, then: --data-path {args.output} --opts {opts}')
 
 
 if __name__ == '__main__':

@@ -59,6 +59,53 @@ def test_compressed_run_lengths_of_pycocotools_are_read(coco):
     assert (decoded.numpy() == masks).all()
 
 
+def test_polygons_without_area_count_for_their_boxes_alone(coco):
+    flat = [[[]], [[20, 20, 30, 20]], [[20, 20], []]]
+    objects = [rectangle(20, 20, 10, 10) | {'image_id': 5, 'segmentation': x} for x in flat]
+    update_tree(coco, annotations=[*objects, rectangle(4, 4, 10, 10) | {'image_id': 5}])
+    tree = read_annotations(annotation_file(coco))
+    assert ['segmentation' in x for x in tree['annotations']] == [False, False, False, True]
+    assert [x['area'] for x in tree['annotations']] == [100] * 4
+    assert tree['notes'] == [
+        '3 of 4 annotations have no mask, and count for boxes alone',
+        f'3 of them have polygons of fewer than three corners, such as {annotation_file(coco)}: annotation 1, of 0.png',
+    ]
+
+
+def test_plain_oddities_are_read(coco):
+    """Ids of annotations and keys that nothing reads may be anything; whole floats and null areas are understood."""
+    tree = read_tree(coco, 'val')
+    expected = read_annotations(annotation_file(coco))
+    for x in tree['annotations']:
+        x |= {'id': f'6f1c-{x["id"]}', 'image_id': float(x['image_id']), 'width': 3.5, 'name': None, 'area': None}
+        x |= {'category_id': float(x['category_id']), 'iscrowd': False, 'attributes': [1], 'file_name': 7}
+    for x in tree['images']:
+        x |= {'width': float(x['width']), 'name': 3, 'category_id': None}
+    update_tree(coco, annotations=tree['annotations'], images=tree['images'])
+    read = read_annotations(annotation_file(coco))
+    keys = ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd', 'segmentation')
+    for ours, theirs in zip(read['annotations'], expected['annotations'], strict=True):
+        assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+        assert type(ours['image_id']) is type(ours['iscrowd']) is int
+
+
+def test_images_with_texts_as_ids_are_numbered(coco):
+    tree = read_tree(coco, 'val')
+    for x in tree['images']:
+        x['id'] = f'../{x["id"]}'
+    for x in tree['annotations']:
+        x['image_id'] = f'../{x["image_id"]}'
+    update_tree(coco, annotations=tree['annotations'], images=tree['images'])
+    read = read_annotations(annotation_file(coco))
+    assert [x['id'] for x in read['images']] == [1, 2, 3, 4]
+    of_file = [int(x['image_id'][3:]) // 10 + 1 for x in tree['annotations']]
+    assert [x['image_id'] for x in read['annotations']] == of_file
+    assert any('ids of images are texts: results have numbers instead' in note for note in read['notes'])
+    update_tree(coco, annotations=[rectangle(4, 4, 10, 10) | {'image_id': 1}])
+    with pytest.raises(DataError, match='is of image 1, which is not among the images'):
+        read_annotations(annotation_file(coco))
+
+
 @pytest.mark.parametrize(
     ('sections', 'message'),
     [
@@ -71,6 +118,14 @@ def test_compressed_run_lengths_of_pycocotools_are_read(coco):
         ({'categories': [{'id': '3', 'name': 'box'}]}, 'entry 0 of "categories" has the id \'3\': write an integer'),
         ({'images': [{'id': 5, 'file_name': 7, 'width': 4, 'height': 4}]}, 'has the file_name 7: write text'),
         ({'images': [{'id': 5, 'file_name': 'a.png', 'width': 4, 'height': 0}]}, 'a.png has no width and height'),
+        (
+            {'images': [{'id': 5, 'file_name': 'a.png', 'width': 10**9, 'height': 48}]},
+            'has 1000000000 x 48 pixels, too',
+        ),
+        (
+            {'images': [{'id': True, 'file_name': 'a.png', 'width': 4, 'height': 4}]},
+            'has the id True: write an integer',
+        ),
     ],
 )
 def test_invalid_sections_are_named(coco, sections, message):
@@ -89,7 +144,14 @@ def test_invalid_sections_are_named(coco, sections, message):
         ({'bbox': [float('nan'), 2, 3, 4]}, r'has the box \[nan'),
         ({'segmentation': []}, 'no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone'),
         ({'segmentation': None}, 'no annotation has a mask'),
-        ({'segmentation': [[1, 2, 3, 4]]}, 'annotation 41, of 0.png, has no mask: write its "segmentation" as polyg'),
+        ({'segmentation': [[1, 2, 3, 4]]}, 'no annotation has a mask'),
+        (
+            {'segmentation': [[1, 2, 3, 4, 5]]},
+            'annotation 41, of 0.png, has no mask: write its "segmentation" as',
+        ),
+        ({'segmentation': [1, 2, 3, 4, 5, 6]}, 'annotation 41, of 0.png, has no mask'),
+        ({'segmentation': [[1, 2, 60, 4] * 50_000]}, 'has a mask with an outline of 5900000 pixels'),
+        ({'bbox': [1, 2, 10**400, 4]}, 'has the box'),
         ({'segmentation': {'size': [40, 30], 'counts': [5, -1]}}, 'has a mask of size'),
         ({'segmentation': {'size': [40, 30], 'counts': [5, 3]}}, 'has a mask of size'),
         ({'segmentation': {'counts': [48 * 64], 'size': [64, 48]}}, r'mask of size \[64, 48\].*\[48, 64\]'),

@@ -9,7 +9,7 @@ import torch
 from data import DataError
 from detection.data import build_eval_loader, build_loaders
 from detection.data import coco as coco_module
-from tests.helpers.coco_data import CATEGORIES, update_tree
+from tests.helpers.coco_data import CATEGORIES, crowd, read_tree, update_tree
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.processes import run_ranks
 
@@ -70,6 +70,14 @@ def test_data_that_does_not_fit_the_config_is_refused(coco):
         build_eval_loader(config)
     with pytest.raises(DataError, match='6 training images make no full batch: DATA.BATCH_SIZE 4 on 2 process'):
         build_loaders(coco_config(coco, BATCH_SIZE=4), world_size=2)
+    annotations = read_tree(coco, 'val')['annotations']
+    for absent in ([], [crowd(64, 48, rows=9) | {'image_id': 5}]):
+        update_tree(coco, annotations=absent)
+        with pytest.raises(DataError, match='instances_val.json has no objects in the images to evaluate on, so AP is'):
+            build_loaders(coco_config(coco))
+    loader = build_eval_loader(coco_config(coco))  # for --eval it is a note
+    assert 'no objects: AP and AR are undefined' in loader.dataset.notes
+    update_tree(coco, annotations=annotations)
     update_tree(coco, categories=[*CATEGORIES[:2], {'id': 90, 'name': 'common'}])
     with pytest.raises(DataError, match='instances_train.json and .*instances_val.json have different categories'):
         build_loaders(coco_config(coco))

@@ -9,6 +9,7 @@ from data import DataError
 from data.images import read_header
 from detection.data import CocoDataset
 from detection.data import coco as coco_module
+from detection.data.coco import EVERYTHING, Selection
 from tests.helpers.coco_data import crowd, rectangle, update_tree, wedge, write_coco
 from tests.helpers.images import set_orientation
 
@@ -52,13 +53,15 @@ def test_images_without_objects_are_evaluated_but_not_trained_on(coco):
     evaluation, training = CocoDataset(coco, 'val'), CocoDataset(coco, 'val', is_train=True)
     assert (len(evaluation), len(training)) == (4, 1)
     assert training[0][1]['image_id'] == 15
-    assert training.notes == ['3 images without objects left out']
+    unused = '2 of 3 categories have no object to train on: wedge, rare'
+    assert training.notes == ['3 images without objects left out', unused]
     _, target = evaluation[0]
     assert (target['boxes'].shape, target['labels'].shape) == ((0, 4), (0,))
     assert target['masks'].shape == (0, 48, 64)
     update_tree(coco, annotations=[])
-    with pytest.raises(DataError, match=r'instances_val.json: none of its images has an object to train on'):
-        CocoDataset(coco, 'val', is_train=True)
+    for selection in (EVERYTHING, Selection(empty_images=True)):
+        with pytest.raises(DataError, match=r'instances_val.json: none of its images has an object to train on'):
+            CocoDataset(coco, 'val', is_train=True, selection=selection)
 
 
 def test_crowds_and_boxes_without_area_are_left_out_and_boxes_are_clipped(coco):
@@ -73,6 +76,7 @@ def test_crowds_and_boxes_without_area_are_left_out_and_boxes_are_clipped(coco):
         '3 images without objects left out',
         '1 crowd regions left out',
         '3 boxes without area left out',
+        '2 of 3 categories have no object to train on: wedge, rare',
     ]
 
 

@@ -77,7 +77,10 @@ def test_images_without_objects_are_trained_on_if_asked(coco):
     update_tree(coco, 'train', annotations=[rectangle(4, 4, 10, 10) | {'image_id': 15}])
     dataset = CocoDataset(coco, 'train', is_train=True, selection=Selection(empty_images=True))
     assert len(dataset) == 6
-    assert dataset.notes == []
+    assert dataset.notes == [
+        '5 images without objects are trained on as background',
+        '2 of 3 categories have no object to train on: wedge, rare',
+    ]
     config = load(coco, 'DATA.EMPTY_IMAGES', 'True', *ONE_EPOCH, 'OUTPUT', str(coco / 'out'))
     with one_thread():
         program.main(config)

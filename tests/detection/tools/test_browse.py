@@ -27,4 +27,8 @@ def test_it_takes_a_config_and_names_mistakes(coco, tmp_path):
     assert run_here(*PROGRAM, *flags, '--opts', *NO_DROP_PATH).returncode == 0
     assert Image.open(tmp_path / 'sheet.png').size == (1600, 400)
     assert 'MODEL.NUM_CLASSES is 5' in error_line(*PROGRAM, *flags, '--opts', 'MODEL.NUM_CLASSES', '5')
+    image = coco / 'train' / '0.png'
+    before = image.read_bytes()
+    assert '0.png is one of the images and would be overwritten' in error_line(*PROGRAM, *flags[:-3], image)
+    assert image.read_bytes() == before
     assert 'sheet.txt' in error_line(*PROGRAM, *flags[:-3], tmp_path / 'sheet.txt')

@@ -258,7 +258,9 @@ def test_other_mistakes(original, tmp_path):
     assert 'nowhere does not exist' in error_line(*PROGRAM, tmp_path / 'nowhere', '--output', tmp_path / 'new')
     path = folder / 'train' / '_annotations.coco.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'images': [{'id': 3}]}))
-    assert "is not in COCO's format: KeyError" in error_line(*PROGRAM, folder, '--output', tmp_path / 'new')
+    assert 'is of image 5, which the file does not have: add it' in error_line(
+        *PROGRAM, folder, '--output', tmp_path / 'new'
+    )
     with pytest.raises(DataError, match='has no train/_annotations.coco.json'):
         read_roboflow(tmp_path)
     voc = as_voc(original, tmp_path / 'voc')
@@ -266,6 +268,8 @@ def test_other_mistakes(original, tmp_path):
     xml.write_text('<annotation>')
     with pytest.raises(DataError, match='is not XML'):
         read_voc(voc)
+    shutil.rmtree(voc / 'ImageSets')
+    xml = xml.rename(xml.with_name('other.xml'))
     xml.write_text('<annotation><filename>none.png</filename></annotation>')
     with pytest.raises(DataError, match='image none.png is neither in'):
         read_voc(voc)

@@ -28,6 +28,10 @@ def test_each_evaluator_finds_the_annotations_perfect(data, results, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('| box | 100.00 | 100.00 | 100.00 |') == 2
     assert f'{len(results)} detections, pycocotools: ' in done.stdout
+    size, counts = [48, 64], [0, 48 * 64]
+    whole = [{'image_id': 5, 'category_id': 3, 'bbox': [0, 0, 64, 48], 'score': 0.5}]
+    path.write_text(json.dumps([x | {'segmentation': {'size': size, 'counts': counts}} for x in whole]))
+    assert '| mask | 0.00 |' in run_here(*PROGRAM, path, *data).stdout
     path.write_text('[]')
     assert '| box | 0.00 |' in run_here(*PROGRAM, path, *data).stdout
 
@@ -43,6 +47,13 @@ def test_each_evaluator_finds_the_annotations_perfect(data, results, tmp_path):
         ('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 1], "score": 1}]', 'entry 0 is not in the result format'),
         ('[{"image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 1], "score": NaN}]', 'entry 0 is not in the result'),
         ('[{"image_id": [1], "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]', 'entry 0 is not in the result'),
+        (
+            '[{"image_id": 5, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1, '
+            '"segmentation": {"size": [48, 64], "counts": "~~~~"}}]',
+            'a detection in image 5 has a mask of size [48, 64]',
+        ),
+        ('[{"image_id": true, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1}]', 'entry 0 is not in the result'),
+        ('[' * 100_000, 'is nested too deeply'),
         ('{}', 'is not in the result format'),
         ('[', 'is not JSON'),
         (None, 'No such file'),
