@@ -1,5 +1,6 @@
 """Logs of a run: a console on rank 0, a file per rank, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
         OutputError: it cannot be written to.
     """
     with report_write_errors(path.parent):
-        file = logging.FileHandler(path)
+        file = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')
     file.setFormatter(logging.Formatter(f'{_PREFIX}: %(levelname)s %(message)s', _DATE_FORMAT))
     logger.addHandler(file)
 
@@ -85,7 +86,7 @@ class MetricsLog:
             for key, value in record.items()
         }
         with report_write_errors(self.folder):
-            with self.path.open('a') as file:
+            with self.path.open('a', encoding='utf-8') as file:
                 file.write(json.dumps(finite) + '\n')
             if self.writer is not None:
                 for key in record.keys() - {'kind', 'updates'}:
@@ -93,16 +94,39 @@ class MetricsLog:
                 self.writer.flush()
 
     def _remove_from(self, epoch: int, step: int) -> None:
-        """Keep the records of earlier epochs and of this epoch's first updates, but no truncated last line."""
+        """Keep the records of earlier epochs and of this epoch's first updates, and no lines that are no records."""
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            is_earlier = record['epoch'] < epoch or (record['epoch'] == epoch and record.get('step', step) < step)
-            if line.endswith('\n') and is_earlier:
-                kept.append(line)
-        atomic_write(self.path, lambda file: file.write(''.join(kept).encode()))
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                record = parse_record(line)
+                is_earlier = record['epoch'] < epoch or (record['epoch'] == epoch and record.get('step', step) < step)
+                if line.endswith(b'\n') and is_earlier:
+                    kept.append(line)
+        atomic_write(self.path, lambda file: file.write(b''.join(kept)))
+
+
+def parse_record(line: str | bytes) -> dict[str, Any]:
+    """Read a line of `metrics.jsonl`.
+
+    Raises:
+        ValueError: it is no record, such as the truncated last line of a run that was killed.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError('it is nested') from error
+    if not isinstance(record, dict) or record.get('kind') not in ('train', 'epoch') or 'epoch' not in record:
+        raise ValueError('it has no kind or no epoch')
+    counts = {'epoch', 'step', 'updates'} & record.keys()
+    numbers = record.keys() - counts - {'kind'}
+    if not all(type(record[name]) is int and 0 <= record[name] < 2**53 for name in counts):
+        raise ValueError(f'{" or ".join(sorted(counts))} is not a count')
+    # Null stands for a number that is not finite; all others have been of 32 bits.
+    if not all(
+        record[name] is None or (type(record[name]) in (int, float) and abs(record[name]) < 2.0**128)
+        for name in numbers
+    ):
+        raise ValueError('a metric is not a number')
+    return record

@@ -6,6 +6,11 @@ docs/training.md has the commands for other machines. This file holds what is sp
 its metrics. The course of a run stands in engine/run_task.py.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import math
 from collections.abc import Sequence

@@ -4,14 +4,17 @@ import argparse
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +87,8 @@ def exit_on_user_error() -> Iterator[None]:
     A `UserError` ends it with its message and exit code 1, an interrupt (Ctrl-C) with 130, and a reader of the output
     that has read enough (`| head`) without a word.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `startup` has set the other one
     try:
         yield
         flush_output()
@@ -126,7 +131,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         path: the file.
         write: writes the new content; its errors propagate, and the temporary file is removed.
     """
-    temporary = path.with_name(f'{path.name}.{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
+    temporary = path.with_name(f'{path.name}.{_host_hash()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp')
     try:
         with temporary.open('wb') as file:
             write(file)
@@ -142,17 +147,36 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def remove_dead_temporaries(folder: Path) -> None:
     """Remove temporary files of `atomic_write` whose process has died.
 
-    Those of other hosts, whose processes cannot be seen, and of older versions go after an hour without a change.
+    Those of other hosts or containers, whose processes cannot be seen, and of older versions go after an hour without a
+    change.
     """
     for path in [*folder.glob('*.*-*-*.tmp'), *folder.glob('ckpt_*.pth.tmp')]:
-        name = re.search(rf'\.{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}\.tmp$', path.name)
+        name = re.search(rf'\.{_host_hash()}-(\d+)-[0-9a-f]{{8}}\.tmp$', path.name)
         with contextlib.suppress(FileNotFoundError):
             if not is_running(int(name[1])) if name else time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
 
 
+def host_id() -> str:
+    """What the processes have in common that see each other by their numbers: a kernel and, in it, a container.
+
+    Two containers may have the same host name. Where the system names no kernel, a host is its name.
+    """
+    with contextlib.suppress(OSError):
+        kernel = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
+        return f'{platform.node()} {kernel} {os.readlink("/proc/self/ns/pid")}'
+    return platform.node()
+
+
+def _host_hash() -> str:
+    """`host_id` as a part of a file's name."""
+    return hashlib.blake2b(host_id().encode(errors='surrogateescape'), digest_size=6).hexdigest()
+
+
 def is_running(pid: int) -> bool:
-    """Whether this host has such a process."""
+    """Whether this host (see `host_id`) has such a process."""
+    if not 0 < pid < 2**31:  # from a damaged file
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -372,7 +396,10 @@ def environment(device: torch.device) -> dict[str, str]:
 def processor_name() -> str:
     """The processor's name, as far as the system tells it."""
     with contextlib.suppress(OSError):
-        lines = (line.partition(':') for line in Path('/proc/cpuinfo').read_text().splitlines())
+        lines = (
+            line.partition(':')
+            for line in Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
+        )
         for name, _, value in lines:
             if name.strip() == 'model name':
                 return value.strip()
@@ -384,7 +411,9 @@ def git_revision(folder: Path) -> str:
 
     def git(*arguments: str) -> str:
         command = ['git', '-C', str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding='utf-8', errors='replace', check=True
+        ).stdout.strip()
 
     try:
         changed = git('status', '--porcelain', '--untracked-files=no')

@@ -18,7 +18,7 @@ from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
 from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
-from data.workers import init_worker, worker_context
+from data.workers import WorkerLoader
 
 Result = TypeVar('Result')
 OncePerNode = Callable[[Callable[[], Result]], Result]
@@ -142,16 +142,14 @@ def build_loader(
     """Build a loader; see `build_train_loader` for the arguments; `workers` None takes `DATA.NUM_WORKERS`."""
     workers = config.DATA.NUM_WORKERS if workers is None else workers
     cv2.setNumThreads(1)  # as in a worker
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate_fn,
-        multiprocessing_context=worker_context() if workers else None,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        worker_init_fn=init_worker,
         generator=torch.Generator(),  # its own, so creating an iterator draws no number from the run's
     )

@@ -241,7 +241,7 @@ class CocoEvaluation:
         rows = [['', *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
         with report_write_errors(folder):
             for name, table in (('classes', self.class_rows()), ('confusion', rows)):
-                (folder / f'{name}{suffix}.csv').write_text(''.join(map(csv_row, table)))
+                (folder / f'{name}{suffix}.csv').write_text(''.join(map(csv_row, table)), encoding='utf-8')
             draw_confusion(counts, self.class_names).savefig(folder / f'confusion{suffix}.png', dpi=100)
 
 

@@ -7,6 +7,11 @@ docs/detection.md has the commands for other machines. This file holds what is s
 metrics, and what of the network is trained how. The course of a run stands in engine/run_task.py.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path

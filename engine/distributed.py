@@ -4,6 +4,7 @@ import os
 import pickle
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,13 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config_tree import ConfigError
 from engine.signals import Stopped
-from utils import UserError, available_cores
+from utils import UserError, available_cores, host_id
 
 # Set by torchrun and torch.distributed.launch for each process.
 TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 # Set by srun for each process; MASTER_ADDR and MASTER_PORT may be set too.
 SLURM_VARIABLES = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_JOB_NODELIST', 'SLURM_JOB_ID')
+
+# Numbers from here on are those of SLURM's own steps: the shells of salloc and sbatch.
+_SPECIAL_STEPS = 0xFFFFFFF0
 
 # How long processes wait for one that does not answer; docs/training.md says so.
 TIMEOUT = timedelta(minutes=30)
@@ -66,29 +70,37 @@ def read_launcher(variables: Mapping[str, str]) -> Launch | None:
     Raises:
         ConfigError: variables are missing or invalid.
     """
+    variables = {name: value for name, value in variables.items() if value}  # empty is as good as not set
     if 'RANK' in variables or 'WORLD_SIZE' in variables:
         launcher = 'torchrun'
         rank, world_size, local_rank, address, port = _read(variables, TORCHRUN_VARIABLES, launcher)
     elif _is_slurm_task(variables):
         launcher = 'srun'
         fallbacks = {
-            'SLURM_JOB_NODELIST': variables.get('MASTER_ADDR') or variables.get('SLURM_NODELIST'),
+            'SLURM_JOB_NODELIST': variables.get('MASTER_ADDR', variables.get('SLURM_NODELIST')),
             'SLURM_JOB_ID': variables.get('MASTER_PORT'),
         }
         rank, world_size, local_rank, nodes, job = _read({**fallbacks, **variables}, SLURM_VARIABLES, launcher)
         world_size = variables.get('SLURM_STEP_NUM_TASKS', world_size)  # a step may use part of its job
         address = variables.get('MASTER_ADDR') or first_host(variables.get('SLURM_STEP_NODELIST', nodes))
-        step = int(re.sub(r'\D', '', variables.get('SLURM_STEP_ID', '')) or 0)
+        step = _digits(variables.get('SLURM_STEP_ID', ''))
         # One per job, and one per step of a job
-        port = variables.get('MASTER_PORT') or 20_000 + (int(re.sub(r'\D', '', job)) + 7919 * step) % 20_000
+        port = variables.get('MASTER_PORT', 20_000 + (_digits(job) + 7919 * step) % 20_000)
     else:
         return None
     try:
         launch = Launch(launcher, int(rank), int(world_size), int(local_rank), address, int(port))
     except ValueError as error:
-        raise ConfigError(f'a variable of the launcher is not a number: {error}') from error
+        raise ConfigError(
+            f'a variable of the launcher is not a number: rank {rank} of {world_size}, local rank {local_rank}, '
+            f'MASTER_PORT {port}: start with {launcher}, or unset them'
+        ) from error
+    if not 0 < launch.master_port < 2**16:
+        raise ConfigError(f'MASTER_PORT is {port}: write a port from 1 to 65535')
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(f'the launcher says rank {rank} of {world_size} processes: ranks start at 0')
+    if launch.local_rank < 0:
+        raise ConfigError(f'the launcher says local rank {local_rank}: local ranks start at 0')
     return launch
 
 
@@ -103,9 +115,18 @@ def _read(variables: Mapping[str, str], names: tuple[str, ...], launcher: str) -
 
 
 def _is_slurm_task(variables: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has most of its variables, but is not a task of a step."""
-    is_batch_script = variables.get('ENVIRONMENT') == 'BATCH' and 'SLURM_STEP_ID' not in variables
-    return 'SLURM_PROCID' in variables and not is_batch_script
+    """Whether srun started this process.
+
+    A batch script and the shell of salloc have most of srun's variables, but are not tasks of a step with a number.
+    """
+    step = variables.get('SLURM_STEP_ID')
+    is_shell = variables.get('ENVIRONMENT') == 'BATCH' if step is None else _digits(step) >= _SPECIAL_STEPS
+    return 'SLURM_PROCID' in variables and not is_shell
+
+
+def _digits(text: str) -> int:
+    """The digits of a text as a number, 0 if there are none."""
+    return int(re.sub(r'[^0-9]', '', text)[:20] or 0)
 
 
 def first_host(nodes: str) -> str:
@@ -154,9 +175,9 @@ def local_world_size(launch: Launch | None, variables: Mapping[str, str]) -> int
     if launch is None:
         return 1
     if launch.launcher == 'torchrun':
-        return int(variables.get('LOCAL_WORLD_SIZE') or launch.world_size)
+        return _digits(variables.get('LOCAL_WORLD_SIZE', '')) or launch.world_size
     tasks = variables.get('SLURM_STEP_TASKS_PER_NODE') or variables.get('SLURM_TASKS_PER_NODE', '1')  # 8(x2),4
-    return max(map(int, re.findall(r'(?:^|,)(\d+)', tasks)))
+    return max(map(int, re.findall(r'(?:^|,)([0-9]{1,9})', tasks)), default=1)
 
 
 def share_cores(variables: Mapping[str, str]) -> str:
@@ -172,7 +193,7 @@ def share_cores(variables: Mapping[str, str]) -> str:
     """
     if variables.get('OMP_NUM_THREADS'):
         return f'{torch.get_num_threads()} thread(s): OMP_NUM_THREADS'
-    if (per_task := variables.get('SLURM_CPUS_PER_TASK', '')).isdecimal():
+    if re.fullmatch('0*[1-9][0-9]{0,5}', per_task := variables.get('SLURM_CPUS_PER_TASK', '')):
         torch.set_num_threads(int(per_task))
         return f'{per_task} thread(s): SLURM_CPUS_PER_TASK'
     cores = available_cores()
@@ -235,7 +256,7 @@ def _rendezvous(launch: Launch, variables: Mapping[str, str]) -> dict[str, Any]:
         # After a restart, torchrun's store still holds the addresses of the previous ranks (PyTorch 2.11), and a rank
         # that reads another's too early fails. Nodes count restarts separately: see docs/training.md.
         store = dist.TCPStore(launch.master_addr, launch.master_port, is_master=False)
-        return {'store': dist.PrefixStore(f'restart_{variables["TORCHELASTIC_RESTART_COUNT"]}', store)}
+        return {'store': dist.PrefixStore(f'restart_{variables.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)}
     return {'init_method': 'env://'}
 
 
@@ -284,11 +305,8 @@ def once_per_node(function: Callable[[], Result]) -> Result:
 
 def node_name() -> str:
     """A name for the processes that can map each other's memory: a kernel's, in the same container."""
-    try:
-        kernel = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-        return f'{platform.node()} {kernel} {os.readlink("/proc/self/ns/pid")}'
-    except OSError:  # not Linux: each process by itself
-        return f'{platform.node()} {os.getpid()}'
+    # Elsewhere than on Linux, each process by itself
+    return host_id() if Path('/proc/self/ns/pid').exists() else f'{platform.node()} {os.getpid()}'
 
 
 def _call(function: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
@@ -327,6 +345,8 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
     """
     if not dist.is_initialized():
         return model
+    # About the gradients of position biases, which are small: copying them costs nothing.
+    warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == 'cuda' else None,

@@ -68,7 +68,7 @@ class EvaluationLoop:
         self.step = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self.start_time = time.time()
+        self.start_time = time.monotonic()
         for step, batch in enumerate(progress_bar(self.loader, 'evaluation', self.run.process)):
             self.step = step
             yield batch
@@ -79,7 +79,7 @@ class EvaluationLoop:
     def log(self, text: Callable[[], str]) -> None:
         """Log the current batch, every PRINT_FREQ batches; `text` is evaluated only then."""
         if self.step % self.run.config.PRINT_FREQ == 0:
-            seconds = (time.time() - self.start_time) / (self.step + 1)
+            seconds = (time.monotonic() - self.start_time) / (self.step + 1)
             memory = peak_memory_mb(self.run.process.device)
             self.run.logger.info(
                 f'Test: [{self.step}/{len(self.loader)}]\tTime {seconds:.3f}\t{text()}\tMem {memory:.0f}MB'

@@ -36,31 +36,31 @@ class TrainMeter:
 
     def __init__(self, logger: logging.Logger, metrics: MetricsLog, state: TrainingState, epochs: int):
         self.logger, self.metrics, self.state, self.epochs = logger, metrics, state, epochs
-        self.start_time = self.timed_from = self.logged_time = time.time()
+        self.start_time = self.timed_from = self.logged_time = time.monotonic()
         self.first_timed_step = self.logged_step = state.step
         self.wait = self.wait_before_timed = self.logged_wait = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds since the epoch began or was resumed."""
-        return time.time() - self.start_time
+        return time.monotonic() - self.start_time
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the seconds until each of them arrives are logged as `data`."""
         batches = iter(batches)
         while True:
-            start = time.time()
+            start = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             finally:
-                self.wait += time.time() - start
+                self.wait += time.monotonic() - start
             yield batch
 
     def leave_out(self) -> None:
         """Leave the updates so far out of the mean time and the eta: they took longer than those to come."""
-        self.timed_from, self.first_timed_step, self.wait_before_timed = time.time(), self.state.step, self.wait
+        self.timed_from, self.first_timed_step, self.wait_before_timed = time.monotonic(), self.state.step, self.wait
 
     def log(self, lr: float, loss: Tensor, grad_norm: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the last update and the means of the epoch so far; every rank calls it at the same points.
@@ -71,7 +71,7 @@ class TrainMeter:
             grad_norm: its gradient norm, over all ranks.
             losses: its losses on this rank, by name.
         """
-        state, now = self.state, time.time()
+        state, now = self.state, time.monotonic()
         on_all_ranks = torch.stack((torch.ones_like(loss), loss, *losses.values(), *state.sums))
         ranks, last_loss, *last_losses, loss_sum, norm_sum, updates = all_reduce_sum(on_all_ranks).tolist()
         last_loss, last_norm = last_loss / ranks, grad_norm.item()

@@ -11,11 +11,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, atomic_write, is_running
+from utils import UserError, atomic_write, host_id, is_running, printable, remove_dead_temporaries
 
 # Seconds between the heartbeats of a holder, and without one after which it counts as dead where locks cannot tell.
 HEARTBEAT = 5.0
@@ -26,6 +26,9 @@ SETTLE = 1.0
 
 # What file systems without POSIX locks answer.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+# What `run.lock` says of its holder.
+_HOLDER = {'host': str, 'host_id': str, 'pid': int, 'since': str, 'token': str, 'is_lease': bool}
 
 
 class RunLockError(UserError):
@@ -39,6 +42,8 @@ class RunLock:
     Processes that it starts do not inherit that, as they would a `flock`, so it ends with the training process, however
     that dies. Where the file system has no locks, the file is a lease: its holder is dead if this host has no such
     process any more, or after 30 s without a heartbeat.
+
+    Temporary files of dead processes are removed before the file is written: they may have filled the disk.
 
     A process that holds the lock must not open `run.lock` again: closing any of its descriptors would drop the lock.
 
@@ -127,6 +132,7 @@ class RunLock:
         """Take the lock if it is free."""
         holder = {
             'host': platform.node(),
+            'host_id': host_id(),
             'pid': os.getpid(),
             'since': time.strftime('%Y-%m-%d %H:%M:%S'),
             'token': uuid.uuid4().hex,
@@ -144,6 +150,7 @@ class RunLock:
         if not _is_file(self.path, descriptor) or self._is_leased(descriptor):
             os.close(descriptor)
             return False
+        remove_dead_temporaries(self.folder)  # they may have filled the disk
         self._descriptor, self._holder = descriptor, holder | {'is_lease': False}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(self._holder).encode(), 0)
@@ -159,6 +166,7 @@ class RunLock:
                 return False
         finally:
             os.close(descriptor)
+        remove_dead_temporaries(self.folder)
         holder |= {'is_lease': True}
         atomic_write(self.path, lambda file: file.write(json.dumps(holder).encode()))
         time.sleep(SETTLE)
@@ -170,27 +178,27 @@ class RunLock:
     def _is_leased(self, descriptor: int) -> bool:
         """Whether a process that has no locks holds the file."""
         holder = _parse(os.pread(descriptor, 10_000, 0))
-        return holder is not None and holder.get('is_lease', False) and self._is_beating(descriptor)
+        return holder.get('is_lease', False) and self._is_beating(descriptor)
 
     def _is_beating(self, descriptor: int) -> bool:
         """Whether the process that the file names is alive, by its heartbeats and the file system's own clock."""
         status, holder = os.fstat(descriptor), _parse(os.pread(descriptor, 10_000, 0))
         if status.st_size == 0:
             return False  # created by the caller
-        if holder is not None and holder['host'] == platform.node() and not is_running(holder['pid']):
+        if _is_dead(holder):
             return False
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 now = os.fstat(file.fileno()).st_mtime
         except OSError:  # a folder that cannot be written to
             now = time.time()
-        return now - status.st_mtime < EXPIRY
+        return abs(now - status.st_mtime) < EXPIRY  # a date in the future is no heartbeat either
 
     def _is_ours(self) -> bool:
         if not self._holder['is_lease']:
             return self._descriptor is not None and _is_file(self.path, self._descriptor)
         holder = _read(self.path)
-        return holder == self._holder or (holder is None and self.path.exists())  # it could not be read just now
+        return holder == self._holder or (not holder and self.path.exists())  # it could not be read just now
 
     def _beat(self, released: threading.Event) -> None:
         while not released.wait(HEARTBEAT):
@@ -212,19 +220,31 @@ def _is_file(path: Path, descriptor: int) -> bool:
         return error.errno not in (errno.ENOENT, errno.ESTALE)  # others pass
 
 
-def _name(holder: dict[str, Any] | None) -> str:
-    return f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}' if holder else 'another process'
+def _name(holder: Mapping[str, Any]) -> str:
+    if {'pid', 'host', 'since'} - holder.keys():
+        return 'another process'
+    return printable(f'process {holder["pid"]} on {holder["host"]} since {holder["since"]}')
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _is_dead(holder: Mapping[str, Any]) -> bool:
+    """Whether this host was that of the holder, as far as is known, and has no such process."""
+    is_here = holder['host_id'] == host_id() if 'host_id' in holder else holder.get('host') == platform.node()
+    return is_here and 'pid' in holder and not is_running(holder['pid'])
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         return _parse(path.read_bytes())
     except OSError:
-        return None
+        return {}
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
+def _parse(text: bytes) -> dict[str, Any]:
+    """The holder that a file names; without the entries that are not what this program writes."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        holder = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(holder, dict):
+        return {}
+    return {name: holder[name] for name, kind in _HOLDER.items() if type(holder.get(name)) is kind}

@@ -16,6 +16,10 @@ EXIT_STOPPED = 75
 # From a launcher or the system, from Ctrl-C, and from SLURM before a job's time is up (sbatch --signal=USR1@120).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+# What a stop waits for, in messages; see `StopRequest.waits_for`.
+UPDATE = 'this update'
+COMPILED_UPDATE = 'this update, for which torch.compile works for some minutes'
+
 # Seconds during which another signal counts as a copy of the first: srun and torchrun both forward one.
 _COPY_SECONDS = 0.2
 
@@ -33,10 +37,15 @@ class StopRequest:
     A second signal exits with code 128 + its number, like a process killed by it, also while the process waits for
     another one or for the GPU. The death of the torchrun that started the process requests a stop too: torchrun can be
     started again, and would find the ranks still running.
+
+    Attributes:
+        signal: number of the first signal; 0 before.
+        waits_for: what a stop waits for now, for the message.
     """
 
     def __init__(self) -> None:
-        self.signal = 0  # number of the first signal
+        self.signal = 0
+        self.waits_for = UPDATE
         self.torchrun = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         self._handlers: dict[signal.Signals, signal.Handlers] = {}
         self._wakeup = (-1, -1)  # pipe to which the system writes the number of each signal
@@ -71,7 +80,8 @@ class StopRequest:
                 continue
             if first is None:
                 first = time.monotonic()
-                _announce(f'{signal.Signals(number).name}: stopping after this update')
+                name = signal.Signals(number).name
+                _announce(f'{name}: stopping after {self.waits_for}; a second signal ends the run at once')
             elif time.monotonic() - first > _COPY_SECONDS:
                 os._exit(128 + number)
         os.close(self._wakeup[0])
@@ -83,7 +93,7 @@ class StopRequest:
         """
         if self.torchrun is not None and os.getppid() != self.torchrun and not self.signal:
             self.signal = signal.SIGTERM
-            _announce('torchrun has died: stopping after this update')
+            _announce(f'torchrun has died: stopping after {self.waits_for}')
         requested = torch.tensor(self.signal)
         if dist.is_initialized():
             dist.all_reduce(requested, dist.ReduceOp.MAX)

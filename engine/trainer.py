@@ -16,10 +16,10 @@ from engine.evaluation import EvaluateFn, evaluate_with_ema
 from engine.meter import TrainMeter, progress_bar
 from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePolicy, check_first_bad, update_label
 from engine.run import Run
-from engine.signals import Stopped
+from engine.signals import COMPILED_UPDATE, UPDATE, Stopped
 from engine.state import TrainingState
 from logger import MetricsLog
-from utils import atomic_write, remove_dead_temporaries, report_write_errors
+from utils import atomic_write, report_write_errors
 
 
 class Update(NamedTuple):
@@ -104,26 +104,25 @@ class Trainer:
             with report_write_errors(run.output_dir):
                 dump = run.config.dump().encode()
                 atomic_write(run.output_dir / 'config.yaml', lambda file: file.write(dump))
-                remove_dead_temporaries(run.output_dir)
                 self.metrics = MetricsLog(
                     run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
                 )
         self.first_epoch = state.epoch
-        start_time = timed_from = time.time()
+        start_time = timed_from = time.monotonic()
         first_timed_epoch = state.epoch + self.compiles
         try:
             while state.epoch < epochs:
                 self._epoch_or_save()
                 epochs_left, timed = epochs - state.epoch, state.epoch - first_timed_epoch
-                timed_from = timed_from if timed else time.time()
-                left = timedelta(seconds=int((time.time() - timed_from) / timed * epochs_left)) if timed else '?'
+                timed_from = timed_from if timed else time.monotonic()
+                left = timedelta(seconds=int((time.monotonic() - timed_from) / timed * epochs_left)) if timed else '?'
                 run.logger.info(f'{epochs_left} epochs to go, about {left}')
         except NonFiniteError as error:
             newest = next((path for path in (*run.folder.checkpoints(), run.folder.best) if path.exists()), None)
             raise NonFiniteError(
                 f'{error}. The last good checkpoint is {newest}' if newest else f'{error}. There is no checkpoint'
             ) from error
-        run.logger.info(f'Training time {timedelta(seconds=int(time.time() - start_time))}')
+        run.logger.info(f'Training time {timedelta(seconds=int(time.monotonic() - start_time))}')
 
     def _epoch_or_save(self) -> None:
         """Train one epoch; on a stop request, save a checkpoint within it."""
@@ -190,11 +189,12 @@ class Trainer:
         compiles_now = self.compiles and state.epoch == self.first_epoch
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
         pending = None  # the last update, until schedule and EMA have stepped for it
+        run.stop.waits_for = COMPILED_UPDATE if compiles_now else UPDATE
         for chunk in chunked(meter.watch(batches), run.accumulation_steps):
             update = pending = self.train_step(chunk, pending)
             lr = update.lr
             if compiles_now:
-                compiles_now = False
+                compiles_now, run.stop.waits_for = False, UPDATE
                 meter.leave_out()
             is_logged = (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done
             is_saved = run.config.SAVE_STEPS and state.step % run.config.SAVE_STEPS == 0 and not state.epoch_done

@@ -1,11 +1,16 @@
 """The rooms: imports go one way, modules import alone."""
 
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 
+import pytest
+
+import startup
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import environment
 
@@ -21,6 +26,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 # Modules of the project that a room may import, in addition to its own.
 ALLOWED = {
+    'startup': (),
     'utils': (),
     'models': (),
     'lr_scheduler': (),
@@ -29,9 +35,28 @@ ALLOWED = {
     'data': ('utils',),
     'engine': ('data.samplers', 'logger', 'utils'),
     'config': ('engine.config_keys', 'engine.config_tree', 'models'),
-    'main': ('config', 'data', 'engine', 'lr_scheduler', 'models', 'optimizer', 'tools.benchmark.throughput', 'utils'),
-    'detection': ('config', 'data', 'engine', 'models', 'optimizer', 'tools.benchmark.throughput', 'utils'),
-    'tools': ('config', 'data', 'detection', 'engine', 'main', 'models', 'utils'),
+    'main': (
+        'config',
+        'data',
+        'engine',
+        'lr_scheduler',
+        'models',
+        'optimizer',
+        'startup',
+        'tools.benchmark.throughput',
+        'utils',
+    ),
+    'detection': (
+        'config',
+        'data',
+        'engine',
+        'startup',
+        'models',
+        'optimizer',
+        'tools.benchmark.throughput',
+        'utils',
+    ),
+    'tools': ('config', 'data', 'detection', 'engine', 'logger', 'main', 'models', 'startup', 'utils'),
 }
 
 
@@ -132,3 +157,46 @@ def test_every_module_imports_alone_and_registers_no_global_hook():
     command = [sys.executable, '-c', code, *names]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_programs_end_without_a_traceback_when_interrupted_during_their_imports():
+    programs = {path: path.read_text() for path in FILES if "if __name__ == '__main__':" in path.read_text()}
+    assert len(programs) > 20
+    call = "if __name__ == '__main__':\n    import startup\n\n    startup.before_imports()"
+    for path, text in programs.items():
+        first = next(node for node in ast.parse(text).body if not isinstance(node, ast.Expr))  # after the docstring
+        assert ast.get_source_segment(text, first) == call, path
+        assert 'with exit_on_user_error():' in text, path
+
+
+INTERRUPTED = """
+import os, signal
+import startup
+startup.before_imports()
+if {imported}:
+    from utils import exit_on_user_error
+    with exit_on_user_error():
+        os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(('imported', 'code', 'err'), [(False, -signal.SIGINT, ''), (True, 130, 'interrupted\n')])
+def test_interrupts_before_and_after_the_imports(imported, code, err):
+    command = [sys.executable, '-c', INTERRUPTED.format(imported=imported)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, '', err)
+
+
+def test_user_without_a_name_gets_a_number(monkeypatch):
+    def fail():
+        raise KeyError('getpwuid(): uid not found: 12345')
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        monkeypatch.setattr('getpass.getuser', fail)
+        monkeypatch.setenv('USER', '')
+        startup.before_imports()
+        assert os.environ['USER'] == str(os.getuid())
+    finally:
+        signal.signal(signal.SIGINT, before)

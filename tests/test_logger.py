@@ -4,7 +4,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as program
-from logger import MetricsLog, add_log_file, create_logger
+from logger import MetricsLog, add_log_file, create_logger, parse_record
+from tests.helpers.damage import damaged_metrics
 from tests.helpers.runs import folder_of, records
 
 
@@ -20,6 +21,26 @@ def test_records_that_will_be_repeated_are_removed(tmp_path):
     before = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     MetricsLog(tmp_path, epoch=1, step=1)
     assert (tmp_path / 'metrics.jsonl').read_text().splitlines() == before[:4]
+
+
+def test_damaged_lines_are_removed_and_whole_ones_stay(tmp_path):
+    path, kept = tmp_path / 'metrics.jsonl', 0
+    for content in damaged_metrics():
+        path.write_bytes(content)
+        MetricsLog(tmp_path, epoch=1, step=1)
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept += len(lines)
+        assert all(parse_record(line)['epoch'] <= 1 for line in lines)
+        assert all(line in content.splitlines(keepends=True) for line in lines)
+    assert kept > 100
+
+
+def test_log_is_utf_8_and_loses_no_line(tmp_path, capsys):
+    logger, path = create_logger(1), tmp_path / 'log_rank1.txt'
+    add_log_file(logger, path)
+    logger.info('\u6c7d\u8f66 \udcff')
+    assert path.read_bytes().endswith('\u6c7d\u8f66 \\udcff\n'.encode())
+    assert capsys.readouterr().err == ''
 
 
 def test_only_rank_0_writes_to_the_console(tmp_path, capsys):

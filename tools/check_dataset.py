@@ -6,6 +6,11 @@ PATH may have any format that DATA.DATASET knows. Images are decoded as in train
 verified too. The exit code is 1 where there is anything to list.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import hashlib
 import json
@@ -16,14 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.formats import FORMATS, check_same_classes, find_format
 from data.images import DataError, decode_image
 from data.samples import Samples
 from data.shards import read_index, shard_name
-from data.workers import init_worker, worker_context
+from data.workers import WorkerLoader
 from tools.pack_dataset import verify
 from utils import exit_on_user_error, home_path, positive_int, report_write_errors
 
@@ -67,14 +72,7 @@ def check_split(samples: Samples, workers: int, name: str = '') -> tuple[np.ndar
     Returns:
         A hash of each image's file (N,) uint64, 0 for those with problems, and the problems.
     """
-    loader = DataLoader(
-        _CheckedSamples(samples),
-        batch_size=32,
-        num_workers=workers,
-        collate_fn=list,
-        multiprocessing_context=worker_context() if workers else None,
-        worker_init_fn=init_worker,
-    )
+    loader = WorkerLoader(_CheckedSamples(samples), batch_size=32, num_workers=workers, collate_fn=list)
     hashes, problems = [], []
     with tqdm(total=len(samples), desc=f'check {name}', unit='image', disable=None) as bar:
         for batch in loader:
@@ -160,7 +158,7 @@ def main() -> None:
         if args.json:
             with report_write_errors(args.json):
                 text = json.dumps({'images': images, 'problems': [x._asdict() for x in problems]}, indent=1)
-                args.json.write_text(text)
+                args.json.write_text(text, encoding='utf-8')
     for problem in problems:
         print(f'{problem.kind}\t{problem.text}')
     counts = {kind: sum(problem.kind == kind for problem in problems) for kind in ('broken', 'empty', 'same')}

@@ -8,6 +8,11 @@ and the tools, but no run can be resumed from it. The EMA weights are taken wher
 score higher; --pretrained-weights chooses. Both formats are accepted wherever a checkpoint is.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 from pathlib import Path
 

@@ -3,6 +3,11 @@
 python -m tools.draw_figures --output docs
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import io
 
@@ -15,7 +20,7 @@ from sklearn.datasets import load_sample_image
 
 from tools.visualize.sheets import Choice, draw_kinds
 from tools.visualize.view import prepare, random_predictor
-from utils import home_path
+from utils import exit_on_user_error, home_path
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 PATCH, INK = '#e8e8e8', '#333333'
@@ -126,4 +131,5 @@ def frame(axes: Axes, x: tuple[float, float], y: tuple[float, float], equal: boo
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

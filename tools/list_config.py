@@ -3,6 +3,11 @@
 python -m tools.list_config > docs/configuration.md
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 from itertools import groupby
 from typing import Any
@@ -11,6 +16,7 @@ import config as classification
 import detection.config
 from engine.config_keys import Key
 from engine.config_tree import ConfigTree
+from utils import exit_on_user_error
 
 INTRODUCTION = """# Configuration
 
@@ -83,4 +89,5 @@ def written(value: Any) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

@@ -5,6 +5,11 @@
 The digits are part of scikit-learn, so nothing is downloaded.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import sys
 from pathlib import Path
@@ -13,7 +18,7 @@ import cv2
 import numpy as np
 
 from data.digits import load_split_digits
-from utils import home_path
+from utils import exit_on_user_error, home_path
 
 SIZE = 56  # pixels
 
@@ -53,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

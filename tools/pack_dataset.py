@@ -6,6 +6,11 @@ SOURCE may have any format that DATA.DATASET knows: class folders, Swin's zip la
 An interrupted run goes on where it stopped; the same command on complete shards verifies their checksums.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import fcntl
 import hashlib
@@ -139,7 +144,7 @@ def verify(path: Path, recorded: dict[str, Any]) -> None:
 def _locked(root: Path) -> Iterator[None]:
     """Make a folder, and keep other processes from packing into it."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / '.lock').open('w') as file:
+    with (root / '.lock').open('w', encoding='utf-8') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

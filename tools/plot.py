@@ -7,8 +7,12 @@ Each run has a colour. The training loss is that of single updates, as logged ev
 exponential moving average; nothing else is averaged.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from logger import parse_record
 from tools.output_files import prepare_figure, save_figure
 from utils import UserError, exit_on_user_error, home_path
 
@@ -63,8 +68,8 @@ class RunMetrics(NamedTuple):
 
     def training_loss(self, name: str = 'loss') -> tuple[np.ndarray, np.ndarray]:
         """Epochs done, with fractions, and a loss of an update then, where it was finite."""
-        updates, losses = (np.array([_number(record[key]) for record in self.updates]) for key in ('updates', name))
-        ends = [0, *(record['updates'] for record in self.epochs)]
+        updates, losses = (np.array([_number(record.get(key)) for record in self.updates]) for key in ('updates', name))
+        ends = [0, *(record.get('updates', 0) for record in self.epochs)]
         epochs = [0, *(record['epoch'] + 1 for record in self.epochs)]
         slope = (epochs[-1] - epochs[-2]) / max(ends[-1] - ends[-2], 1)  # of an epoch that is not finished
         x = np.interp(updates, ends, epochs) + slope * np.maximum(updates - ends[-1], 0)
@@ -90,16 +95,16 @@ def read_run(run: Path, name: str) -> RunMetrics:
     """
     path = run / 'metrics.jsonl'
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else 'not a text'
         raise PlotError(f'{path}: {reason}: give --run the folder of a run') from error
     records: dict[str, dict[int, dict[str, Any]]] = {'epoch': {}, 'train': {}}
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_record(line)
             records[record['kind']][record['epoch' if record['kind'] == 'epoch' else 'updates']] = record
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             if number < len(lines):  # the last line of a run that was killed may be truncated
                 raise PlotError(f'{path}, line {number} is not a record of a run: {error}') from error
     return RunMetrics(name, *([records[kind][key] for key in sorted(records[kind])] for kind in ('epoch', 'train')))

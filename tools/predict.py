@@ -7,6 +7,11 @@ IMAGES are files, folders, quoted patterns, or - for a list of them on standard 
 image's folder is taken for its class.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import os
 import sys

@@ -6,6 +6,11 @@ DIR holds a folder of images for each class. Of every class, a random but fixed 
 whatever their names, stay together, so no picture is in both.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import hashlib
 import random

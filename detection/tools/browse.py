@@ -5,9 +5,12 @@
 Look at it before training: boxes that are off, classes that are mixed up and crops that are too small show at once.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
-import sys
-from pathlib import Path
 
 from detection.data import open_split
 from detection.data.transforms import TrainTransform

@@ -6,6 +6,11 @@ Digits and photographs are part of scikit-learn, so nothing is downloaded. Train
 have different digits, on different halves of the photographs.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import json
 import sys
@@ -18,7 +23,7 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
 from data.digits import load_split_digits
-from utils import home_path
+from utils import exit_on_user_error, home_path
 
 SIZES = ((128, 96), (96, 128))  # width and height, in pixels
 DIGIT_SIZES = 24, 56  # smallest and largest size of a digit, in pixels
@@ -59,7 +64,7 @@ def make_digits_coco(output: Path, train: int = 800, val: int = 200) -> dict[str
                 raise OSError(f'cannot write {output / split / name}')
         categories = [{'id': digit + 1, 'name': str(digit)} for digit in range(10)]
         tree = {'images': images, 'annotations': annotations, 'categories': categories}
-        (output / 'annotations' / f'instances_{split}.json').write_text(json.dumps(tree))
+        (output / 'annotations' / f'instances_{split}.json').write_text(json.dumps(tree), encoding='utf-8')
         written[split] = len(annotations)
     return written
 
@@ -129,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

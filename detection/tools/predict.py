@@ -6,6 +6,11 @@ IMAGES are files, folders, quoted patterns, or - for a list of them on standard 
 has their names, and their paths within the folders.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -6,6 +6,11 @@
 No network is run. With several evaluators, their times can be compared; their metrics are equal.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import time
 from pathlib import Path

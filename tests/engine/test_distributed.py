@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from engine.distributed import (
     TORCHRUN_VARIABLES,
     all_reduce_sum,
     choose_device,
+    distribute,
     first_host,
     gather_on_main_process,
     local_world_size,
@@ -62,6 +64,33 @@ def test_slurm():
     assert read_launcher(step | {'ENVIRONMENT': 'BATCH'}) is None  # python in a batch script, without srun
     assert read_launcher(SRUN | {'ENVIRONMENT': 'BATCH'}) is not None
     assert read_launcher({'SLURM_NTASKS': '8', 'SLURM_JOB_ID': '123'}) is None  # a shell of salloc
+
+
+@pytest.mark.parametrize(
+    'variables',
+    [
+        {'RANK': '', 'WORLD_SIZE': '', 'LOCAL_RANK': '', 'MASTER_ADDR': '', 'MASTER_PORT': ''},
+        SRUN | {'SLURM_STEP_ID': str(0xFFFFFFFA)},  # the shell of salloc, where it is a step of its own
+        SRUN | {'SLURM_STEP_ID': str(0xFFFFFFFB), 'ENVIRONMENT': 'BATCH'},
+        {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '4', 'SLURM_JOB_NODELIST': 'a[1-2]', 'SLURM_NTASKS_PER_NODE': '2'},
+    ],
+)
+def test_processes_without_a_launcher(variables):
+    assert read_launcher(variables) is None
+
+
+@pytest.mark.parametrize('name', [*TORCHRUN, *SRUN, 'SLURM_TASKS_PER_NODE', 'SLURM_CPUS_PER_TASK', 'LOCAL_WORLD_SIZE'])
+@pytest.mark.parametrize('value', ['', 'x', '-1', '2(x2)', '1.5', '9' * 30, '0', '[', 'a[', '\u0663', '70000'])
+def test_odd_values_work_or_are_reported(monkeypatch, name, value):
+    monkeypatch.setattr(torch, 'set_num_threads', lambda count: 0 < count < 2**31 or pytest.fail(str(count)))
+    for variables in (TORCHRUN | {name: value}, SRUN | {name: value}):
+        try:
+            launch = read_launcher(variables)
+            share_cores(variables)
+        except ConfigError:
+            continue
+        assert launch is None or (0 <= launch.rank < launch.world_size and launch.local_rank >= 0)
+        assert local_world_size(launch, variables) >= 0
 
 
 def test_steps_of_a_job_have_ports_of_their_own():
@@ -245,6 +274,36 @@ def test_incomplete_variables_end_the_program(tmp_path):
     assert 'RANK is set but WORLD_SIZE, LOCAL_RANK' in main_error(tmp_path, variables={'RANK': '0'})
     assert 'SLURM_PROCID is set but' in main_error(tmp_path, variables={'SLURM_PROCID': '0'})
     assert SLURM_VARIABLES[0] == 'SLURM_PROCID'
+
+
+class TransposedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient.t().contiguous().t()
+
+
+def test_ddp_does_not_warn_of_strides(tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+
+        def forward(self):
+            return TransposedGradient.apply(self.weight).sum()
+
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            network = distribute(Network(), torch.device('cpu'))
+            network().backward()
+        assert caught == []
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_collectives_of_one_process():

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import utils
 from engine import run_lock
 from engine.run_lock import RunLock, RunLockError
 from tests.helpers.paths import ROOT
@@ -224,3 +226,97 @@ def test_other_errors_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, 'lockf', fail)
     with pytest.raises(OSError, match='Input/output'):
         lock_in(tmp_path).acquire(0)
+
+
+def test_temporary_files_of_dead_processes_go_before_the_lock_is_written(tmp_path, monkeypatch):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    here = utils._host_hash()
+    temporary = tmp_path / f'ckpt_epoch_0.pth.{here}-{dead.pid}-01234567.tmp'
+    temporary.touch()
+    (tmp_path / f'ckpt_epoch_1.pth.{here}-{os.getpid()}-01234567.tmp').touch()  # alive
+    (tmp_path / f'ckpt_epoch_2.pth.0123456789ab-{dead.pid}-01234567.tmp').touch()  # perhaps alive, in a container
+    write = os.pwrite
+
+    def write_to_disk(*arguments):
+        if temporary.exists():
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return write(*arguments)
+
+    monkeypatch.setattr(os, 'pwrite', write_to_disk)
+    lock = lock_in(tmp_path)
+    assert lock.acquire(0)
+    assert len(list(tmp_path.glob('*.tmp'))) == 2
+    lock.release()
+
+
+def test_container_of_the_same_name_is_another_host(tmp_path, without_locks):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    record = {'host': os.uname().nodename, 'pid': dead.pid, 'since': 'today', 'token': 'x', 'is_lease': True}
+    for host_id, is_held in ((utils.host_id(), False), (utils.host_id() + '1', True)):
+        (tmp_path / 'run.lock').write_text(json.dumps(record | {'host_id': host_id}))
+        assert lock_in(tmp_path).is_held_by_another() == is_held
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_lease_of_the_future_has_expired(tmp_path, request, locks):
+    if not locks:
+        request.getfixturevalue('without_locks')
+    record = {'host': 'other', 'pid': 1, 'since': 'tomorrow', 'token': 'x', 'is_lease': True}
+    (tmp_path / 'run.lock').write_text(json.dumps(record))
+    os.utime(tmp_path / 'run.lock', (time.time() + 10_000, time.time() + 10_000))
+    lock = lock_in(tmp_path)
+    assert not lock.is_held_by_another()
+    assert lock.acquire(0)
+    lock.release()
+
+
+def damaged_holders():
+    """Contents that a lock file should not have, from a fixed seed."""
+    rng = random.Random(0)
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        1.5,
+        float('nan'),
+        float('inf'),
+        '',
+        'x\x1b[2J',
+        '\ud800',
+        [],
+        {},
+        [[1]],
+        'é' * 99,
+    ]
+    names = ['host', 'host_id', 'pid', 'since', 'token', 'is_lease', 'other']
+    whole = json.dumps({'host': 'a', 'pid': 1, 'since': 'now', 'token': 'x', 'is_lease': True}).encode()
+    yield from (b'', b'[]', b'null', b'3', b'"x"', b'\xff\xfe', b'[' * 9_000, b'9' * 9_000, whole[:20])
+    for _ in range(200):
+        record = json.dumps({name: rng.choice(values) for name in rng.sample(names, rng.randint(0, 7))}).encode()
+        if rng.random() < 0.3:
+            record = bytearray(record)
+            record[rng.randrange(len(record))] = rng.randrange(256)
+        yield bytes(record[: rng.randint(0, len(record))]) if rng.random() < 0.3 else bytes(record)
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_damaged_lock_file_is_another_process_until_its_heartbeat_expires(tmp_path, request, locks):
+    if not locks:
+        request.getfixturevalue('without_locks')
+        request.getfixturevalue('monkeypatch').setattr(run_lock, 'SETTLE', 0)
+    for content in damaged_holders():
+        (tmp_path / 'run.lock').write_bytes(content)
+        if lock_in(tmp_path).is_held_by_another():
+            with pytest.raises(RunLockError) as error:
+                lock_in(tmp_path).acquire(0)
+            assert str(error.value).isprintable()
+            os.utime(tmp_path / 'run.lock', (0, 0))
+        lock = lock_in(tmp_path)
+        assert lock.acquire(0)
+        lock.check()
+        lock.release()
+        assert not (tmp_path / 'run.lock').exists()

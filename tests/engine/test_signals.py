@@ -16,9 +16,9 @@ def no_torchrun(monkeypatch):
 
 
 def wait_for(condition):
-    end = time.time() + 10
+    end = time.monotonic() + 10
     while not condition():
-        assert time.time() < end
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 

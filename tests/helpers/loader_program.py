@@ -2,6 +2,7 @@
 
 python -m tests.helpers.loader_program      ends after two epochs
 python -m tests.helpers.loader_program wait waits for a line on standard input before the second one
+python -m tests.helpers.loader_program kill kills a worker before the second one
 """
 
 import os
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from config import load_config
 from data.build import build_loader
 from tests.helpers.paths import TINY
+from utils import exit_on_user_error
 
 WORKERS = 2
 
@@ -38,9 +40,12 @@ def main():
     print(os.getpid(), server, *workers, max(seconds for _, seconds in workers.values()), flush=True)
     if sys.argv[1:] == ['wait']:
         sys.stdin.readline()
+    if sys.argv[1:] == ['kill']:
+        os.kill(next(iter(workers)), signal.SIGKILL)
     other = build_loader(load_config(TINY), Processes(), range(8), batch_size=1, collate_fn=list, workers=WORKERS)
     print(len([*loader, *other]), flush=True)
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

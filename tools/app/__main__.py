@@ -5,6 +5,11 @@
 Nothing is loaded from the network, and nothing leaves it. The page needs Gradio: pip install -r requirements-app.txt.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import errno
 import os

@@ -4,6 +4,11 @@ Whatever a command compares is timed interleaved, in one process, so that a chan
 it. Results are printed, and written as a Markdown table, as JSON and as a chart. The default command is "networks".
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -9,6 +9,11 @@ workers' server; seconds of a core that a worker has used until then; memory of 
 has read the whole list.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import os
 import statistics
@@ -28,7 +33,7 @@ from data.build import build_loader
 from data.packed_lists import NameList
 from data.samples import Samples
 from engine.distributed import once_per_node
-from utils import positive_int
+from utils import exit_on_user_error, positive_int
 
 IMAGENET_SAMPLES, CLASSES = 1_281_167, 1000
 
@@ -98,7 +103,7 @@ def run_rank(rank: int, ranks: int, workers: int, count: int, folder: str) -> No
 
 def total_memory(process: int) -> int:
     """Bytes of the processes below one together (PSS): what several map is counted once."""
-    listed = subprocess.run(['ps', '-e', '-o', 'pid=,ppid='], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(['ps', '-e', '-o', 'pid=,ppid='], capture_output=True, encoding='utf-8', check=True).stdout
     parents = dict(map(int, line.split()) for line in listed.splitlines())
     total = 0
     for pid in parents:
@@ -107,7 +112,7 @@ def total_memory(process: int) -> int:
             ancestor = parents[ancestor]
         path = Path(f'/proc/{pid}/smaps_rollup')
         if ancestor == process and pid != process and path.exists():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(encoding='utf-8').splitlines()
             total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
     return total
 
@@ -131,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with exit_on_user_error():
+        main()

@@ -9,6 +9,11 @@ file is run on real images at several sizes, and kept only if no output differs 
 differences, the range, versions, classes, preprocessing and config.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import json
 import shutil

@@ -8,6 +8,11 @@ where it stopped. Results go to `<output>/study.json` (every run: config, revisi
 and `study.png` as runs end; `--results` prints the tables and draws the chart of such a JSON file. See docs/study.md.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import signal
 import sys
@@ -145,7 +150,7 @@ def main() -> None:
             train(study, StudyRuns(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
         except KeyboardInterrupt:
             sys.exit('stopped: the same command goes on from here')
-        print('\n' + (output / 'study.md').read_text())
+        print('\n' + (output / 'study.md').read_text(encoding='utf-8'))
 
 
 if __name__ == '__main__':

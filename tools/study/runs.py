@@ -98,7 +98,7 @@ def finished_run(
     if not (folder / 'config.yaml').exists():
         return None
     config = study.config(variant, seed, opts)
-    changed = study.task.tree.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text()))
+    changed = study.task.tree.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8')))
     if changed:
         raise StudyError(
             f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
@@ -108,6 +108,9 @@ def finished_run(
         return None
     checkpoint = peek_checkpoint(last)
     epochs, images = read_run(folder, variant).epochs, checkpoint['data']['train']['images']
+    speeds = [record['images_per_s'] for record in epochs if record.get('images_per_s')]
+    if not speeds:
+        raise StudyError(f'{folder / "metrics.jsonl"} does not have the speed of an epoch: write another --output')
     complexity = _complexity(study.task, study.cfg_file, tuple(study.options(variant, 0, opts)))
     return {
         'variant': variant,
@@ -115,7 +118,7 @@ def finished_run(
         'parameters': complexity.parameters,
         'multiply_adds': complexity.measured,
         # From the median epoch, as `seconds` of one that was resumed are those since then.
-        'train_seconds': round(len(epochs) * images / median(record['images_per_s'] for record in epochs), 1),
+        'train_seconds': round(len(epochs) * images / median(speeds), 1),
         'environment': checkpoint['environment'],
         'data': checkpoint['data'],
         'config': checkpoint['config'],

@@ -12,6 +12,11 @@ With one config of an MSG-Transformer, a second table lists its stages. Patch me
 the MSG tokens in the embedding, and the final norm in the head.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 
 import torch

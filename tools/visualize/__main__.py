@@ -6,6 +6,11 @@ IMAGES are files or folders. Each gives a sheet per kind: `attention` of the MSG
 `influence` of windows on a chosen one block by block, and `gradcam` (Grad-CAM) per stage. See docs/pictures.md.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import sys
 from collections import Counter

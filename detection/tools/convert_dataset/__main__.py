@@ -7,6 +7,11 @@ masks stay as they are; images are copied, and nothing is written outside the fo
 are reported on stderr. `samples.png` shows some of the result with its boxes.
 """
 
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
 import argparse
 import json
 import shutil
@@ -74,7 +79,7 @@ def convert(source: Source, output: Path, links: bool = False, val_fraction: flo
                 source.notes.append(f'{split}: {len(names.renamed)} images of equal names are renamed: {pairs}')
             _write_images(items, output / split, links)
             text = json.dumps(to_coco(source.categories, items))
-            (output / 'annotations' / f'instances_{split}.json').write_text(text)
+            (output / 'annotations' / f'instances_{split}.json').write_text(text, encoding='utf-8')
     return {split: len(items) for split, items in splits.items()}
 
 
