@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from data.build import build_loader
 from data.images import DataError, read_file, turn_upright
 from data.packed_lists import NameList
+from utils import printable
 
 # Exit code of a program that is done, but for images that cannot be read
 SOME_UNREADABLE = 3
@@ -111,7 +112,7 @@ class InferenceLoader:
         with tqdm(total=len(self.paths), unit=' images', leave=False, disable=None) as bar:
             for batch in self._loader:
                 for error in batch.errors.values():
-                    tqdm.write(f'error: {error}', file=sys.stderr)
+                    tqdm.write(f'error: {printable(error)}', file=sys.stderr)
                 self.unreadable += len(batch.errors)
                 yield batch
                 bar.update(len(batch.indices) + len(batch.errors))

@@ -1,5 +1,7 @@
 """The formats of `DATA.DATASET`."""
 
+import os
+import unicodedata
 from pathlib import Path
 
 from data.huggingface import HuggingFaceDataset
@@ -39,14 +41,14 @@ def open_samples(name: str, folder: Path, split: str) -> Samples:
 
 def find_format(folder: Path) -> str:
     """The format of a dataset's folder; class folders where nothing tells of another one."""
-    if (folder / 'dataset_dict.json').exists():
+    if os.path.isfile(folder / 'dataset_dict.json'):
         return 'huggingface'
     splits = ('train', 'val')
-    if any((folder / split / INDEX).exists() for split in splits):
+    if any(os.path.isfile(folder / split / INDEX) for split in splits):
         return 'shards'
     if any(ClassFolders.find_classes(folder, split) for split in splits):  # whatever lies beside them
         return 'imagenet'
-    return 'zip' if any((folder / f'{split}_map.txt').exists() for split in splits) else 'imagenet'
+    return 'zip' if any(os.path.isfile(folder / f'{split}_map.txt') for split in splits) else 'imagenet'
 
 
 def check_same_classes(name: str, folder: Path) -> None:
@@ -61,12 +63,20 @@ def check_same_classes(name: str, folder: Path) -> None:
     if sorted(train) == sorted(val):
         raise DataError(f'train and val in {folder} number the same classes differently: write them again')
     texts = []
-    for split, missing in (('val', sorted({*train} - {*val})), ('train', sorted({*val} - {*train}))):
+    for split, missing, others in (('val', {*train} - {*val}, val), ('train', {*val} - {*train}, train)):
         if missing:
+            look = {_look(name) for name in others}
+            shown = [ascii(name) if _look(name) in look else name for name in sorted(missing)[:3]]
             more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
-            texts.append(f'{split}/ has no {", ".join(missing[:3])}{more}')
+            texts.append(f'{split}/ has no {", ".join(shown)}{more}')
     if texts:
         raise DataError(
             f'train/ and val/ in {folder} have different class folders: {", ".join(texts)}: '
             f'add what is missing, or remove it from the other'
         )
+
+
+def _look(name: str) -> str:
+    """What a reader sees of a name: not its spaces and invisible characters, nor which of similar letters it has."""
+    folded = unicodedata.normalize('NFKC', name).casefold()
+    return ''.join(char for char in folded if char.isprintable() and not char.isspace())

@@ -1,13 +1,15 @@
 """The format of Hugging Face datasets that `save_to_disk` has written; it needs `pip install datasets`."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.images import DataError, read_file
+from data.images import DataError, check_image_bytes, open_regular, read_error, read_file
 from data.packed_lists import NameList
-from data.samples import Samples
+from data.samples import Samples, same_letters
 
 # What Hugging Face's datasets call the split for evaluation.
 _SPLITS = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}
@@ -15,6 +17,8 @@ _SPLITS = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}
 
 class HuggingFaceDataset(Samples):
     """The rows of a split of a `DatasetDict` on disk: its one image column, and its one column of class labels.
+
+    A row without an image's bytes names its file; only files in the dataset's folder are read.
 
     Args:
         folder: that `save_to_disk` has written.
@@ -25,31 +29,56 @@ class HuggingFaceDataset(Samples):
     """
 
     def __init__(self, folder: Path, split: str):
-        self.rows, self.where = _open(folder, split), f'{folder} ({split})'
+        self.folder, self.where = folder, f'{folder} ({split})'
+        self.rows = _open(folder, split)
         if self.rows is None:
             raise DataError(f'{folder} has no split {" or ".join(_SPLITS[split])}')
         self._image, self._label = _find_columns(self.rows.features, self.where)
-        self.classes, self.notes = list(self.rows.features[self._label].names), []
-        labels = self.rows.data.column(self._label).fill_null(-1)
-        self.targets = np.asarray(labels, dtype=np.int32)
+        self.classes, self.notes = _class_names(self.rows, self._label), []
+        try:
+            labels = self.rows.data.column(self._label).fill_null(-1)
+            self.targets = np.asarray(labels, dtype=np.int32)
+            images = self.rows.data.column(self._image)
+            paths = (path for chunk in images.chunks for path in chunk.field('path').to_pylist())
+            self.names = NameList.of(f'{i}/{path or ""}' for i, path in enumerate(paths))
+        except Exception as error:  # pyarrow raises errors of many types for columns of other types
+            raise read_error(self.where, error, 'save it again') from error
         if not ((self.targets >= 0) & (self.targets < len(self.classes))).all():
             raise DataError(f'{self.where} has rows without a class: leave them out')
-        images = self.rows.data.column(self._image)
-        paths = (path for chunk in images.chunks for path in chunk.field('path').to_pylist())
-        self.names = NameList.of(f'{i}/{path or ""}' for i, path in enumerate(paths))
 
     @staticmethod
     def find_classes(folder: Path, split: str) -> list[str]:
         """Names of the classes; empty if there is no such split."""
         rows = _open(folder, split)
-        return [] if rows is None else list(rows.features[_find_columns(rows.features, str(folder))[1]].names)
+        return [] if rows is None else _class_names(rows, _find_columns(rows.features, str(folder))[1])
 
     def read(self, index: int) -> bytes:
-        """The image, or the file that its row names."""
-        row = self.rows.data.column(self._image)[index].as_py()
-        if row is None:
+        """The image, or the file in the dataset's folder that its row names."""
+        row = self.rows.data.column(self._image)[index]
+        if not row.is_valid or not (row['bytes'].is_valid or row['path'].is_valid):
             raise DataError(f'image {self.describe(index)} is missing: leave the row out')
-        return row['bytes'] if row['bytes'] is not None else read_file(row['path'])
+        if not row['bytes'].is_valid:
+            return read_file(self._inside(index, row['path'].as_py()))
+        try:
+            content = row['bytes'].as_buffer()
+            check_image_bytes(content.size)
+            return content.to_pybytes()
+        except (ValueError, AttributeError) as error:
+            raise read_error(f'image {self.describe(index)}', error, 'leave the row out') from error
+
+    def _inside(self, index: int, name: str) -> Path:
+        """The path that a row names, which must be in the dataset's folder: the row may come from elsewhere."""
+        folder = self.folder.resolve()
+        try:
+            path = (folder / name).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # such as a loop of links
+            raise read_error(f'image {self.describe(index)}', error, 'leave the row out') from error
+        if not path.is_relative_to(folder):
+            raise DataError(
+                f'image {self.describe(index)} is a file outside the folder of the dataset, which is not read: save '
+                f'the dataset again with the images in its rows, as recent versions of datasets do'
+            )
+        return path
 
     def describe(self, index: int) -> str:
         """The row."""
@@ -62,14 +91,39 @@ def _open(folder: Path, split: str) -> Any:
         import datasets
     except ImportError as error:
         raise DataError('DATA.DATASET huggingface needs the package datasets: pip install datasets') from error
-    if not (folder / 'dataset_dict.json').exists():
+    if not os.path.isfile(folder / 'dataset_dict.json'):
         raise DataError(f'{folder} has no dataset_dict.json: give the folder that DatasetDict.save_to_disk has written')
-    name = next((name for name in _SPLITS[split] if (folder / name).is_dir()), None)
+    name = next((name for name in _SPLITS[split] if os.path.isdir(folder / name)), None)
+    if name is None:
+        return None
     try:
-        return None if name is None else datasets.load_from_disk(str(folder / name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = ' '.join(str(error).split())
-        raise DataError(f'{folder / name} cannot be read ({text}): save it again') from error
+        _check_parts(folder / name)
+        return datasets.load_from_disk(str(folder / name))
+    except Exception as error:  # datasets and pyarrow raise errors of many types for damaged files
+        raise read_error(str(folder / name), error, 'save it again') from error
+
+
+def _check_parts(folder: Path) -> None:
+    """Check that the files of a split are regular files in its folder: others would be read wherever they are.
+
+    Raises:
+        ValueError: they are not.
+        OSError, KeyError, TypeError, RecursionError: the list of files cannot be read.
+    """
+    with open_regular(folder / 'state.json') as file:
+        state = json.load(file)
+    names = ['state.json', 'dataset_info.json', *(part['filename'] for part in state['_data_files'])]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f'{name} is not a file in its folder')
+
+
+def _class_names(rows: Any, label: str) -> list[str]:
+    """Names of the classes of a split's column of labels."""
+    names = rows.features[label].names
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise DataError(f'the column {label} has no names of classes: save the dataset again with them')
+    return [same_letters(name) for name in names]
 
 
 def _find_columns(features: Any, where: str) -> tuple[str, str]:

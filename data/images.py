@@ -1,34 +1,98 @@
 """Reading image files, with errors that name the file at fault."""
 
 import codecs
+import errno
 import glob
 import io
 import os
 import random
+import stat
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import is_image_file
 
-from utils import UserError
+from utils import UserError, printable
 
 Item = TypeVar('Item')
 
+# The most bytes of a file, or of a member of an archive, that are read as one encoded image. The limit of a decoded
+# image is Pillow's `Image.MAX_IMAGE_PIXELS`, 89 million pixels.
+MAX_IMAGE_BYTES = 512 << 20
 
-class DataError(UserError):
-    """A folder or image that cannot be used; the message names it and the remedy.
+# Pillow's names of the formats that are decoded, and the suffixes of their files. Pillow knows others; of them, EPS
+# runs a program.
+IMAGE_FORMATS = {
+    'JPEG': ('.jpg', '.jpeg', '.jfif', '.jpe'),
+    'PNG': ('.png',),
+    'WEBP': ('.webp',),
+    'TIFF': ('.tif', '.tiff'),
+    'BMP': ('.bmp',),
+    'PPM': ('.ppm', '.pgm', '.pbm', '.pnm'),
+    'GIF': ('.gif',),
+    'AVIF': ('.avif',),
+    'JPEG2000': ('.jp2', '.j2k'),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+
+
+class LoaderError(UserError):
+    """Base class of errors that loader processes pass on to the main one.
 
     The error of a loader process is raised again in the main one with the whole traceback as its message, so only the
     last line is kept.
     """
 
     def __init__(self, message: str):
-        last_line = message.strip().splitlines()[-1]
+        last_line = (message.strip().splitlines() or [''])[-1]
         super().__init__(last_line.removeprefix(f'{type(self).__module__}.{type(self).__name__}: '))
+
+
+class DataError(LoaderError):
+    """A folder or image that cannot be used; the message names it and the remedy."""
+
+
+class OpenFilesError(LoaderError):
+    """The limit of open files is reached. It is no `DataError`: no image is at fault, so none may be skipped."""
+
+
+def is_image_file(name: str | Path) -> bool:
+    """Whether a file is an image by the suffix of its name."""
+    return str(name).lower().endswith(IMAGE_SUFFIXES)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Pipes, devices and sockets are refused: they may block, or never end.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if code == errno.EISDIR else 'not a regular file', str(path))
+    return open(path, 'rb')
+
+
+def read_error(name: str | Path, error: Exception, remedy: str) -> LoaderError:
+    """The error in one line for a file that cannot be opened or read.
+
+    Args:
+        name: what messages call the file, such as `image x.png`.
+        error: of the system, or of a library.
+        remedy: what the user can do about it.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return OpenFilesError(
+            f'{name} cannot be opened ({error.strerror}): raise the limit of open files, such as with '
+            f'`ulimit -n 65536`, or write a smaller DATA.NUM_WORKERS'
+        )
+    text = error.strerror if isinstance(error, OSError) and error.strerror else ' '.join(str(error).split())
+    return DataError(f'{name} cannot be read ({text or type(error).__name__}): {remedy}')
 
 
 def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
@@ -41,15 +105,29 @@ def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Im
 
 
 def read_file(path: str | Path) -> bytes:
-    """Read a file.
+    """Read an image file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, is not a regular file, or is larger than `MAX_IMAGE_BYTES`.
+        OpenFilesError: too many files are open.
     """
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f'image {path} cannot be read ({error.strerror}): replace or remove it') from error
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            check_image_bytes(size)
+            return file.read(size)
+    except (OSError, ValueError) as error:
+        raise read_error(f'image {path}', error, 'replace or remove it') from error
+
+
+def check_image_bytes(size: int) -> None:
+    """Check the number of bytes of an encoded image before it is read.
+
+    Raises:
+        ValueError: it is above `MAX_IMAGE_BYTES`.
+    """
+    if size > MAX_IMAGE_BYTES:
+        raise ValueError(f'{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}')
 
 
 def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
@@ -70,12 +148,12 @@ def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool
     if not data:
         raise DataError(f'image {name} is empty: replace or remove it')
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with _open_image(io.BytesIO(data)) as file:
             image = ImageOps.exif_transpose(file) if upright else file
             if image.mode[0] in 'IF':  # PIL would clip it
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
             return image.convert(mode)
-    except _UNREADABLE as error:
+    except Exception as error:  # decoders raise errors of any type for damaged files
         raise _unreadable(name, error) from error
 
 
@@ -102,13 +180,13 @@ def read_header(path: str | Path, data: bytes | None = None) -> ImageHeader:
         DataError: the file is not an image.
     """
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as file:
+        with open_regular(path) if data is None else io.BytesIO(data) as source, _open_image(source) as file:
             exif = Image.Image.getexif(file)  # PNG's own would decode the image first
             orientation = exif.get(ExifTags.Base.Orientation, 1)
             header = ImageHeader(file.size, orientation if orientation in range(1, 9) else 1)
             # PIL opens a TIFF file with its upright size.
             return header._replace(size=header.upright_size) if file.format == 'TIFF' else header
-    except _UNREADABLE as error:
+    except Exception as error:  # see `decode_image`
         raise _unreadable(path, error) from error
 
 
@@ -130,15 +208,21 @@ def turn_upright(data: bytes, name: str | Path, mode: str = 'RGB') -> bytes:
     return turned.getvalue()
 
 
-# What PIL raises for files that it cannot, or should not, decode.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+def _open_image(source: BinaryIO) -> Image.Image:
+    """An image of the known formats and of a safe size, not decoded yet."""
+    image = Image.open(source, formats=tuple(IMAGE_FORMATS))
+    pixels = image.width * image.height
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:  # Pillow warns, up to twice the limit
+        raise Image.DecompressionBombError(f'{pixels} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels')
+    return image
 
 
-def _unreadable(name: str | Path, error: Exception) -> DataError:
+def _unreadable(name: str | Path, error: Exception) -> LoaderError:
     if isinstance(error, Image.DecompressionBombError):
         return DataError(f'image {name} is too large ({error}): scale it down or remove it')
-    text = 'no known image format' if isinstance(error, UnidentifiedImageError) else ' '.join(str(error).split())
-    return DataError(f'image {name} cannot be read ({text}): replace or remove it')
+    if isinstance(error, UnidentifiedImageError):
+        error = ValueError('no known image format')
+    return read_error(f'image {name}', error, 'replace or remove it')
 
 
 def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
@@ -165,7 +249,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if path == _STDIN:
             images += [image for listed in _listed_paths() for image in _images_at(listed)]
-        elif path.exists():
+        elif os.path.exists(path):  # unlike Path.exists, of any path
             images += _images_at(path)
         elif matches := sorted(map(Path, glob.glob(str(path), recursive=True))):
             below = (image for match in matches for image in _images_at(match) if is_image_file(image.name))
@@ -174,7 +258,10 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             problem = 'matches no file' if glob.has_magic(str(path)) else 'does not exist'
             raise DataError(f'{path} {problem}: give image files or folders')
     if not images:
-        raise DataError(f'no images in {", ".join("standard input" if x == _STDIN else str(x) for x in paths)}')
+        where = ', '.join('standard input' if x == _STDIN else str(x) for x in paths)
+        kinds = _other_kinds(paths)
+        found = f', but {kinds.total()} file(s) of other kinds ({describe_kinds(kinds)}): {CONVERT}' if kinds else ''
+        raise DataError(f'no images in {where}{found}')
     return images
 
 
@@ -184,12 +271,19 @@ _STDIN = Path('-')
 def _listed_paths() -> list[Path]:
     """Paths on standard input, one on each line; blank lines are ignored."""
     lines = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8).splitlines()
-    return [Path(os.fsdecode(line)) for line in lines if line.strip()]
+    return [_existing_path(os.fsdecode(line)) for line in lines if line.strip()]
+
+
+def _existing_path(name: str) -> Path:
+    """The path of a line of a list, which may have been written on Windows."""
+    path, with_slashes = Path(name), Path(name.replace('\\', '/'))
+    is_other = with_slashes != path and not os.path.exists(path) and os.path.exists(with_slashes)
+    return with_slashes if is_other else path
 
 
 def _images_at(path: Path) -> list[Path]:
     """The images below a folder; a file as it is."""
-    return [x for x in _files_below(path) if is_image_file(x.name)] if path.is_dir() else [path]
+    return [x for x in _files_below(path) if is_image_file(x.name)] if os.path.isdir(path) else [path]
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -201,16 +295,42 @@ def _files_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        files += [Path(parent, name) for name in names if not name.startswith('.')]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        files += [Path(parent, name) for name in names if not is_hidden(name)]
     return sorted(files)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not the user's, such as `.DS_Store` and what macOS adds to zip archives."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
+# The remedy for images of kinds that are not read
+CONVERT = 'convert images of other kinds, such as HEIC or RAW, to JPEG or PNG'
 
 
 def report_other_files(paths: Iterable[Path]) -> None:
     """Say on stderr how many files below these folders are no images, by their names."""
-    files = (file for path in paths if path.is_dir() for file in _files_below(path))
-    if count := sum(not is_image_file(file.name) for file in files):
-        print(f'{count} file(s) of other kinds left out', file=sys.stderr)
+    if kinds := _other_kinds(paths):
+        print(f'{kinds.total()} file(s) of other kinds left out ({describe_kinds(kinds)})', file=sys.stderr)
+
+
+def _other_kinds(paths: Iterable[Path]) -> Counter[str]:
+    """Numbers of files below folders that are no images, by suffix."""
+    files = (file for path in paths if os.path.isdir(path) for file in _files_below(path))
+    return Counter(kind_of(file.name) for file in files if not is_image_file(file.name))
+
+
+def kind_of(name: str) -> str:
+    """A file's suffix in small letters, or 'no suffix'."""
+    return os.path.splitext(name)[1].lower() or 'no suffix'
+
+
+def describe_kinds(kinds: Counter[str]) -> str:
+    """Numbers of files by suffix, in words; of many suffixes, the five most frequent ones."""
+    frequent = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))[:5]
+    parts = [f'{count} {printable(kind)}' for kind, count in frequent]
+    return ', '.join([*parts, 'others'] if len(kinds) > 5 else parts)
 
 
 def choose_images(images: Sequence[Item], limit: int | None) -> Sequence[Item]:

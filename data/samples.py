@@ -1,5 +1,6 @@
 """One split of a dataset, in any format: its classes and, by index, the samples' names, targets and encoded images."""
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,13 +50,30 @@ class Samples(Shareable, ABC):
 
     def sample_names(self) -> Iterator[str]:
         """The names, in order, without suffixes: equal in all formats that hold the same samples."""
-        return (without_suffix(name) for name in self.names)
+        return (same_letters(without_suffix(name)) for name in self.names)
 
     def empty_classes(self) -> list[str]:
         """What is wrong, in words, with each class that has no samples."""
         present = set(np.unique(self.targets).tolist())
         empty = (name for number, name in enumerate(self.classes) if number not in present)
-        return [f'class {self.where}/{name} holds no images: add some or remove it' for name in empty]
+        return [self.describe_empty(name) for name in empty]
+
+    def describe_empty(self, name: str) -> str:
+        """What is wrong, in words, with a class without samples."""
+        return f'class {self.where}/{name} holds no images: add some or remove it'
+
+
+def same_letters(name: str) -> str:
+    """A name with composed letters (Unicode's NFC), in which equal names are equal.
+
+    A letter such as é is one character on Linux and Windows; in copies from a Mac, it may be an e and an accent.
+    """
+    return name if name.isascii() else unicodedata.normalize('NFC', name)
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name leads out of the folder it is relative to, by `..` among its folders."""
+    return '..' in name and '..' in name.split('/')
 
 
 def without_suffix(name: str) -> str:

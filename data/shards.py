@@ -10,19 +10,25 @@ A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. Of sample
 
 import hashlib
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.images import DataError
+from data.images import MAX_IMAGE_BYTES, DataError, open_regular, read_error
 from data.packed_lists import NameList
-from data.samples import Samples
+from data.samples import Samples, leads_out, same_letters
 from utils import read_json
 
 INDEX, SAMPLES, NAMES = 'index.json', 'samples.npy', 'names.npy'
 FORMAT = 1
 KEYS = 'classes', 'fingerprint', 'samples', 'shards', 'tables'  # of index.json
+
+# Shards that a process keeps open: a dataset may have more of them than a process may open files, often 1024.
+MAX_OPEN = 64
+
+_MAX_INDEX_BYTES = 32 << 20  # of index.json, which has 150 bytes for each shard of 10,000 images
 
 SAMPLE = np.dtype([('offset', '<i8'), ('bytes', '<i8'), ('target', '<i4'), ('name_end', '<i8')])
 
@@ -45,12 +51,16 @@ class Shards(Samples):
         if index is None:
             raise DataError(f'{self.root} has no {INDEX}: make shards with python -m tools.pack_dataset')
         self.classes, self.notes = index['classes'], []
-        self._starts = np.array([shard['first_sample'] for shard in index['shards']])
+        self._starts = np.array([shard['first_sample'] for shard in index['shards']], np.int64)
         table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
+        if problem := _find_problem(index, table, text):
+            raise DataError(f'{self.root / SAMPLES} cannot be read ({problem}): {_remedy(self.root)}')
         self._offsets, self._sizes = np.ascontiguousarray(table['offset']), np.ascontiguousarray(table['bytes'])
         self.targets = np.ascontiguousarray(table['target'])
         self.names = NameList(np.asarray(text), np.ascontiguousarray(table['name_end']))
-        self._files: dict[str, BinaryIO] = {}
+        if odd := _odd_name(self.names):
+            raise DataError(f'{self.root / NAMES} names {odd!r}, which leads out of its folder: {_remedy(self.root)}')
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
 
     @staticmethod
     def find_classes(folder: Path, split: str) -> list[str]:
@@ -67,25 +77,30 @@ class Shards(Samples):
         path = str(self.shard(index))
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:
-            if path not in self._files:
-                self._files[path] = open(path, 'rb', buffering=0)  # noqa: SIM115
-            data = os.pread(self._files[path].fileno(), size, offset)
+            data = os.pread(self._open(path).fileno(), size, offset)
         except OSError as error:
-            raise DataError(
-                f'image {self.describe(index)} cannot be read ({error.strerror}): {_remedy(self.root)}'
-            ) from error
+            raise read_error(f'image {self.describe(index)}', error, _remedy(self.root)) from error
         if len(data) < size:
             raise DataError(
                 f'image {self.describe(index)} is cut short ({len(data)} of {size} bytes): {_remedy(self.root)}'
             )
         return data
 
+    def _open(self, path: str) -> BinaryIO:
+        """A shard's file, which stays open until `MAX_OPEN` others have been read."""
+        if path not in self._files:
+            if len(self._files) >= MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
+            self._files[path] = open_regular(path)
+        self._files.move_to_end(path)
+        return self._files[path]
+
     def describe(self, index: int) -> str:
         """The shard and the sample's name."""
         return f'{self.names[index]} in {self.shard(index)}'
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {'_files': {}}
+        return self.__dict__ | {'_files': OrderedDict()}
 
 
 def shard_name(number: int) -> str:
@@ -100,20 +115,75 @@ def read_index(root: Path) -> dict[str, Any] | None:
         DataError: it cannot be read.
     """
     path = root / INDEX
-    if not path.exists():
+    if not os.path.isfile(path):
         return None
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise DataError(f'{path} cannot be read (it is larger than {_MAX_INDEX_BYTES >> 20} MB): {_remedy(root)}')
     index = read_json(path, str(path), DataError, _remedy(root))
     try:
         if index['format'] != FORMAT:
             raise ValueError(f'format {index["format"]}, not {FORMAT}')
-        return {key: index[key] for key in KEYS}
+        index = {key: index[key] for key in KEYS}
+        _check_index(index)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f'{path} cannot be read ({error}): {_remedy(root)}') from error
+    return index | {'classes': [same_letters(name) for name in index['classes']]}
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    """Check the types and the order of what an index holds.
+
+    Raises:
+        ValueError, KeyError, TypeError: something is wrong.
+    """
+    shards, tables = index['shards'], index['tables']
+    numbers = [index['samples'], *(shard[key] for shard in shards for key in ('first_sample', 'bytes'))]
+    texts = [index['fingerprint'], *index['classes'], *tables.items(), *(shard['sha256'] for shard in shards)]
+    texts = [text for item in texts for text in (item if isinstance(item, tuple) else (item,))]
+    if not (isinstance(index['classes'], list) and isinstance(shards, list)):
+        raise TypeError('classes and shards must be lists')
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise TypeError('a number is not an integer, or is out of range')
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError('a name or checksum is not a text')
+    starts = [shard['first_sample'] for shard in shards]
+    if starts != sorted(set(starts)) or starts[:1] != [0] or starts[-1] >= index['samples']:
+        raise ValueError('the first samples of the shards do not increase from 0')
+
+
+def _find_problem(index: dict[str, Any], table: np.ndarray, text: np.ndarray) -> str | None:
+    """What is wrong with the tables of an index, in words."""
+    if table.dtype != SAMPLE or table.shape != (index['samples'],):
+        return f'it is not a table of {index["samples"]} samples'
+    if text.dtype != np.uint8 or text.ndim != 1:
+        return f'{NAMES} is not a text'
+    starts = np.array([shard['first_sample'] for shard in index['shards']])
+    ends = np.repeat([shard['bytes'] for shard in index['shards']], np.diff(starts, append=index['samples']))
+    offsets, sizes = table['offset'], table['bytes']
+    if not ((offsets >= 0) & (sizes >= 0) & (sizes <= MAX_IMAGE_BYTES) & (offsets <= ends - sizes)).all():
+        return f'an image lies outside its shard, or is larger than {MAX_IMAGE_BYTES:,} bytes'
+    if not ((table['target'] >= 0) & (table['target'] < len(index['classes']))).all():
+        return f'a class index is not one of {len(index["classes"])}'
+    name_ends = table['name_end']
+    if name_ends[0] < 0 or (np.diff(name_ends) < 0).any() or name_ends[-1] != len(text):
+        return f'its names are not those of {NAMES}'
+    return None
+
+
+def _odd_name(names: NameList) -> str | None:
+    """A name that leads out of its folder, or None."""
+    if b'..' not in names.content.tobytes():
+        return None
+    return next((name for name in names if leads_out(name)), None)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open('rb') as file:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
@@ -121,9 +191,9 @@ def _load_table(path: Path, checksums: dict[str, str]) -> np.ndarray:
     try:
         if sha256_of(path) != checksums.get(path.name):
             raise ValueError('it has changed since it was written')
-        return np.load(path, mmap_mode='r')
-    except (OSError, ValueError) as error:
-        raise DataError(f'{path} cannot be read ({error}): {_remedy(path.parent)}') from error
+        return np.lib.format.open_memmap(path, mode='r')
+    except Exception as error:  # NumPy raises errors of many types for damaged headers
+        raise read_error(str(path), error, _remedy(path.parent)) from error
 
 
 def _remedy(root: Path) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 from data.dataset import ImageDataset
 from data.images import DataError
 from data.seeding import seeded
+from utils import printable
 
 
 class SkippedImages:
@@ -31,7 +32,7 @@ class SkippedImages:
         for index in skipped[skipped >= 0].tolist():
             if index not in self.indices:
                 self.indices.add(index)
-                self.warn(f'skipped ({len(self.indices)} so far): {self._error(index)}')
+                self.warn(printable(f'skipped ({len(self.indices)} so far): {self._error(index)}'))
         if len(self.indices) > self.limit:
             raise DataError(
                 f'{len(self.indices)} images cannot be read, more than DATA.ERROR_LIMIT {self.limit}: '

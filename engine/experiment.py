@@ -1,6 +1,7 @@
 """What identifies a run: its origin, data, classes and environment, which every checkpoint records."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,9 @@ def compare_classes(classes: Sequence[str], checkpoint: Mapping[str, Any]) -> li
 
     A checkpoint without class names counts as equal.
     """
-    theirs = checkpoint.get('classes')
-    if not theirs or list(theirs) == list(classes):
+    theirs = [unicodedata.normalize('NFC', str(name)) for name in checkpoint.get('classes') or ()]
+    classes = [unicodedata.normalize('NFC', name) for name in classes]  # copies from a Mac have decomposed letters
+    if not theirs or theirs == classes:
         return []
     if len(classes) != len(theirs):
         return [f'{len(classes)} classes instead of {len(theirs)}']

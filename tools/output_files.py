@@ -1,5 +1,6 @@
 """Files that tools write: checked before the work, replaced in one step after it."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -7,7 +8,7 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
-from utils import OutputError, atomic_write
+from utils import OutputError, atomic_write, printable
 
 
 def prepare_output(path: Path) -> None:
@@ -84,3 +85,9 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
         atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
+
+
+def shown(text: object) -> str:
+    """A text as standard output can show it: control characters, and letters that its encoding lacks, are escaped."""
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    return printable(text).encode(encoding, errors='backslashreplace').decode(encoding)

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -27,14 +28,17 @@ import numpy as np
 from tqdm import tqdm
 
 from data.formats import FORMATS, find_format, open_samples
-from data.images import DataError
+from data.images import DataError, is_image_file, read_error
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
+from tools.output_files import shown
 from utils import (
     atomic_write,
     exit_on_user_error,
+    first_line,
     home_path,
     positive_int,
+    printable,
     read_json,
     remove_dead_temporaries,
     report_write_errors,
@@ -97,7 +101,7 @@ def pack_split(samples: Samples, root: Path, samples_per_shard: int = 10_000, na
     ):
         index = read_index(root)
         if index is not None:
-            if index['fingerprint'] != fingerprint:
+            if index['fingerprint'] != fingerprint or len(index['shards']) != len(starts):
                 raise _other_shards(root)
             Shards(root.parent, root.name)  # checks its tables
         remove_dead_temporaries(root)
@@ -135,7 +139,7 @@ def verify(path: Path, recorded: dict[str, Any]) -> None:
     try:
         actual = sha256_of(path)
     except OSError as error:
-        raise DataError(f'shard {path} cannot be read ({error.strerror}): remove its folder and pack again') from error
+        raise read_error(f'shard {path}', error, 'remove its folder and pack again') from error
     if actual != recorded['sha256']:
         raise DataError(f'shard {path} has changed since it was written: remove its folder and pack again')
 
@@ -161,7 +165,12 @@ def _finished_shard(path: Path, fingerprint: str) -> PackedShard | None:
     """The shard, if an earlier run has finished it."""
     if not (path.exists() and _receipt_of(path).exists()):
         return None
-    shard = PackedShard(**read_json(_receipt_of(path), str(_receipt_of(path)), DataError, 'remove it'))
+    receipt = read_json(_receipt_of(path), str(_receipt_of(path)), DataError, 'remove it')
+    try:
+        shard = PackedShard(**receipt)
+        np.array(shard.table, np.int64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f'{_receipt_of(path)} is damaged ({first_line(error)}): remove it') from error
     if shard.fingerprint != fingerprint:
         raise _other_shards(path.parent)
     verify(path, shard._asdict())
@@ -183,7 +192,7 @@ def _write_shard(samples: Samples, indices: range, path: Path, fingerprint: str)
         written = _HashingWriter(file)
         with tarfile.open(fileobj=written, mode='w', format=tarfile.USTAR_FORMAT) as tar:
             for index in indices:
-                data, suffix = samples.read(index), Path(samples.names[index]).suffix.lower() or '.img'
+                data, suffix = samples.read(index), _member_suffix(samples.names[index])
                 table.append((tar.offset + tarfile.BLOCKSIZE, len(data)))
                 for name, content in ((suffix, data), ('.cls', str(samples.targets[index]).encode())):
                     info = tarfile.TarInfo(f'{index:09d}{name}')
@@ -196,6 +205,12 @@ def _write_shard(samples: Samples, indices: range, path: Path, fingerprint: str)
     verify(path, shard._asdict())
     atomic_write(_receipt_of(path), lambda file: file.write(json.dumps(shard._asdict()).encode()))
     return shard
+
+
+def _member_suffix(name: str) -> str:
+    """The suffix of a sample's image in a shard: that of its file if it is one of an image, else `.img`."""
+    suffix = Path(name).suffix.lower()
+    return suffix if is_image_file(suffix) else '.img'
 
 
 def _write_index(samples: Samples, root: Path, shards: list[PackedShard], starts: range, fingerprint: str) -> None:
@@ -232,7 +247,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with exit_on_user_error():
-        if not args.source.is_dir():
+        if not os.path.isdir(args.source):
             raise DataError(f'{args.source} does not exist: give the folder of a dataset')
         name = args.format or find_format(args.source)
         splits = [split for split in ('train', 'val') if FORMATS[name].find_classes(args.source, split)]
@@ -243,9 +258,9 @@ def main() -> None:
         for split in splits:
             samples = open_samples(name, args.source, split)
             for note in samples.notes:
-                print(f'{split}: {note}', file=sys.stderr)
+                print(printable(f'{split}: {note}'), file=sys.stderr)
             shards = pack_split(samples, args.target / split, args.samples_per_shard, split)
-            print(f'{args.target / split}: {len(samples):,} images in {shards} shard(s), verified')
+            print(shown(f'{args.target / split}: {len(samples):,} images in {shards} shard(s), verified'))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Images to measure loading on: of a dataset, of any folder, or cut from scikit-learn's photographs."""
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +73,13 @@ def find_samples(data_path: Path | None, images: int, folder: Path) -> Samples:
     if data_path is None:
         return FileSamples(make_jpegs(folder, images))
     name = find_format(data_path)
-    if not data_path.is_dir():
+    if not os.path.isdir(data_path):
         raise DataError(f'{data_path} does not exist: give a folder of images, or of a dataset')
     if name == 'imagenet':
         return FileSamples(choose_images(find_images([data_path]), images))
-    split = next(split for split in ('train', 'val') if FORMATS[name].find_classes(data_path, split))
+    split = next((split for split in ('train', 'val') if FORMATS[name].find_classes(data_path, split)), None)
+    if split is None:
+        raise DataError(f'{data_path} holds neither train nor val of the format {name}')
     samples = FORMATS[name](data_path, split)
     return ChosenSamples(samples, random.Random(0).sample(range(len(samples)), min(images, len(samples))))
 

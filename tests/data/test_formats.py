@@ -179,9 +179,18 @@ def test_huggingface_rows_may_name_their_files(tree, tmp_path):
 
     samples = open_samples('huggingface', as_huggingface(tree, tmp_path / 'saved'), 'train')
     path = tree / 'train' / 'class_1' / '2.png'
-    rows = [None, {'bytes': None, 'path': str(path)}]
+    (tmp_path / 'saved' / 'files').mkdir()
+    shutil.copy(path, tmp_path / 'saved' / 'files')
+    (tmp_path / 'saved' / 'files' / 'link.png').symlink_to(path)
+    outside = [str(path), '../images/2.png', 'files/link.png', '/dev/zero']
+    inside = [str(tmp_path / 'saved' / 'files' / '2.png'), 'files/2.png']
+    rows = [None, *({'bytes': None, 'path': name} for name in inside + outside)]
     samples.rows = datasets.Dataset.from_dict({'image': rows}, datasets.Features({'image': datasets.Image()}))
-    assert samples.read(1) == path.read_bytes()
+    for index in (1, 2):
+        assert samples.read(index) == path.read_bytes()
+    for index in (3, 4, 5, 6):
+        with pytest.raises(DataError, match='is a file outside the folder of the dataset, which is not read'):
+            samples.read(index)
     with pytest.raises(DataError, match=r'image 0/0.png in .*saved \(train\) is missing: leave the row out'):
         samples.read(0)
 

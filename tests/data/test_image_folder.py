@@ -60,8 +60,8 @@ def test_linked_folders_count(image_tree):
 
 
 def test_files_of_other_kinds_are_counted(image_tree):
-    for name in ('class_0/a.gif', 'class_0/b.GIF', 'class_1/c.gif', 'class_1/README'):
+    for name in ('class_0/a.heic', 'class_0/b.HEIC', 'class_1/c.heic', 'class_1/README'):
         (image_tree / 'val' / name).touch()
     dataset = open_folder(image_tree)
     assert len(dataset) == 12
-    assert dataset.notes == [f'4 file(s) of other kinds in {image_tree / "val"} left out (.gif, no suffix)']
+    assert dataset.notes == [f'4 file(s) of other kinds in {image_tree / "val"} left out (3 .heic, 1 no suffix)']

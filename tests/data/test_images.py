@@ -150,7 +150,7 @@ def test_images_are_turned_upright_without_loss(tmp_path, suffix):
 def test_files_of_other_kinds_are_counted(image_tree, capsys):
     report_other_files([image_tree, image_tree / 'val' / 'class_0' / '0.png'])
     assert capsys.readouterr().err == ''
-    for name in ('notes.txt', 'class_0/movie.mp4', 'class_1/loop.gif', 'class_1/.hidden'):
+    for name in ('notes.txt', 'class_0/movie.mp4', 'class_1/raw.CR2', 'class_1/.hidden'):
         (image_tree / 'val' / name).write_text('not an image')
     report_other_files([image_tree])
-    assert capsys.readouterr().err == '3 file(s) of other kinds left out\n'
+    assert capsys.readouterr().err == '3 file(s) of other kinds left out (1 .cr2, 1 .mp4, 1 .txt)\n'

@@ -10,10 +10,9 @@ from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
-from torchvision.datasets.folder import is_image_file
 
 from data import DataError
-from data.images import read_header
+from data.images import is_image_file, read_header
 from detection.tools.convert_dataset.source import Item, Source, read_lines, read_text, shown
 
 _DECLARATION = re.compile(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)["\']')

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from torchvision.datasets.folder import is_image_file
 
 from data import DataError
-from data.images import read_header
+from data.images import is_image_file, read_header
 from detection.tools.convert_dataset.source import Item, Source, read_lines, read_text, shown
 
 # Where a split's images may be named, in data.yaml and as folders.
