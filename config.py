@@ -18,6 +18,7 @@ from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MANIP_TYPES, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
+from models.timm_networks import shaping_args
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'check_schedule', 'get_config', 'load_config', 'shared_keys']
 
@@ -151,6 +152,14 @@ def shared_keys(task: str) -> KeyGroup:
         affects='nothing',
         used_with='MODEL.PRETRAINED',
     )
+    c.MODEL.PRETRAINED_MISSING = Key(
+        'error',
+        'Weights that only the network or only PRETRAINED has: error, or allow: load those that both have, and log the '
+        'others',
+        choices=('error', 'allow'),
+        flag='--pretrained-missing',
+        affects='nothing',
+    )
     c.MODEL.NUM_CLASSES = Key(1000, 'Number of classes; 0 for no head', min=0, affects='network')
     c.MODEL.DROP_RATE = Key(
         0.0, "Dropout after the patch embedding, the attention's projection and in the MLPs", min=0, max=1
@@ -161,7 +170,10 @@ def shared_keys(task: str) -> KeyGroup:
     )
 
     c.MODEL.TIMM_ARGS = Key(
-        '', "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)", affects='network'
+        '',
+        "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)",
+        affects='network',
+        stored=shaping_args,
     )
 
     c.MODEL.MSG = KeyGroup()
@@ -390,6 +402,8 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
         raise ConfigError('--eval needs weights: add --resume <checkpoint>')
     if config.EVAL_MODE and config.MODEL.PRETRAINED_WEIGHTS != 'auto':
         raise ConfigError('--eval evaluates raw and EMA weights: leave out --pretrained-weights')
+    if config.EVAL_MODE and config.MODEL.PRETRAINED_MISSING != 'error':
+        raise ConfigError('--eval evaluates trained weights, not missing ones: leave out --pretrained-missing')
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput exclude each other: give one of them')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:

@@ -31,7 +31,7 @@ _LEVELS = np.arange(256)
 def use_arrays(policy: Callable) -> Callable[[Pixels], Pixels]:
     """Make one of timm's policies take and return arrays; it draws the same random numbers as before.
 
-    Operations without an array form, and AugMix, go through PIL.
+    Operations without an array form, those that are not timm's own functions, and AugMix go through PIL.
 
     Args:
         policy: from `timm.data`; a RandAugment or AutoAugment is changed in place.
@@ -63,6 +63,8 @@ class ThroughPil:
 
 
 def _array_form(op: AugmentOp) -> Callable[..., Pixels]:
+    if getattr(op.aug_fn, '__module__', None) != AugmentOp.__module__:  # a user's, perhaps under the name of timm's
+        return ThroughPil(op.aug_fn)
     if op.name in _GEOMETRIC:
         resamplings = op.kwargs['resample']
         resamplings = resamplings if isinstance(resamplings, tuple | list) else [resamplings]

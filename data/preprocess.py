@@ -6,6 +6,7 @@ from yacs.config import CfgNode
 
 from data.dataset import Sample
 from data.device_copies import DeviceCopies
+from data.images import DataError
 from data.transforms import mean_and_std
 
 
@@ -23,7 +24,16 @@ class Preprocess:
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in mean_and_std(config))
 
     def __call__(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, H, W), float32, and class indices (B,)."""
+        """Normalised images (B, C, H, W), float32, and class indices (B,).
+
+        Raises:
+            DataError: normalised images have rectangles to be erased, which would not happen.
+        """
+        if batch.image.dtype != torch.uint8 and batch.erasing.numel():
+            raise DataError(
+                f'the transform gives images of {batch.image.dtype} and rectangles to erase, which are for images of '
+                f'torch.uint8: erase within the transform, and give data.dataset.NO_ERASING'
+            )
         images, targets = self.copies([batch.image, batch.target])
         images = self.normalise(images)
         if batch.image.dtype == torch.uint8:

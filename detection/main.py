@@ -135,15 +135,20 @@ class Detection(Task):
                 run.logger.info(f'{count} batch norms of the backbone stay as they were loaded')
         return synchronize_norms(network, run.process.device, run.process.world_size)
 
-    def load_other_task(self, network: Detector, checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
+    def load_other_task(
+        self, network: Detector, checkpoint: Mapping[str, Any], path: str | Path, missing: str = 'error'
+    ) -> list[str]:
         """Load a classifier's weights into the backbone; see `load_classifier`."""
-        return ['it is a classifier: its weights start the backbone', *load_classifier(network, checkpoint, path)]
+        notes = load_classifier(network, checkpoint, path, missing)
+        return ['it is a classifier: its weights start the backbone', *notes]
 
 
 TASK = Detection()
 
 
-def load_classifier(model: Detector, checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
+def load_classifier(
+    model: Detector, checkpoint: Mapping[str, Any], path: str | Path, missing: str = 'error'
+) -> list[str]:
     """Load a classifier's weights, except its head; norms of feature maps before the last stage stay new.
 
     Weights of other windows are fitted.
@@ -152,17 +157,18 @@ def load_classifier(model: Detector, checkpoint: Mapping[str, Any], path: str | 
         model: the detector.
         checkpoint: from `load_checkpoint`.
         path: the checkpoint's path, for messages.
+        missing: see `load_weights`.
 
     Returns:
-        What was fitted; see `fit_weights`.
+        What was fitted, and what was not loaded; see `fit_weights` and `load_weights`.
 
     Raises:
         CheckpointError: it holds a different network; the message names the weights.
     """
     body = model.backbone.body
     weights, notes = fit_weights(body, checkpoint['model'], path, body.fit_classifier)
-    load_weights(body, {'model': weights}, path)
-    return notes
+    loaded = load_weights(body, {'model': weights}, path, missing=missing)
+    return notes + loaded.notes
 
 
 @torch.inference_mode()

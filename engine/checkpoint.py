@@ -4,19 +4,24 @@ import argparse
 import collections
 import contextlib
 import json
+import os
 import pickle
 import re
+import shlex
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from engine.config_tree import TASKS, stated_task
-from utils import UserError, atomic_write, first_line
+from engine.config_keys import ChangedKey
+from engine.config_tree import TASKS, ConfigTree, get, leaves, stated_task
+from utils import UserError, atomic_write, first_line, printable
 
 
 class CheckpointError(UserError):
@@ -37,12 +42,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def save_safetensors(path: Path, weights: dict[str, Tensor], **metadata: Any) -> None:
     """Write weights as `.safetensors`, with JSON-compatible metadata such as `config` and `classes`.
 
+    As other libraries expect, the metadata say `format: pt` too. Weights that share memory are written twice.
+
     Raises:
         CheckpointError: see `save_checkpoint`.
     """
-    weights = {name: value.contiguous() for name, value in weights.items()}
-    text = {key: json.dumps(value) for key, value in metadata.items()}
-    _save(path, lambda file: file.write(safetensors.torch.save(weights, text)))
+    storages, unshared = set(), {}
+    for name, value in weights.items():
+        storage = value.untyped_storage().data_ptr()
+        unshared[name] = value.clone().contiguous() if storage in storages else value.contiguous()
+        storages.add(storage)
+    text = {'format': 'pt'} | {key: json.dumps(value) for key, value in metadata.items()}
+    _save(path, lambda file: file.write(safetensors.torch.save(unshared, text)))
 
 
 def _save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -69,40 +80,54 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
     Plain state dicts and timm's checkpoints are read too, `.pth` or `.safetensors`; names are freed from the prefixes
-    of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping.
+    of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping,
+    NumPy's scalars as Python's numbers, and paths as text.
 
     Returns:
         The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, the name of their task as
-        `task`, and whatever else there is.
+        `task`, and whatever else there is. Entries that have a name of ours and another form, such as a `config` that
+        is no mapping, are left out; `ignored`, if any, lists them with their types.
 
     Raises:
         CheckpointError: there is no such file, it is not a checkpoint, it is damaged, or it holds more than data.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it knows names that the system does not allow
         raise CheckpointError(
-            f'checkpoint {path} {"is a folder: name a file in it" if path.is_dir() else "does not exist"}'
+            f'checkpoint {path} {"is a folder: name a file in it" if os.path.isdir(path) else "does not exist"}'
         )
     try:
         checkpoint = _load_safetensors(path) if path.suffix == '.safetensors' else _load_pth(path)
     except CheckpointError:
         raise
     except Exception as error:  # the loaders document no exceptions of their own
-        reason = first_line(error)
-        # PyTorch's message says how to run the file's code; of a text it is a number.
-        if isinstance(error, pickle.UnpicklingError) or reason.isdigit():
-            reason = 'it is not a PyTorch file, or holds more than data'
-        raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {reason}') from error
+        raise CheckpointError(f'{path} is not a checkpoint that can be read safely: {_reason(error)}') from error
     weights, ema_weights, entries = _split_weights(checkpoint)
     if weights is None:
         raise CheckpointError(
             f'{path} is not a checkpoint of this project: it has no entry "model" with weights, and is no state dict'
         )
-    entries['model'] = _clean_names(weights)
-    if ema_weights is not None:
-        entries['model_ema'] = _clean_names(ema_weights)
+    entries = _without_other_forms(entries)
+    for name, values in (('model', weights), ('model_ema', ema_weights)):
+        if values is not None:
+            entries[name] = _clean_names(_check_dense(values, path))
     entries['task'] = _task_of(entries)
     return entries
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without PyTorch's advice on how to run the code in it."""
+    unknown_type = re.search(r'[Uu]nsupported (?:global: )?GLOBAL (\S{1,100})', str(error))
+    if unknown_type:
+        name = 'numpy.ndarray' if unknown_type[1].endswith('multiarray._reconstruct') else unknown_type[1]
+        return (
+            f'besides tensors and plain data, it holds {name}, whose code would run: in the program that wrote the '
+            f"file, save the weights alone, torch.save({{'model': model.state_dict()}}, FILE)"
+        )
+    reason = first_line(error)
+    if isinstance(error, pickle.UnpicklingError) or reason.isdigit() or 'weights_only' in reason:
+        return 'it is not a PyTorch file, or holds more than data'
+    return reason
 
 
 def _task_of(entries: Mapping[str, Any]) -> str:
@@ -110,8 +135,7 @@ def _task_of(entries: Mapping[str, Any]) -> str:
 
     Checkpoints of other programs have no such config. Their weights tell: those of a detector have a backbone.
     """
-    config = entries.get('config')
-    stated = stated_task(config) if isinstance(config, Mapping) else None
+    stated = stated_task(entries.get('config', {}))
     is_detector = any(name.startswith('backbone.') for name in entries['model'])
     return stated if stated in TASKS else 'detection' if is_detector else 'classification'
 
@@ -123,10 +147,47 @@ def _load_pth(path: Path, mmap: bool = False) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f'{path} is damaged: the checksum of {damaged} is wrong')
-    # timm saves its command line
-    allowed = [(collections.OrderedDict, 'yacs.config.CfgNode'), argparse.Namespace]
-    with torch.serialization.safe_globals(allowed):
+    with torch.serialization.safe_globals(_HARMLESS):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and is_zip)
+
+
+class _NumpyType:
+    """Stands for a pickled `numpy.dtype`, of which it takes the name and the byte order.
+
+    Args:
+        code: kind and size in bytes, such as `f8`.
+        *options: whether it is aligned, and whether it is a copy.
+    """
+
+    def __init__(self, code: str, *options: bool):
+        self.code, self.order = code, '='
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> bool | int | float | str:
+    """Python's number or text for a pickled scalar of NumPy."""
+    dtype = np.dtype(kind.code).newbyteorder(kind.order)
+    if dtype.kind not in 'biufU':
+        raise pickle.UnpicklingError(f'a scalar of type {dtype}')
+    return np.frombuffer(data, dtype, count=1)[0].item()
+
+
+def _path_text(*parts: str) -> str:
+    """Text for a pickled path."""
+    return os.path.join(*parts)
+
+
+# What pickled objects of other libraries become; their own code does not run
+_PATHS = ('PosixPath', 'WindowsPath', 'PurePosixPath', 'PureWindowsPath')
+_HARMLESS = [
+    argparse.Namespace,  # timm saves its command line
+    (collections.OrderedDict, 'yacs.config.CfgNode'),
+    (_NumpyType, 'numpy.dtype'),
+    *((_numpy_scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+    *((_path_text, f'{module}.{name}') for module in ('pathlib', 'pathlib._local') for name in _PATHS),
+]
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -137,6 +198,88 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError):  # other programs write plain text, such as `format: pt`
                 entries[key] = json.loads(text)
     return entries | ({'model': weights} if weights else {})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(value: Any, depth: int = 10) -> bool:
+    """Whether a value is data as YAML has them, in mappings with text as keys."""
+    if isinstance(value, Mapping):
+        return depth > 0 and all(isinstance(key, str) and _is_plain(x, depth - 1) for key, x in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(x, depth - 1) for x in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _is_mapping(value: Any, is_valid: Callable[[Any], bool], required: Collection[str] = ()) -> bool:
+    """Whether a value is a mapping of valid values, with some keys."""
+    return isinstance(value, Mapping) and all(key in value for key in required) and all(map(is_valid, value.values()))
+
+
+def _is_progress(value: Any) -> bool:
+    return _is_mapping(value, lambda x: isinstance(x, int) and x >= 0, ('epoch', 'step', 'images', 'skipped'))
+
+
+def _is_data(value: Any) -> bool:
+    return _is_mapping(value, lambda split: _is_mapping(split, _is_plain, ('images', 'sha256')))
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value.get('path'), str) and isinstance(value.get('sha256'), str)
+
+
+def _is_origin(value: Any) -> bool:
+    if not (_is_plain(value) and isinstance(value, Mapping) and isinstance(value.get('kind'), str)):
+        return False
+    nested = value.get('origin')
+    return (value['kind'] == 'scratch' or _is_file(value)) and (nested is None or _is_origin(nested))
+
+
+# Forms of the entries that are read, except for the training state's, which `TrainingState` checks
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    'config': lambda value: isinstance(value, Mapping) and _is_plain(value),
+    'classes': lambda value: isinstance(value, list | tuple) and all(isinstance(name, str) for name in value),
+    'scores': lambda value: _is_mapping(value, _is_number),
+    'max_accuracy': _is_number,
+    'epoch': lambda value: isinstance(value, int) and value >= -1,
+    'progress': _is_progress,
+    'place': _is_progress,
+    'data': _is_data,
+    'environment': lambda value: _is_mapping(value, lambda x: isinstance(x, str)),
+    'origin': _is_origin,
+    'pretrained': lambda value: isinstance(value, Mapping) and _is_plain(value) and _is_file(value),
+}
+
+
+def _without_other_forms(entries: dict[str, Any]) -> dict[str, Any]:
+    """Entries, without those in `_FORMS` that have another form; see `load_checkpoint`."""
+    kept, ignored = {}, []
+    for name, value in entries.items():
+        is_valid = _FORMS.get(name) if isinstance(name, str) else None
+        if is_valid and isinstance(value, Tensor) and value.ndim == 0 and value.device.type == 'cpu':
+            value = value.item()
+        if is_valid is None or is_valid(value) or (value is None and name in ('origin', 'pretrained')):
+            kept[name] = value
+        elif value is not None:
+            ignored.append(f'{name} ({type(value).__name__})')
+    kept.pop('ignored', None)
+    return kept | ({'ignored': ignored} if ignored else {})
+
+
+def _check_dense(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights, if all of them are ordinary tensors.
+
+    Raises:
+        CheckpointError: one is sparse, quantized, nested, or without data (on the device `meta`).
+    """
+    for name, x in weights.items():
+        if x.layout != torch.strided or x.is_quantized or x.is_nested or x.device.type != 'cpu':
+            raise CheckpointError(
+                f'{path}: {printable(name)[:100]} is not a dense tensor with data: save it again as an ordinary tensor'
+            )
+    return weights
 
 
 # Entries with weights and with EMA weights: ours and Swin's, then timm's.
@@ -158,7 +301,7 @@ def _split_weights(checkpoint: Any) -> tuple[dict[str, Tensor] | None, dict[str,
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values())
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(x, Tensor) for k, x in value.items())
 
 
 def _clean_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,9 +357,106 @@ def peek_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        return _load_pth(path, mmap=True)
+        checkpoint = _load_pth(path, mmap=True)
     except Exception as error:  # the loaders document no exceptions of their own
         raise CheckpointError(f'{path} is not a checkpoint that can be read safely') from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path} is not a checkpoint of this project')
+    return _without_other_forms(checkpoint)
+
+
+# Keys of the network that may differ between a checkpoint and the network that takes its weights: the network takes
+# images of any size, and `fit_weights` fits the weights to its windows, which the log says.
+_FITTED_KEYS = ('DATA.IMG_SIZE', 'MODEL.MSG.WINDOW_SIZE')
+
+
+def changed_network(
+    config: CfgNode, checkpoint: Mapping[str, Any], tree: ConfigTree, inputs: Sequence[str] = ()
+) -> list[ChangedKey]:
+    """Keys of the network that differ from a checkpoint's config, so that its weights would mean something else.
+
+    Such weights may load: those of a network with another `MANIP_TYPE` or `SHUF_SIZE` have the same names and shapes.
+    Left out are the image size and the window size, to which weights are fitted; keys of `MODEL.MSG` where both
+    networks are of timm; and keys of masks where the config's detector has none.
+
+    Args:
+        config: the config of the network that takes the weights.
+        checkpoint: from `load_checkpoint`. One without a config counts as equal. Of one of another task, the keys of
+            `MODEL.MSG` are compared, if both networks are MSG-Transformers.
+        tree: the keys of `config`.
+        inputs: further keys, of what the network sees, where `tree` and the checkpoint's config have them.
+    """
+    saved = checkpoint.get('config')
+    if not saved:
+        return []
+    theirs = dict(leaves(saved))
+    names = [name for name, key in tree.keys.items() if key.affects == 'network' and name not in _FITTED_KEYS]
+    names += [name for name in inputs if name in tree.keys and name in theirs]
+    network = 'MODEL.BACKBONE' if 'MODEL.BACKBONE' in tree.keys else 'MODEL.TYPE'
+    if checkpoint['task'] != tree.task:
+        theirs_network = theirs.get('MODEL.BACKBONE', theirs.get('MODEL.TYPE', 'msg'))
+        is_msg = theirs_network == 'msg' == get(config, network, 'config')
+        names = [name for name in names if name.startswith('MODEL.MSG.') and is_msg]
+    changed = tree.changed_keys(config, saved, names)
+    if get(config, network, 'config') != 'msg' and not any(key.name == network for key in changed):
+        changed = [key for key in changed if not key.name.startswith('MODEL.MSG.') or key.name.endswith('IN_CHANS')]
+    if 'MODEL.MASK.ENABLED' in tree.keys and not config.MODEL.MASK.ENABLED:
+        changed = [key for key in changed if not key.name.startswith('MODEL.MASK.')]
+    return changed
+
+
+def check_same_network(
+    config: CfgNode,
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    tree: ConfigTree,
+    inputs: Sequence[str] = (),
+    otherwise: str = '',
+) -> None:
+    """Refuse weights that were trained in a network that computes something else; see `changed_network`.
+
+    Args:
+        config: the config of the network that takes the weights.
+        checkpoint: from `load_checkpoint`.
+        path: the checkpoint's path, for messages.
+        tree: the keys of `config`.
+        inputs: see `changed_network`.
+        otherwise: what to do if the other network is wanted, for the message.
+
+    Raises:
+        CheckpointError: the networks differ; the message names the keys, both values and how to undo the difference.
+    """
+    changed = changed_network(config, checkpoint, tree, inputs)
+    if changed:
+        raise CheckpointError(
+            f'the config differs from that of {path} in what the network computes ({"; ".join(map(str, changed))}): '
+            f'write --opts {options_before(changed)}, or give the --cfg of its run{otherwise}'
+        )
+
+
+def options_before(changed: Iterable[ChangedKey]) -> str:
+    """Values of `--opts` with which keys are what they were before."""
+    return ' '.join(f'{key.name} {shlex.quote(str(key.before))}' for key in changed)
+
+
+class Loaded(NamedTuple):
+    """What `load_weights` did.
+
+    Attributes:
+        is_head_new: whether the network kept its own class-dependent weights.
+        missing: names of the network's weights that the checkpoint does not have, so they kept their initial values.
+        unexpected: names of the checkpoint's weights that the network does not have.
+    """
+
+    is_head_new: bool = False
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not loaded, for the log."""
+        kinds = {'not in the file, kept as initialized': self.missing, 'not in the network, left out': self.unexpected}
+        return [f'{len(names)} weights {kind}: {", ".join(names)}' for kind, names in kinds.items() if names]
 
 
 def load_weights(
@@ -225,8 +465,9 @@ def load_weights(
     path: str | Path,
     replaceable: str | None = None,
     is_replaced: bool = False,
-) -> bool:
-    """Load all of a checkpoint's weights into a network.
+    missing: str = 'error',
+) -> Loaded:
+    """Load a checkpoint's weights into a network: all of them, unless `missing` is `allow`.
 
     Args:
         model: the network, not wrapped. Its method `upgrade_state_dict`, if any, renames weights of older checkpoints.
@@ -235,9 +476,8 @@ def load_weights(
         replaceable: regular expression that matches the start of the names of class-dependent weights: the network
             keeps its own where the checkpoint's have another shape.
         is_replaced: the network keeps its own even where the shapes agree.
-
-    Returns:
-        Whether the network kept weights of its own.
+        missing: `allow` loads the weights whose names both have, and leaves out the others; `error` refuses them, and
+            `report` also names the flag that allows them.
 
     Raises:
         CheckpointError: names the missing and unexpected weights, and those of another shape.
@@ -259,11 +499,19 @@ def load_weights(
             if name in theirs and _shape(theirs[name]) != _shape(ours[name])
         ],
     }
+    loaded = Loaded(is_replaced)
+    if missing == 'allow' and (ours.keys() & theirs.keys()) - (heads if is_replaced else set()):
+        loaded = Loaded(is_replaced, problems.pop('missing'), problems.pop('unexpected'))
     if any(problems.values()):
         details = '; '.join(f'{problem}: {_abridged(names)}' for problem, names in problems.items() if names)
-        raise CheckpointError(f'{path} holds a different model from the config: {details}')
-    model.load_state_dict(theirs)
-    return is_replaced
+        is_other_only = missing == 'report' and not problems['shape mismatch'] and ours.keys() & theirs.keys()
+        remedy = '; --pretrained-missing allow loads the weights that both have' if is_other_only else ''
+        raise CheckpointError(f'{path} holds a different model from the config: {details}{remedy}')
+    try:
+        model.load_state_dict(theirs, strict=missing != 'allow')
+    except RuntimeError as error:  # a type of numbers that cannot be converted
+        raise CheckpointError(f'{path} cannot be loaded: {" ".join(str(error).split())[:300]}') from error
+    return loaded
 
 
 def fit_weights(
@@ -286,8 +534,8 @@ def fit_weights(
     fit = fit or getattr(model, 'fit_state_dict', None)
     try:
         return fit(weights) if fit else (weights, [])
-    except ValueError as error:
-        raise CheckpointError(f'{path} holds a different model from the config: {error}') from error
+    except (ValueError, RuntimeError) as error:  # PyTorch cannot interpolate integers, or nothing
+        raise CheckpointError(f'{path} holds a different model from the config: {first_line(error)}') from error
 
 
 def _shape(value: Tensor | None) -> tuple[int, ...] | None:

@@ -1,5 +1,6 @@
 """Keys of a config tree: each with its default, meaning, allowed values and what it affects."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Key:
             `nothing` that a run computes.
         before: what runs did before there was the key, where that is not its default. To be set where a default
             changes.
+        stored: what is taken of a value in a checkpoint's config, which may come from anyone; None takes it as it is.
     """
 
     default: Any
@@ -37,6 +39,7 @@ class Key:
     used_with: str = ''
     affects: str = 'training'
     before: Any = None
+    stored: Callable[[Any], Any] | None = None
 
     @property
     def type(self) -> type:

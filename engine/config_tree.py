@@ -76,7 +76,7 @@ class ConfigTree:
         config = self.defaults()
         for name, value in leaves(saved or {}):
             if name in self.keys and not self.keys[name].flag:
-                self._set(config, name, value, "the checkpoint's config")
+                self._set(config, name, self._stored(name, value), "the checkpoint's config")
         for path, tree in _read_with_bases(Path(cfg_file)) if cfg_file is not None else ():
             self._merge_file(config, path, tree)
         for key, value in _pairs(opts):
@@ -127,10 +127,16 @@ class ConfigTree:
         changed = []
         for name in names:
             key = self.keys[name]
-            ours, before = get(config, name, 'config'), theirs.get(name, key.value_before)
+            ours = get(config, name, 'config')
+            before = self._stored(name, theirs[name]) if name in theirs else key.value_before
             if _plain(before) != _plain(ours):
                 changed.append(ChangedKey(name, key.affects, before, ours))
         return changed
+
+    def _stored(self, name: str, value: Any) -> Any:
+        """What is taken of a value in a checkpoint's config; see `Key.stored`."""
+        stored = self.keys[name].stored
+        return stored(value) if stored and isinstance(value, str) else value
 
     def differences(self, config: CfgNode) -> list[str]:
         """Keys that differ from their defaults, with their values."""

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
+from engine.checkpoint import (
+    CheckpointError,
+    check_same_network,
+    choose_weights,
+    fit_weights,
+    load_checkpoint,
+    load_weights,
+)
 from engine.distributed import choose_device
 from engine.task import Task
 from utils import available_cores, home_path, non_negative_int, positive_int
@@ -95,6 +102,10 @@ def load_predictor(
 ) -> Predictor:
     """Load the network that the command line names; say on stderr which of its weights.
 
+    Its config is the checkpoint's. `--cfg` and `--opts` override keys, but those of the network only where the weights
+    are fitted to them, which are the image and the window size: with another `MANIP_TYPE`, for example, the same
+    weights would load and the network would compute something else.
+
     Args:
         args: from a parser with `add_network_flags`.
         task: the task of the network.
@@ -102,7 +113,8 @@ def load_predictor(
         checkpoint: content of `--resume`; None reads it.
 
     Raises:
-        UserError: a config or checkpoint that cannot be used, or one of another task.
+        UserError: a config or checkpoint that cannot be used, one of another task, or a checkpoint that was trained
+            with another network than the config describes.
     """
     if checkpoint is None:
         checkpoint = load_checkpoint(args.resume)
@@ -115,13 +127,20 @@ def load_predictor(
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')
     config = task.tree.load(args.cfg, args.opts, saved)
+    check_same_network(config, checkpoint, args.resume, task.tree)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
     model = (build_network or task.build_network)(config).to(device)
     weights, description = choose_weights(checkpoint, args.resume, args.pretrained_weights)
     weights, notes = fit_weights(model, weights, args.resume)
     load_weights(model, {'model': weights}, args.resume)
+    notes += [f'ignored, as they are not what a run writes: {", ".join(x)}' for x in [checkpoint.get('ignored')] if x]
     for note in (description, *notes):
         print(f'{args.resume}: {note}', file=sys.stderr)
     numbers = range(task.first_label, task.first_label + config.MODEL.NUM_CLASSES)
-    class_names = checkpoint.get('classes') or [str(number) for number in numbers]
+    class_names = list(checkpoint.get('classes') or [str(number) for number in numbers])
+    if len(class_names) != len(numbers):
+        raise CheckpointError(
+            f'{args.resume} has names of {len(class_names)} classes, but a network of {len(numbers)}: '
+            f'take the checkpoint as its run wrote it'
+        )
     return Predictor(config, model.eval(), class_names, device)

@@ -4,13 +4,21 @@ A folder holds one run. The same command continues it from its newest intact che
 other data, other classes or another origin is an error, except in an empty folder.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from engine.checkpoint import CheckpointError, choose_weights, fit_weights, load_checkpoint, load_weights
+from engine.checkpoint import (
+    CheckpointError,
+    changed_network,
+    check_same_network,
+    choose_weights,
+    fit_weights,
+    load_checkpoint,
+    load_weights,
+    options_before,
+)
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
 from engine.experiment import (
@@ -36,6 +44,15 @@ from engine.task import Task
 
 # Kinds of `Start` in addition to SCRATCH, PRETRAINED and RESUME: continue the run in the folder, or evaluate weights.
 CONTINUE, EVALUATE = 'continue', 'evaluate'
+
+# Keys MODEL.PRETRAINED_<option> that a run's origin records
+_PRETRAINED_OPTIONS = ('weights', 'head', 'missing')
+
+# Keys of what the network sees, for which an evaluation with another value is an error too
+_INPUT_KEYS = ('DATA.EXIF',)
+
+# Starts of the names of keys that change what an evaluation measures, of the same network on the same images
+_EVALUATION_KEYS = ('DATA.IMG_SIZE', 'DATA.INTERPOLATION', 'DATA.PIPELINE', 'INPUT.TEST_', 'INPUT.MAX_LONG', 'TEST.')
 
 
 class Start(NamedTuple):
@@ -69,7 +86,8 @@ class Start(NamedTuple):
         """Load the checkpoint's weights into a network; the log says what was done.
 
         A run that resumes loads them unchanged. Otherwise they are fitted to the network's window and image size. With
-        PRETRAINED, the head may be initialized anew, and the checkpoint may be of another task.
+        PRETRAINED, the head may be initialized anew, the checkpoint may be of another task, and with
+        `MODEL.PRETRAINED_MISSING allow`, it may lack weights of the network and have others.
 
         Args:
             run: the run.
@@ -83,8 +101,11 @@ class Start(NamedTuple):
         if self.kind == SCRATCH:
             return
         path, checkpoint, choice = self.path, self.checkpoint, run.config.MODEL.PRETRAINED_HEAD
+        missing = 'error'
+        if self.kind == PRETRAINED:
+            missing = 'allow' if run.config.MODEL.PRETRAINED_MISSING == 'allow' else 'report'
         if self.kind == PRETRAINED and checkpoint['task'] != task.name:
-            _log_notes(run, path, task.load_other_task(network, checkpoint, path))
+            _log_notes(run, path, task.load_other_task(network, checkpoint, path, missing))
             return
         if not self.resumes:
             weights, notes = fit_weights(network, checkpoint['model'], path)
@@ -94,12 +115,14 @@ class Start(NamedTuple):
         is_new = choice == 'new' or (choice == 'auto' and has_other_classes)
         replaceable = task.head_pattern(network) if self.kind == PRETRAINED and choice != 'keep' else None
         try:
-            is_replaced = load_weights(network, checkpoint, path, replaceable, is_replaced=is_new)
+            loaded = load_weights(network, checkpoint, path, replaceable, is_new, missing)
         except CheckpointError as error:
             remedy = ': to start over, write another --tag' if self.kind == CONTINUE else ''
             raise CheckpointError(f'{error}{remedy}') from error
         run.logger.info(f'weights of {path} loaded')
-        if is_replaced:
+        for note in loaded.notes:
+            run.logger.warning(f'{path}: {note}')
+        if loaded.is_head_new:
             reason = 'MODEL.PRETRAINED_HEAD is new' if choice == 'new' else f'{path} has other classes'
             run.logger.info(f'{reason}: the head starts from scratch')
         elif self.kind == PRETRAINED and has_other_classes:
@@ -118,12 +141,16 @@ def find_start(run: Run, tree: ConfigTree) -> Start:
     --resume, from --pretrained, or from scratch. A run that does not train loads the weights of --resume or
     --pretrained.
 
+    Weights of a network that computes something else, though they may load (see `changed_network`), are an error where
+    --resume names a checkpoint to evaluate or to time. With --pretrained, they are taken for the config's network, with
+    a warning that names the keys. Where a run resumes its training, see `resume_training`.
+
     Args:
         run: the run.
         tree: the task's keys.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read.
+        CheckpointError: a checkpoint cannot be read, or is to be evaluated in another network.
         ExperimentError: the folder holds another run.
     """
     model = run.config.MODEL
@@ -137,19 +164,65 @@ def find_start(run: Run, tree: ConfigTree) -> Start:
                 newest = on_main_process(lambda: run.folder.copy_best(checkpoint))
             return Start(CONTINUE, _continued_origin(run, checkpoint), str(newest), checkpoint)
     elif run.config.EVAL_MODE or model.RESUME:
-        return Start(EVALUATE, None, path, load_checkpoint(path))
+        checkpoint = load_checkpoint(path)
+        _warn_of_ignored(run, path, checkpoint)
+        _check_evaluation(run, path, checkpoint, tree)
+        return Start(EVALUATE, None, path, checkpoint)
     if not path:
         return Start(SCRATCH, {'kind': SCRATCH})
     checkpoint = load_checkpoint(path)
+    _warn_of_ignored(run, path, checkpoint)
     kind = RESUME if model.RESUME else PRETRAINED
     origin = on_main_process(lambda: origin_of_file(kind, path))
     if kind == RESUME:
         return Start(kind, origin | {'origin': recorded_origin(checkpoint)}, path, checkpoint)
-    origin |= {'weights': model.PRETRAINED_WEIGHTS, 'head': model.PRETRAINED_HEAD}
+    _warn_of_other_network(run, path, checkpoint, tree)
+    origin |= {name: model[f'PRETRAINED_{name.upper()}'] for name in _PRETRAINED_OPTIONS}
     weights, name = choose_weights(checkpoint, path, model.PRETRAINED_WEIGHTS)
     run.logger.info(f'{path}: {name}')
     checkpoint = {key: value for key, value in checkpoint.items() if key != 'model_ema'} | {'model': weights}
     return Start(kind, origin, path, checkpoint)
+
+
+def _warn_of_ignored(run: Run, path: str, checkpoint: Mapping[str, Any]) -> None:
+    if 'ignored' in checkpoint:
+        names = ', '.join(checkpoint['ignored'])
+        run.logger.warning(f'{path}: entries are ignored, as they are not what a run writes: {names}')
+
+
+def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
+    """Compare a checkpoint to be evaluated or timed with the config.
+
+    Raises:
+        CheckpointError: it is of another task or, named by --resume, of a network that computes something else.
+    """
+    if checkpoint['task'] != tree.task:
+        raise CheckpointError(
+            f'{path} is a checkpoint of {checkpoint["task"]}, and this program is for {tree.task}: '
+            f'give a checkpoint of {tree.task}'
+        )
+    if run.config.MODEL.RESUME:
+        otherwise = '. To take its weights for the network of this config, write --pretrained instead of --resume'
+        check_same_network(run.config, checkpoint, path, tree, _INPUT_KEYS, otherwise)
+    else:
+        _warn_of_other_network(run, path, checkpoint, tree)
+    names = [name for name in tree.keys if name.startswith(_EVALUATION_KEYS)]
+    changed = tree.changed_keys(run.config, checkpoint.get('config') or run.config, names)
+    if changed and run.config.EVAL_MODE:
+        run.logger.warning(
+            f'{path} is evaluated with other settings than its run: {"; ".join(map(str, changed))}: '
+            f'undo with --opts {options_before(changed)}'
+        )
+
+
+def _warn_of_other_network(run: Run, path: str, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
+    """Warn of weights of a network that computes something else; a head of other classes is told elsewhere."""
+    changed = [key for key in changed_network(run.config, checkpoint, tree) if key.name != 'MODEL.NUM_CLASSES']
+    if changed:
+        run.logger.warning(
+            f'the config differs from that of {path} in what the network computes: {"; ".join(map(str, changed))}: '
+            f'undo with --opts {options_before(changed)}'
+        )
 
 
 def _check_same_run(run: Run, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
@@ -189,7 +262,7 @@ def _changed_origin(run: Run, checkpoint: Mapping[str, Any]) -> list[str]:
         run.logger.warning(
             f'{path} has changed since the run started from it: to start from it again, write another --tag'
         )
-    options = {'weights': model.PRETRAINED_WEIGHTS, 'head': model.PRETRAINED_HEAD}
+    options = {name: model[f'PRETRAINED_{name.upper()}'] for name in _PRETRAINED_OPTIONS}
     return [
         f'MODEL.PRETRAINED_{name.upper()} was {recorded[name]} and is {value}'
         for name, value in options.items()
@@ -237,8 +310,9 @@ def resume_training(run: Run, task: Task, state: TrainingState, start: Start, pr
     warn_of_other_classes(run, checkpoint, provenance['classes'])
     changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
     if changed:
-        before = ' '.join(f'{key.name} {shlex.quote(str(key.before))}' for key in changed)
-        run.logger.warning(f'other settings than before: {"; ".join(map(str, changed))}: undo with --opts {before}')
+        run.logger.warning(
+            f'other settings than before: {"; ".join(map(str, changed))}: undo with --opts {options_before(changed)}'
+        )
     notes += [f'{key.name} has changed' for key in changed] + _environment_notes(run, checkpoint, provenance)
     exactness = f'not bit for bit: {"; ".join(notes)}' if notes else 'bit for bit, as if it had never stopped'
     best = f'{state.max_accuracy:.2f}%' if state.max_accuracy >= 0 else 'none'

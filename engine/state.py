@@ -13,7 +13,7 @@ from data.samplers import TrainSampler
 from engine.checkpoint import CheckpointError, load_weights, saved_progress
 from engine.distributed import gather_on_main_process
 from engine.precision import ApexPrecision, Precision
-from utils import random_states, set_random_states
+from utils import first_line, random_states, set_random_states
 
 
 @dataclass
@@ -163,14 +163,33 @@ class TrainingState:
             What keeps the run from resuming bit for bit; empty if nothing does.
 
         Raises:
-            CheckpointError: it holds weights only, another optimizer's state, or an epoch of other data.
+            CheckpointError: it holds weights only, another optimizer's state, an epoch of other data, or entries that
+                are not what `state_dict` gives.
         """
+        if 'ignored' in checkpoint:
+            names = ', '.join(checkpoint['ignored'])
+            raise CheckpointError(
+                f'entries of the checkpoint are not what a run writes ({names}), so no run can be resumed from it: '
+                f'start a new run with --pretrained'
+            )
         missing = [name for name in ('optimizer', 'epoch', 'max_accuracy') if checkpoint.get(name) is None]
         if missing:
             raise CheckpointError(
                 f'the checkpoint has no {", ".join(missing)}, so no run can be resumed from it: '
                 f'start a new run with --pretrained'
             )
+        try:
+            return self._restore(checkpoint, rank, world_size)
+        except (CheckpointError, torch.OutOfMemoryError):
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"the checkpoint's training state is not what a run writes ({first_line(error)}): "
+                f'start a new run with --pretrained'
+            ) from error
+
+    def _restore(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> list[str]:
+        """`load_state_dict` of a checkpoint whose entries may be of any type; errors of any kind tell so."""
         notes = []
         self._load_optimizer(checkpoint['optimizer'])
         self.precision.load_state_dict(checkpoint.get('precision', checkpoint))  # published: Apex's, as `amp`
@@ -215,11 +234,25 @@ class TrainingState:
             pairs = zip(ours, theirs['param_groups'], strict=True)
             groups = [{**our, 'params': their['params']} for our, their in pairs]
             self.optimizer.load_state_dict({'state': theirs['state'], 'param_groups': groups})
-        except (LookupError, TypeError, ValueError) as error:
+            self._check_optimizer_state()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer is different from the config's ({error}): "
                 f'write its TRAIN.OPTIMIZER, LAYER_DECAY and FROZEN_STAGES, or start a new run with --pretrained'
             ) from error
+
+    def _check_optimizer_state(self) -> None:
+        """Check what the optimizer itself finds out only in the next update.
+
+        Raises:
+            ValueError: it lacks an average of a parameter, or has one of another shape.
+        """
+        for parameter, state in self.optimizer.state.items():
+            if 'betas' in self.optimizer.defaults and not {'step', 'exp_avg', 'exp_avg_sq'} <= state.keys():
+                raise ValueError('it lacks averages of gradients')
+            averages = [state.get(name) for name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')]
+            if any(average is not None and average.shape != parameter.shape for average in averages):
+                raise ValueError('its averages of gradients have other shapes')
 
     def _set_schedule(self) -> None:
         if self.updates:  # a new scheduler is set for the first update

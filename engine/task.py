@@ -139,13 +139,16 @@ class Task(ABC):
         """Whether training or evaluation compiles the network."""
         return False
 
-    def load_other_task(self, network: nn.Module, checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
+    def load_other_task(
+        self, network: nn.Module, checkpoint: Mapping[str, Any], path: str | Path, missing: str = 'error'
+    ) -> list[str]:
         """Start a network from the weights of another task's network.
 
         Args:
             network: the network.
             checkpoint: from `load_checkpoint`.
             path: the checkpoint's path, for messages.
+            missing: see `load_weights`.
 
         Returns:
             What was done, for the log.

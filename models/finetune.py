@@ -35,7 +35,7 @@ class FineTuneMethods:
                 continue
             if name.endswith('relative_position_index'):
                 fitted[name] = own[name]
-            if own[name].shape[-1] != value.shape[-1]:
+            if own[name].ndim != value.ndim or own[name].shape[-1] != value.shape[-1]:
                 continue  # other heads or channels: loading reports the shape mismatch
             if name.endswith('relative_position_bias_table'):
                 old, new = ((square_side(len(table)) + 1) // 2 for table in (value, own[name]))

@@ -138,10 +138,20 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         _build,
         name,
         pretrained,
-        pretrained_filter_fn=lambda weights, model: model.fit_state_dict(weights)[0],
+        pretrained_filter_fn=_fit,
         feature_cfg={'feature_cls': 'getter', 'out_indices': tuple(range(len(options['depths'])))},
         **options,
     )
+
+
+def _fit(weights: dict[str, torch.Tensor], model: MSGTransformer) -> dict[str, torch.Tensor]:
+    """Fit the weights of a file to a network's shapes.
+
+    timm keeps a file's head where `pretrained_cfg` has as many classes as the network, so it gets the file's number.
+    """
+    if 'head.weight' in weights:
+        model.pretrained_cfg['num_classes'] = len(weights['head.weight'])
+    return model.fit_state_dict(weights)[0]
 
 
 def _build(

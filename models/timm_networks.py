@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,25 @@ if TYPE_CHECKING:  # the installed package does not need yacs
 
 PREFIX = 'timm:'
 
-# Arguments of timm that MODEL.TIMM_ARGS must not set, and what to write instead
-RESERVED = {
-    'num_classes': 'MODEL.NUM_CLASSES',
-    'in_chans': 'MODEL.MSG.IN_CHANS',
-    'features_only': 'nothing: the program sets it',
-    'feature_cls': 'nothing: the program sets it',
-    'checkpoint_path': '--pretrained with a state-dict file',
+# Arguments that MODEL.TIMM_ARGS must not set, since they say where weights come from or how a network is wrapped, not
+# what it computes: those that timm's factory and builder take themselves, instead of handing them to the network.
+_FACTORY_ARGS = {
+    name
+    for function in (timm.create_model, timm.models.build_model_with_cfg)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+}
+_BY_PROGRAM = 'leave it out: it does not shape the network'
+RESERVED = dict.fromkeys(sorted(_FACTORY_ARGS), _BY_PROGRAM) | {
+    'num_classes': 'write MODEL.NUM_CLASSES',
+    'in_chans': 'write MODEL.MSG.IN_CHANS',
+    'features_only': 'write nothing: the program sets it',
+    'feature_cls': 'write nothing: the program sets it',
+    'out_indices': 'write nothing: the program sets it',
+    'device': 'write DEVICE',
+    'dtype': 'write AMP_OPT_LEVEL',
+    'checkpoint_path': 'write --pretrained with a state-dict file',
+    'pretrained': "write --pretrained with a file of timm's weights (docs/training.md)",
 }
 
 
@@ -36,7 +50,7 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
     """
     options = {'in_chans': config.MODEL.MSG.IN_CHANS, 'num_classes': config.MODEL.NUM_CLASSES}
     name = config.MODEL.TYPE.removeprefix(PREFIX)
-    if timm.is_model(name) and timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
+    if _is_registered(name) and timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
         options['img_size'] = config.DATA.IMG_SIZE
     return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options, **overrides)
 
@@ -45,6 +59,9 @@ def create_timm_network(
     key: str, value: str, config: 'CfgNode', options: dict[str, Any], **overrides: Any
 ) -> nn.Module:
     """Create a network of timm with the config's drop rates, `MODEL.TIMM_ARGS` and `TRAIN.USE_CHECKPOINT`.
+
+    Its weights are random. Nothing is downloaded and no file is read, whatever the config says: it may be that of a
+    checkpoint from elsewhere.
 
     Args:
         key: the config key that names the network, for messages.
@@ -57,7 +74,7 @@ def create_timm_network(
         ValueError: timm has no such network, or the network does not take these arguments.
     """
     name, model = value.removeprefix(PREFIX), config.MODEL
-    if not timm.is_model(name):
+    if not _is_registered(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f': did you mean {PREFIX}{near[0]}?' if near else ', see timm.list_models()'
         raise ValueError(f'{key} is {value}: timm has no network of that name{hint}')
@@ -79,8 +96,14 @@ def create_timm_network(
         ) from error
 
 
+def _is_registered(name: str) -> bool:
+    """Whether timm itself has a network of a name, perhaps with a tag; a source such as `hf-hub:` is no part of it."""
+    return bool(timm.is_model(name) and re.fullmatch(r'[\w.]+', name))
+
+
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
     """Create a network; leave out a drop-path rate of 0 if the network has no such argument."""
+    options = options | {'pretrained': False}
     try:
         return timm.create_model(name, **options)
     except TypeError:
@@ -105,7 +128,7 @@ def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
 
     Args:
         config: the config tree.
-        build: called with the config tree, and with overrides for `create_timm_network`.
+        build: called with the config tree.
 
     Raises:
         ValueError: the network cannot be built, or `TRAIN.RECOMPUTE_MLP` is set.
@@ -114,10 +137,10 @@ def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
         raise ValueError('TRAIN.RECOMPUTE_MLP is for MSG-Transformers: write False')
     try:
         with torch.device('meta'):
-            build(config, pretrained=False)
+            build(config)
     except (RuntimeError, NotImplementedError):  # its constructor computes values, which the meta device does not have
         try:
-            build(config, pretrained=False)
+            build(config)
         except RuntimeError as error:
             raise ValueError(f'the network of timm cannot be built: {error}') from error
 
@@ -136,9 +159,18 @@ def parse_timm_args(text: str) -> dict[str, Any]:
         if not (name.isidentifier() and equals):
             raise ValueError(f'MODEL.TIMM_ARGS has {pair!r}: write name=value pairs: embed_dim=96 depths=(2,2,6,2)')
         if name in RESERVED:
-            raise ValueError(f'MODEL.TIMM_ARGS has {name}: write {RESERVED[name]}')
+            raise ValueError(f'MODEL.TIMM_ARGS has {name}: {RESERVED[name]}')
         try:
             arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two, of brackets without an end
             arguments[name] = value
     return arguments
+
+
+def shaping_args(text: str) -> str:
+    """The pairs of `MODEL.TIMM_ARGS` that shape a network, of the config in a checkpoint; `RESERVED` ones are dropped.
+
+    Checkpoints of older versions may have `pretrained=True`, which has done its work, and a checkpoint from elsewhere
+    may have anything.
+    """
+    return ' '.join(pair for pair in text.split() if pair.partition('=')[0] not in RESERVED)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -127,6 +128,21 @@ def test_boxes_flips_and_operations_are_the_published_ones(monkeypatch, photogra
     kinds = {choice[0] for choice in fast}
     assert len(kinds) == 3 + 15  # every operation occurred
     assert len([choice for choice in fast if choice[0] == 'box']) == 6 * 12
+
+
+def test_an_operation_of_the_users_replaces_timms_in_both_pipelines(monkeypatch):
+    def rotate(image, degrees, **_):
+        return Image.new(image.mode, image.size, 'red')
+
+    monkeypatch.setitem(auto_augment.NAME_TO_OP, 'Rotate', rotate)
+    policy = rand_augment_transform('rand-m9-n1', {}, {'Rotate': 1.0})
+    for op in policy.ops:
+        op.prob = 1.0
+    pixels = np.array(noise(9, 9))
+    published = np.array(policy(Image.fromarray(pixels)))
+    fast = use_arrays(policy)(pixels)
+    assert np.array_equal(published, fast)
+    assert (fast == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize('policy', ['original', 'v0', 'augmix-m3-w3', 'none'])

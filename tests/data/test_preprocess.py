@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from data import Preprocess, Sample
+from data import DataError, Preprocess, Sample
 from data.device_copies import DeviceCopies
 from data.transforms import mean_and_std
 from tests.helpers.runs import CPU, as_samples
@@ -35,6 +35,13 @@ def test_published_images_pass_through(tiny_config):
     result, targets = Preprocess(tiny_config(), CPU)(batch)
     assert torch.equal(result, images)
     assert targets.tolist() == [0, 1, 2]
+
+
+def test_rectangles_that_nothing_would_erase_are_refused(tiny_config):
+    """A user's transform that normalises its images, as the published pipeline does, and leaves erasing to this one."""
+    batch = batch_of([[[0, 0, 4, 4, 1]]] * 2, torch.zeros(2, 3, SIZE, SIZE))
+    with pytest.raises(DataError, match='images of torch.float32 and rectangles to erase, which are for .*torch.uint8'):
+        Preprocess(tiny_config(), CPU)(batch)
 
 
 def test_copies_keep_the_batch_as_it_is():

@@ -1,14 +1,19 @@
 """Checkpoint files: durable, verified, safe to read."""
 
 import argparse
+import collections
 import contextlib
+import datetime
 import errno
 import os
 import pickle
 import resource
 import subprocess
 import sys
+import zipfile
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +25,10 @@ from engine.checkpoint import (
     choose_weights,
     load_checkpoint,
     load_weights,
+    peek_checkpoint,
     save_checkpoint,
+    save_safetensors,
+    saved_progress,
 )
 from tests.helpers.paths import ROOT
 
@@ -36,7 +44,7 @@ def test_round_trip_leaves_no_temporary_file(tmp_path):
     checkpoint = load_checkpoint(tmp_path / 'a.pth')
     assert (checkpoint['epoch'], checkpoint['config']) == (3, {'SEED': 1})
     other = network()
-    assert not load_weights(other, checkpoint, 'a.pth')
+    assert not load_weights(other, checkpoint, 'a.pth').is_head_new
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -266,6 +274,107 @@ def test_other_files_are_refused_and_run_no_code(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / 'nowhere.pth')
 
 
+def test_scalars_of_numpy_and_paths_are_read_as_plain_data(tmp_path):
+    entries = {
+        'epoch': np.int64(3), 'best_acc': np.float64(81.25), 'swapped': np.dtype('>f4').type(2), 'flag': np.bool_(True),
+        'name': np.str_('häns'), 'output': Path('runs/1'), 'pure': PurePosixPath('a') / 'b', 'half': np.float16(0.5),
+        'tensor': torch.tensor(2), 'max_accuracy': torch.tensor(81.5),
+    }  # fmt: skip
+    safe_globals = torch.serialization.get_safe_globals()
+    for is_zip in (True, False):
+        torch.save(
+            {'model': network().state_dict()} | entries, tmp_path / 'a.pth', _use_new_zipfile_serialization=is_zip
+        )
+        checkpoint = load_checkpoint(tmp_path / 'a.pth')
+        plain = {name: value for name, value in checkpoint.items() if name in entries and name != 'tensor'}
+        assert plain == {
+            'epoch': 3, 'best_acc': 81.25, 'swapped': 2.0, 'flag': True, 'name': 'häns', 'output': 'runs/1',
+            'pure': 'a/b', 'half': 0.5, 'max_accuracy': 81.5,
+        }  # fmt: skip
+        assert {type(value) for value in plain.values()} == {int, float, bool, str}
+    assert set(torch.serialization.get_safe_globals()) == set(safe_globals)
+
+
+@pytest.mark.parametrize(
+    ('value', 'name'),
+    [
+        (np.zeros(2), 'numpy.ndarray'),
+        (np.datetime64('2020-01-01'), None),
+        (datetime.date(2020, 1, 1), 'datetime.date'),
+        (collections.deque(), 'collections.deque'),
+        (Malicious(), f'{os.mkdir.__module__}.mkdir'),
+    ],
+)
+def test_other_types_are_named(tmp_path, value, name):
+    torch.save({'model': network().state_dict(), 'extra': value}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='a.pth is not a checkpoint that can be read safely') as error:
+        load_checkpoint(tmp_path / 'a.pth')
+    if name:
+        assert f'it holds {name}, whose code would run: in the program that wrote the file, save' in str(error.value)
+
+
+def test_entries_of_other_programs_are_left_out(tmp_path):
+    other = {'config': 'a.yaml', 'classes': 1000, 'epoch': 'last', 'scores': [1], 'max_accuracy': None, 'extra': {1: 2}}
+    torch.save({'model': network().state_dict()} | other, tmp_path / 'a.pth')
+    checkpoint = load_checkpoint(tmp_path / 'a.pth')
+    assert checkpoint.keys() == {'model', 'extra', 'task', 'ignored'}
+    assert checkpoint['ignored'] == ['config (str)', 'classes (int)', 'epoch (str)', 'scores (list)']
+    assert saved_progress(peek_checkpoint(tmp_path / 'a.pth'))['epoch'] == 0
+
+
+@pytest.mark.parametrize('change', [torch.Tensor.to_sparse, lambda x: x.to('meta')])
+@pytest.mark.filterwarnings('ignore:Sparse invariant')
+def test_weights_that_are_no_ordinary_tensors_are_named(tmp_path, change):
+    torch.save({'model': {'a': torch.ones(2, 2), 'b': change(torch.ones(2, 2))}}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='a.pth: b is not a dense tensor with data'):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
+def test_zip_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.pth', 'w') as archive:
+        archive.writestr('a/b.txt', 'text')
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / 'b.pth')
+    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {"x": "../../x.safetensors"}}')
+    for name in ('a.pth', 'b.pth', 'model.safetensors.index.json', '\0', 'x' * 5000):
+        with pytest.raises(CheckpointError, match='can be read safely|does not exist') as error:
+            load_checkpoint(tmp_path / name)
+        assert 'weights_only' not in str(error.value)
+
+
+def test_our_safetensors_state_their_format_and_hold_shared_weights_twice(tmp_path):
+    weights = {'a': torch.ones(4), 'c': torch.arange(4.0)}
+    weights |= {'b': weights['a'], 'd': weights['c'][1:]}
+    save_safetensors(tmp_path / 'a.safetensors', weights, classes=['x'])
+    with safetensors.safe_open(tmp_path / 'a.safetensors', 'pt') as file:
+        assert file.metadata() == {'format': 'pt', 'classes': '["x"]'}
+    loaded = load_checkpoint(tmp_path / 'a.safetensors')
+    assert loaded.keys() == {'model', 'classes', 'task'}
+    assert all(torch.equal(loaded['model'][name], value) for name, value in weights.items())
+
+
+def test_missing_and_unexpected_weights_are_left_as_they_are_on_request():
+    source, target = network().state_dict(), network()
+    source['old.weight'] = source.pop('body.bias')
+    bias = target['body'].bias.clone()
+    with pytest.raises(CheckpointError, match='missing: body.bias; unexpected: old.weight; --pretrained-missing allow'):
+        load_weights(target, {'model': source}, 'x', missing='report')
+    loaded = load_weights(target, {'model': source}, 'x', missing='allow')
+    assert (loaded.missing, loaded.unexpected) == (['body.bias'], ['old.weight'])
+    assert loaded.notes == [
+        '1 weights not in the file, kept as initialized: body.bias',
+        '1 weights not in the network, left out: old.weight',
+    ]
+    assert torch.equal(target['body'].bias, bias)
+    assert torch.equal(target['body'].weight, source['body.weight'])
+    with pytest.raises(CheckpointError, match='missing: body.bias, body.weight.* shape mismatch: head.weight') as error:
+        load_weights(target, {'model': {'head.weight': torch.ones(1)}}, 'x', missing='report')
+    assert 'allow' not in str(error.value)
+    with pytest.raises(CheckpointError, match='shape mismatch: head.weight'):
+        load_weights(target, {'model': {'head.weight': torch.ones(1)}}, 'x', missing='allow')
+    with pytest.raises(CheckpointError, match='unexpected: other'):  # none of the network's
+        load_weights(target, {'model': {'other': torch.ones(1)}}, 'x', missing='allow')
+
+
 def test_flipped_bit_and_truncation_are_detected(tmp_path):
     path = tmp_path / 'a.pth'
     weights = torch.arange(20_000, dtype=torch.float32)
@@ -301,9 +410,9 @@ def test_head_of_other_classes_is_replaced_only_on_request():
     head = target['head'].weight.clone()
     with pytest.raises(CheckpointError, match='shape mismatch: head.weight'):
         load_weights(target, {'model': source.state_dict()}, 'x')
-    assert load_weights(target, {'model': source.state_dict()}, 'x', r'head\.')
+    assert load_weights(target, {'model': source.state_dict()}, 'x', r'head\.').is_head_new
     assert torch.equal(target['head'].weight, head)
     assert torch.equal(target['body'].weight, source['body'].weight)
     same = network(classes=3)
-    assert not load_weights(target, {'model': same.state_dict()}, 'x', r'head\.')
+    assert not load_weights(target, {'model': same.state_dict()}, 'x', r'head\.').is_head_new
     assert torch.equal(target['head'].weight, same['head'].weight)

@@ -2,23 +2,30 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import pytest
 import torch
+import yaml
 
+import detection.config
 import main as program
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from config import TREE, load_config
+from engine.checkpoint import CheckpointError, changed_network, load_checkpoint, save_checkpoint
 from engine.config_keys import Key, KeyGroup
-from engine.config_tree import ConfigTree
+from engine.config_tree import ConfigError, ConfigTree
 from engine.experiment import ExperimentError, is_pretrained
 from engine.trainer import Trainer
 from models import build_model
+from tests.helpers.detectors import tiny_detector
 from tests.helpers.golden import fill_
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import TORCHRUN, start
 from tests.helpers.runs import PLAIN, folder_of, log_of, one_thread, records, weights
+
+NO_WARMUP = {'TRAIN__WARMUP_EPOCHS': '0'}
 
 
 @pytest.fixture
@@ -65,6 +72,124 @@ def test_another_network_is_not_continued(tiny_config, options, change, message)
         other = tiny_config(**options, **change, TAG='other', TRAIN__EPOCHS='3', MODEL__RESUME=newest)
         program.main(other)
         assert f'other settings than before: {message}; TRAIN.EPOCHS' in log_of(other)
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    """A function of config options that gives the path of a checkpoint of such a network, untrained."""
+
+    def write(**options):
+        config = tiny_config(**options)
+        state = {'model': fill_(build_model(config)).state_dict(), 'config': yaml.safe_load(config.dump())}
+        torch.save(state, tmp_path / 'trained.pth')
+        return str(tmp_path / 'trained.pth')
+
+    return write
+
+
+SHUFFLED = "MODEL.MSG.MANIP_TYPE has changed from 'none' to 'shuf'"
+
+
+@pytest.mark.parametrize('mode', ['EVAL_MODE', 'THROUGHPUT_MODE'])
+def test_weights_are_not_evaluated_in_another_network(tiny_config, options, trained, mode):
+    path = trained(MODEL__MSG__MANIP_TYPE='none')
+    with pytest.raises(CheckpointError) as error:
+        program.main(tiny_config(**options, **{mode: 'True'}, MODEL__RESUME=path))
+    assert str(error.value) == (
+        f'the config differs from that of {path} in what the network computes ({SHUFFLED}): '
+        f'write --opts MODEL.MSG.MANIP_TYPE none, or give the --cfg of its run. '
+        f'To take its weights for the network of this config, write --pretrained instead of --resume'
+    )
+    path = trained(MODEL__MSG__SHUF_SIZE='[1,1]')
+    with pytest.raises(
+        CheckpointError, match=r'SHUF_SIZE has changed from \[1, 1\] to \[2, 1\]\): write --opts .*1, 1'
+    ):
+        program.main(tiny_config(**options, **{mode: 'True'}, MODEL__RESUME=path))
+
+
+@pytest.mark.parametrize('evaluates', ['True', 'False'])
+def test_pretrained_weights_of_another_network_are_a_warning(tiny_config, options, trained, evaluates):
+    path = trained(MODEL__MSG__MANIP_TYPE='none', MODEL__DROP_PATH_RATE='0.2')
+    config = tiny_config(**options, EVAL_MODE=evaluates, MODEL__PRETRAINED=path, TRAIN__EPOCHS='1', **NO_WARMUP)
+    program.main(config)
+    [line] = [line for line in log_of(config).splitlines() if 'what the network computes' in line]
+    assert line.endswith(
+        f'WARNING the config differs from that of {path} in what the network computes: {SHUFFLED}: '
+        f'undo with --opts MODEL.MSG.MANIP_TYPE none'
+    )
+
+
+def test_images_of_another_size_are_evaluated_and_other_settings_are_a_warning(tiny_config, options, trained):
+    path = trained()
+    evaluation = {**options, 'EVAL_MODE': 'True', 'MODEL__RESUME': path}
+    program.main(tiny_config(**evaluation, MODEL__DROP_PATH_RATE='0.5', PRINT_FREQ='3'))
+    assert 'WARNING' not in log_of(tiny_config())
+    program.main(tiny_config(**evaluation, DATA__IMG_SIZE='42', TEST__CROP='False', DATA__INTERPOLATION='bilinear'))
+    [line] = [line for line in log_of(tiny_config()).splitlines() if 'WARNING' in line]
+    assert 'is evaluated with other settings than its run: DATA.IMG_SIZE has changed from 28 to 42;' in line
+    assert line.endswith('undo with --opts DATA.IMG_SIZE 28 DATA.INTERPOLATION bicubic TEST.CROP True')
+
+
+def test_keys_that_change_what_a_network_computes():
+    saved = {'config': {'MODEL': {'TYPE': 'timm:resnet18', 'TIMM_ARGS': 'pretrained=True', 'MSG': {'WINDOW_SIZE': 3}}}}
+    saved |= {'task': 'classification'}
+    ours = ['MODEL.TYPE', 'timm:resnet18', 'MODEL.MSG.SHUF_SIZE', '[3]', 'MODEL.NUM_CLASSES', '1000']
+    config = load_config(TINY, [*ours, 'MODEL.MSG.IN_CHANS', '1', 'DATA.IMG_SIZE', '56'])
+    assert [key.name for key in changed_network(config, saved, TREE)] == ['MODEL.MSG.IN_CHANS']
+    config = load_config(TINY, [*ours, 'MODEL.TIMM_ARGS', 'layers=(1,1,1,1)'])
+    assert [str(key) for key in changed_network(config, saved, TREE)] == [
+        "MODEL.TIMM_ARGS has changed from '' to 'layers=(1,1,1,1)'"
+    ]
+    detector = detection.config.TREE
+    config = tiny_detector('MODEL.MASK.ENABLED', 'False', 'MODEL.MSG.SHUF_SIZE', '[1,1,1,1]', 'MODEL.FPN_CHANNELS', '8')
+    saved = {'config': yaml.safe_load(tiny_detector('TEST.FLIP', 'True').dump()), 'task': 'detection'}
+    changed = [key.name for key in changed_network(config, saved, detector)]
+    assert changed == ['MODEL.MSG.SHUF_SIZE', 'MODEL.FPN_CHANNELS']
+    classifier = {'MODEL': {'TYPE': 'msg', 'NUM_CLASSES': 9, 'MSG': {'MANIP_TYPE': 'none', 'APE': True}}}
+    same = tiny_detector('MODEL.MSG.MANIP_TYPE', 'none')
+    classifier['MODEL']['MSG'] |= {k: v for k, v in same.MODEL.MSG.items() if k != 'MANIP_TYPE'}
+    saved = {'config': classifier, 'task': 'classification'}
+    assert changed_network(same, saved, detector) == []
+    assert [key.name for key in changed_network(tiny_detector(), saved, detector)] == ['MODEL.MSG.MANIP_TYPE']
+    assert changed_network(same, {'task': 'detection'}, detector) == []
+
+
+def test_keys_of_what_the_network_sees_count_where_both_have_them():
+    root = KeyGroup(BASE=Key([''], 'Base files', affects='nothing'), DATA=KeyGroup(EXIF=Key(False, 'Turn images')))
+    root.MODEL = KeyGroup(TYPE=Key('msg', 'Network', affects='network'))
+    tree = ConfigTree('classification', root, lambda config: None)
+    for saved, is_other in (({'EXIF': True}, True), ({'EXIF': False}, False), ({}, False)):
+        checkpoint = {'task': 'classification', 'config': {'DATA': saved, 'MODEL': {'TYPE': 'msg'}}}
+        changed = changed_network(tree.defaults(), checkpoint, tree, ['DATA.EXIF', 'DATA.OTHER'])
+        assert [key.name for key in changed] == ['DATA.EXIF'] * is_other
+        assert changed_network(tree.defaults(), checkpoint, tree) == []
+
+
+def test_a_checkpoint_of_another_task_is_not_evaluated(tiny_config, options, tmp_path):
+    torch.save({'model': {'backbone.x': torch.ones(1)}}, tmp_path / 'detector.pth')
+    with pytest.raises(CheckpointError, match='is a checkpoint of detection, and this program is for classification'):
+        program.main(tiny_config(**options, EVAL_MODE='True', MODEL__RESUME=str(tmp_path / 'detector.pth')))
+
+
+def test_new_modules_start_from_scratch_on_request(tiny_config, options, trained):
+    path = trained()
+    stored = load_checkpoint(path)
+    edit(Path(path), model={k: x for k, x in stored['model'].items() if k != 'norm.weight'} | {'new': torch.ones(1)})
+    frozen = {'TRAIN__BASE_LR': '0', 'TRAIN__WARMUP_LR': '0', 'TRAIN__MIN_LR': '0'}
+    command = {**options, **frozen, 'MODEL__PRETRAINED': path}
+    with pytest.raises(
+        CheckpointError, match='missing: norm.weight; unexpected: new; --pretrained-missing allow loads'
+    ):
+        program.main(tiny_config(**command))
+    config = tiny_config(**command, MODEL__PRETRAINED_MISSING='allow')
+    program.main(config)
+    log = log_of(config)
+    assert f'WARNING {path}: 1 weights not in the file, kept as initialized: norm.weight' in log
+    assert f'WARNING {path}: 1 weights not in the network, left out: new' in log
+    assert torch.equal(weights(config)['msg_tokens'], stored['model']['msg_tokens'])
+    assert torch.equal(weights(config)['norm.weight'], torch.ones(16))
+    with pytest.raises(ConfigError, match='leave out --pretrained-missing'):
+        tiny_config(EVAL_MODE='True', MODEL__PRETRAINED=path, MODEL__PRETRAINED_MISSING='allow')
 
 
 def test_a_key_that_a_stored_config_lacks_had_its_default(tiny_config, options):

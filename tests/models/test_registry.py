@@ -228,3 +228,18 @@ def test_a_checkpoint_is_fitted_to_another_window_and_head(tmp_path):
     for (name, a), b in zip(model.named_parameters(), source.parameters(), strict=True):
         assert torch.equal(a, b) or name.startswith('head'), name
     assert model(batch_of(384, 384)).shape == (1, 7)
+
+
+@pytest.mark.parametrize('classes', [3, 5])
+@pytest.mark.parametrize('name', ['msg_transformer_tiny', 'msg_transformer_nano'])
+def test_the_head_of_a_file_is_kept_for_its_number_of_classes(tmp_path, name, classes):
+    options = NARROW if name == 'msg_transformer_tiny' else {}
+    trained = fill_(timm.create_model(name, num_classes=3, **options))
+    torch.save({'model': trained.state_dict()}, tmp_path / 'ckpt_best.pth')
+    file = {'file': str(tmp_path / 'ckpt_best.pth')}
+    options = options | {'num_classes': classes}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, **options)
+    assert torch.equal(model.msg_tokens, trained.msg_tokens)
+    assert model.num_classes == len(model.head.weight) == classes
+    if classes == 3:
+        assert torch.equal(model.head.weight, trained.head.weight)

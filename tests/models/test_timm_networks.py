@@ -9,9 +9,9 @@ from torch import nn
 import main as program
 from config import load_config
 from engine.config_tree import ConfigError
-from models import build_model
+from models import build_model, timm_networks
 from models.build import head_pattern
-from models.timm_networks import parse_timm_args
+from models.timm_networks import parse_timm_args, shaping_args
 from tests.helpers.paths import TINY
 from tests.helpers.runs import folder_of, records
 
@@ -63,7 +63,7 @@ def test_values_are_pythons_else_text():
             'timm:resnet18',
             'depth=3',
             [],
-            "cannot be built with .*in_chans=3, .*depth=3, .*: .*argument 'depth'",
+            "cannot be built with .*in_chans=3, .*depth=3: .*argument 'depth'",
         ),
         ('timm:convnext_atto', 'dims=(8,8) depths=(1,1)', [], 'cannot be built with'),
         (
@@ -80,14 +80,63 @@ def test_what_cannot_be_built_is_refused_before_any_work(type_, arguments, optio
         load(type_, arguments, *options)
 
 
-def test_weights_are_not_fetched_to_check_a_config(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError('fetched')
+NOT_OF_THE_NETWORK = [
+    'pretrained=True',
+    "pretrained_cfg={'url':'http://localhost/x'}",
+    "pretrained_cfg_overlay={'url':'http://localhost/x'}",
+    'cache_dir=/tmp/x',
+    'model_name=resnet34',
+    'pretrained_strict=False',
+    'pretrained_model_args={}',
+    'kwargs_filter=()',
+    'model_cfg={}',
+    'out_indices=(0,)',
+    'device=cuda',
+    'scriptable=True',
+]
 
+
+@pytest.mark.parametrize('argument', NOT_OF_THE_NETWORK)
+def test_arguments_that_do_not_shape_the_network_are_refused(argument):
+    name = argument.partition('=')[0]
+    with pytest.raises(ConfigError, match=f'MODEL.TIMM_ARGS has {name}: '):
+        load('timm:resnet18', argument)
+
+
+@pytest.mark.parametrize('name', ['hf-hub:timm/resnet18', 'local-dir:/tmp/x', 'resnet18/../x', 'resnet18.a:b'])
+def test_names_of_networks_elsewhere_are_refused(name, monkeypatch):
+    monkeypatch.setattr('timm.models._factory.load_model_config_from_hf', refuse)
+    monkeypatch.setattr('timm.models._factory.load_model_config_from_path', refuse)
+    with pytest.raises(ConfigError, match=f'MODEL.TYPE is timm:{name}: timm has no network of that name'):
+        load(f'timm:{name}')
+
+
+def refuse(*_, **__):
+    raise AssertionError('weights are fetched')
+
+
+def test_no_weights_are_fetched(monkeypatch):
+    """Whatever the config holds: a tree that was changed after its check has no other effect."""
     monkeypatch.setattr('timm.models._builder.load_pretrained', refuse)
-    config = load('timm:resnet18', 'pretrained=True')
-    with pytest.raises(ValueError, match='fetched'):
-        build_model(config)
+    config = load(*RESNET)
+    build_model(config)
+    monkeypatch.setattr(timm_networks, 'RESERVED', {})
+    config.defrost()
+    config.MODEL.TIMM_ARGS += ' pretrained=True'
+    assert sum(x.numel() for x in build_model(config).parameters()) < 1e5
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('', ''),
+        ('patch_size=2  depths=(1,1)', 'patch_size=2 depths=(1,1)'),
+        ('pretrained=True patch_size=2', 'patch_size=2'),
+        ("cache_dir=. pretrained_cfg_overlay={'url':'x'} pretrained window_size=8", 'window_size=8'),
+    ],
+)
+def test_a_checkpoints_config_only_shapes_the_network(text, expected):
+    assert shaping_args(text) == expected
 
 
 @pytest.mark.parametrize(('type_', 'arguments'), [SWIN, RESNET], ids=['swin', 'resnet'])

@@ -119,7 +119,8 @@ def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, 
     trained = tiny_config(MODEL__NUM_CLASSES=5, MODEL__MSG__EMBED_DIM=32, OUTPUT='there')
     saved = yaml.safe_load(trained.dump()) | {'KEY_OF_ANOTHER_PROGRAM': 1}
     torch.save({'model': build_model(trained).state_dict(), 'config': saved}, tmp_path / 'w.pth')
-    (tmp_path / 'other.yaml').write_text('MODEL: {MSG: {MANIP_TYPE: none}}')
+    (tmp_path / 'other.yaml').write_text('TEST: {CROP: False}')
+    (tmp_path / 'unshuffled.yaml').write_text('MODEL: {MSG: {MANIP_TYPE: none}}')
 
     def load(*flags):
         argv = ['x', '--resume', str(tmp_path / 'w.pth'), *flags]
@@ -130,11 +131,18 @@ def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, 
     assert config.TEST == trained.TEST
     assert (config.DEVICE, config.OUTPUT) == ('auto', '')  # those of the command that trained
     assert names == ['0', '1', '2', '3', '4']
-    assert model.layers[0].blocks[0].shuffle
-    overridden = load('--cfg', str(tmp_path / 'other.yaml'), '--opts', 'DEVICE', 'cpu')
-    assert not overridden.model.layers[0].blocks[0].shuffle
+    assert config.TEST.CROP
+    overridden = load('--cfg', str(tmp_path / 'other.yaml'), '--opts', 'DEVICE', 'cpu', 'DATA.IMG_SIZE', '56')
+    assert not overridden.config.TEST.CROP
     assert overridden.config.MODEL.MSG.EMBED_DIM == 32
     assert overridden.config.DEVICE == 'cpu'
+    message = (
+        r"w.pth in what the network computes \(MODEL.MSG.MANIP_TYPE has changed from 'shuf' to 'none'\): "
+        'write --opts MODEL.MSG.MANIP_TYPE shuf'
+    )
+    for flags in (['--cfg', str(tmp_path / 'unshuffled.yaml')], ['--opts', 'MODEL.MSG.MANIP_TYPE', 'none']):
+        with pytest.raises(CheckpointError, match=message):
+            load(*flags)
     torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')
     with pytest.raises(CheckpointError, match='w.pth has no config: give the one of its network with --cfg'):
         load()
