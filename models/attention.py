@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .resize import resize_bias_table
-from .windows import attention_bias_index, relative_position_index
+from .windows import add_msg_token, relative_position_index
 
 try:
     from .attention_kernel import MAX_HEAD_CHANNELS, MAX_TOKENS, window_attention
@@ -47,7 +47,7 @@ def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_on
         q, bias = q[:, :, :1], bias[:, :, :1]
     if path == 'matmuls':
         attn = (q * scale) @ k.transpose(-2, -1) + bias  # (windows, h, queries, N)
-        x = F.dropout(attn.softmax(dim=-1), dropout).to(v.dtype) @ v
+        x = F.dropout(attn.softmax(dim=-1), dropout, training=dropout > 0).to(v.dtype) @ v
     else:
         with gpu_backends() if q.is_cuda else nullcontext():
             x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)
@@ -117,9 +117,8 @@ class WindowAttention(nn.Module):
         self.use_msg_tokens = use_msg_tokens
         if use_msg_tokens:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
             self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
-        # Part of published checkpoints; `bias_index` extends it to all N tokens.
+        # Part of published checkpoints. A buffer that is not would be undefined after `to_empty` and `load_state_dict`.
         self.register_buffer('relative_position_index', relative_position_index(window_size))
-        self.register_buffer('bias_index', self._make_bias_index(window_size), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
@@ -128,23 +127,20 @@ class WindowAttention(nn.Module):
         if use_msg_tokens:
             nn.init.trunc_normal_(self.rel_pos_msg, std=0.02)
 
-    def _make_bias_index(self, window_size: int) -> Tensor:
-        return attention_bias_index(window_size) if self.use_msg_tokens else relative_position_index(window_size)
-
     def set_window_size(self, window_size: int) -> None:
         """Change the window size w, and interpolate the bias table."""
         table = self.relative_position_bias_table
         resized = resize_bias_table(table.detach(), window_size)
         self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.relative_position_index = relative_position_index(window_size).to(table.device)
-        self.bias_index = self._make_bias_index(window_size).to(table.device)
 
     def position_bias(self) -> Tensor:
         """Look up the position bias (1, h, N, N) of every query (row) towards every key (column)."""
-        table = self.relative_position_bias_table.T  # (h, (2w - 1)^2)
+        table, index = self.relative_position_bias_table.T, self.relative_position_index  # (h, (2w - 1)^2), (w^2, w^2)
         if self.use_msg_tokens:
+            index = add_msg_token(index, table.shape[1])  # (N, N)
             table = torch.cat((table, self.rel_pos_msg.flatten(1)), dim=1)
-        return table.index_select(1, self.bias_index.flatten()).view(1, self.num_heads, *self.bias_index.shape)
+        return table.index_select(1, index.flatten()).view(1, self.num_heads, *index.shape)
 
     def forward(self, x: Tensor, msg_only: bool = False) -> Tensor:
         """Attend within windows.

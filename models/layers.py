@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .pyramid import ceil_div
 from .symbolic import is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 
 NormLayer = Callable[[int], nn.Module]
@@ -64,7 +65,7 @@ class RegionDropPath(nn.Module):
             return x
         B, nH, nW = x.shape[:3]
         s, keep = self.shuffle_size, 1.0 - self.rate
-        rows, columns = -(-nH // s), -(-nW // s)
+        rows, columns = ceil_div(nH, s), ceil_div(nW, s)
         mask = x.new_empty(B, rows, 1, columns, 1).bernoulli_(keep).div_(keep)
         mask = mask.expand(B, rows, s, columns, s).reshape(B, rows * s, columns * s)
         return x * mask[:, :nH, :nW, None, None]
@@ -174,7 +175,7 @@ class OverlapPatchMerging(nn.Module):
 def merging_flops(grid: tuple[int, int], weight: Tensor) -> int:
     """Multiply-adds of patch merging by the authors' formula: a norm over C channels of all tokens, the reduction."""
     (H, W), dim = grid, weight.shape[0] // 2
-    return H * W * dim + -(-H // 2) * -(-W // 2) * weight.numel()
+    return H * W * dim + ceil_div(H, 2) * ceil_div(W, 2) * weight.numel()
 
 
 def make_head(dim: int, num_classes: int) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttention
 from .layers import Mlp, NormLayer, RegionDropPath
-from .pyramid import Size
+from .pyramid import Size, ceil_div
 from .windows import (
     WindowPadding,
     join_windows,
@@ -107,7 +107,7 @@ class MSGBlock(nn.Module):
     def flops(self, grid: tuple[int, int]) -> int:
         """Multiply-adds for a patch grid (H, W), by the authors' formula: norms, attention with its linears, MLP."""
         (H, W), w = grid, self.window_size
-        windows = -(-H // w) * -(-W // w)
+        windows = ceil_div(H, w) * ceil_div(W, w)
         tokens = H * W + windows * self.attn.use_msg_tokens
         C, N = self.mlp.fc1.in_features, w**2 + self.attn.use_msg_tokens
         attention = windows * (3 * N * C**2 + 2 * N**2 * C + N * C**2)

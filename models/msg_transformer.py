@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .finetune import FineTuneMethods
 from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, init_linear, make_head
 from .msg_block import MSGBlock, MSGStage
-from .pyramid import Size, patch_grids, plan_pyramid
+from .pyramid import Size, ceil_div, patch_grids, plan_pyramid
 from .resize import resize_grid
 from .symbolic import crop
 from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
@@ -202,9 +202,9 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         if self.msg_tokens is None:
             return self.pos_drop(patches), None
         w, s = self.layers[0].window_size, self.layers[0].shuffle_size
-        nH, nW = -(-H // w), -(-W // w)
+        nH, nW = ceil_div(H, w), ceil_div(W, w)
         region = self.msg_tokens.view(1, s, s, C)
-        regions = region.repeat(1, -(-nH // s), -(-nW // s), 1)
+        regions = region.repeat(1, ceil_div(nH, s), ceil_div(nW, s), 1)
         msg = crop(regions, (nH, nW)).expand(B, -1, -1, -1)  # (B, nH, nW, C)
         return self.pos_drop(patches), msg
 

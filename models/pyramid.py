@@ -9,6 +9,14 @@ from math import gcd, lcm
 from typing import NamedTuple
 
 
+def ceil_div(size: int, divisor: int) -> int:
+    """Divide a size, rounding up.
+
+    `-(-size // divisor)` is the same number, but `torch.onnx` translates `//` to a division that rounds towards zero.
+    """
+    return (size + divisor - 1) // divisor
+
+
 class Size(NamedTuple):
     """Height and width: of an image in pixels, of a patch grid in patches, of a window grid in windows."""
 
@@ -25,7 +33,7 @@ class Size(NamedTuple):
 
     def divided_by(self, divisor: int) -> 'Size':
         """Divide height and width, rounding up."""
-        return Size(-(-self.height // divisor), -(-self.width // divisor))
+        return Size(ceil_div(self.height, divisor), ceil_div(self.width, divisor))
 
     def is_multiple_of(self, divisor: int) -> bool:
         """Whether height and width are multiples of `divisor`."""

@@ -8,6 +8,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pyramid import ceil_div
 from .symbolic import is_known_equal
 
 
@@ -33,7 +34,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], source: 
 def tile_msg_tokens(tokens: Tensor, shuffle_size: int) -> Tensor:
     """Repeat or crop the MSG tokens (1, s^2, 1, C) of a shuffle region to a different size of the region."""
     region = _as_square(tokens.squeeze(2))  # (1, s, s, C)
-    times = -(-shuffle_size // region.shape[1])
+    times = ceil_div(shuffle_size, region.shape[1])
     region = region.repeat(1, times, times, 1)[:, :shuffle_size, :shuffle_size]
     return region.flatten(1, 2).unsqueeze(2)
 

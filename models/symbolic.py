@@ -14,11 +14,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from .pyramid import ceil_div
 
 
 def is_symbolic(*sizes: int) -> bool:
-    """Whether one of these sizes is symbolic: left dynamic by `torch.export`."""
-    return any(isinstance(size, torch.SymInt) for size in sizes)
+    """Whether one of these sizes is symbolic: left dynamic by `torch.export` or `torch.compile`."""
+    return not all(has_static_value(size) for size in sizes)
 
 
 def is_known_multiple(sizes: Sequence[int], divisor: int) -> bool:
@@ -36,7 +39,7 @@ def padding_to_multiple(size: int, multiple: int) -> int:
 
     `-size % multiple` is the same number, but `torch.export` cannot prove that a size padded so is a multiple.
     """
-    return -(-size // multiple) * multiple - size
+    return ceil_div(size, multiple) * multiple - size
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pyramid import ceil_div
 from .symbolic import SymbolicPadding, contiguous_copy, crop, is_known_multiple, pad_to_multiple, symbolic_padding
 
 
@@ -29,7 +30,7 @@ def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tenso
     """
     B, H, W, C = patches.shape
     w = window_size
-    nH, nW = -(-H // w), -(-W // w)
+    nH, nW = ceil_div(H, w), ceil_div(W, w)
     x = pad_to_multiple(patches, w).view(B, nH, w, nW, w, C)
     x = contiguous_copy(x.transpose(2, 3)).view(B, nH, nW, w * w, C)
     if msg is None:
@@ -105,7 +106,7 @@ def window_padding(
     (H, W), w = grid, window_size
     if is_known_multiple(grid, w):
         return None
-    nH, nW = -(-H // w), -(-W // w)
+    nH, nW = ceil_div(H, w), ceil_div(W, w)
     is_below, is_right = torch.arange(nH * w, device=device) >= H, torch.arange(nW * w, device=device) >= W
     is_padding = is_below.view(nH, 1, w, 1) | is_right.view(nW, 1, w)  # (nH, nW, w, w)
     is_padding = F.pad(is_padding.view(nH, nW, w * w), (int(use_msg_tokens), 0)).unsqueeze(3)  # False for MSG tokens
@@ -115,7 +116,7 @@ def window_padding(
 def _real_index(grid: tuple[int, int], window_size: int, device: torch.device, use_msg_tokens: bool) -> Tensor:
     """Positions of MSG tokens, then of patches, among the nH * nW * N tokens of an image's padded windows, (L,)."""
     (H, W), w = grid, window_size
-    nH, nW, N = -(-H // w), -(-W // w), w * w + use_msg_tokens
+    nH, nW, N = ceil_div(H, w), ceil_div(W, w), w * w + use_msg_tokens
     rows, columns = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
     window = rows // w * nW + columns // w  # (H, W)
     token = use_msg_tokens + rows % w * w + columns % w  # (H, W)
@@ -181,17 +182,15 @@ def relative_position_index(window_size: int) -> Tensor:
     return offset[..., 0] * (2 * w - 1) + offset[..., 1]
 
 
-def attention_bias_index(window_size: int) -> Tensor:
-    """Row of the bias table, extended by two rows for the MSG token, for each pair of tokens in a window.
+def add_msg_token(index: Tensor, rows: int) -> Tensor:
+    """Extend `relative_position_index` by the MSG token, whose two entries follow those of the bias table.
 
     Args:
-        window_size: window size w, in patches.
+        index: (w^2, w^2) int64, for two patches.
+        rows: rows of the bias table, (2w - 1)^2.
 
     Returns:
-        (N, N) int64: `relative_position_index` for two patches, (2w - 1)^2 for a patch attending to the MSG token, and
-        (2w - 1)^2 + 1 for the MSG token attending to any token.
+        (N, N) int64: `index` for two patches, `rows` for a patch attending to the MSG token, and `rows` + 1 for the MSG
+        token attending to any token.
     """
-    to_msg = (2 * window_size - 1) ** 2
-    index = F.pad(relative_position_index(window_size), (1, 0, 1, 0), value=to_msg)  # (N, N)
-    index[0] = to_msg + 1
-    return index
+    return F.pad(F.pad(index, (1, 0), value=rows), (0, 0, 1, 0), value=rows + 1)

@@ -9,6 +9,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from yacs.config import CfgNode
 
+CPU = torch.device('cpu')
+
 
 class StridedAnchors(AnchorGenerator):
     """Anchors at fixed strides, of exact sizes, in the precision of the images.
@@ -32,7 +34,7 @@ class StridedAnchors(AnchorGenerator):
         scales: Sequence[int],
         aspect_ratios: Sequence[float],
         dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> Tensor:
         """Anchors of one location, centred at 0, (n, 4): all ratios at the first scale, then at the next."""
         root = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()

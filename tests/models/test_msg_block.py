@@ -139,7 +139,6 @@ def test_position_bias_is_one_lookup_of_both_tables():
     assert torch.equal(bias[0, :, 1:, 1:], table[attention.relative_position_index].permute(2, 0, 1))
     assert torch.equal(bias[0, :, 1:, 0], to_msg[:, None].expand(-1, 9))
     assert torch.equal(bias[0, :, 0], from_msg[:, None].expand(-1, 10))
-    assert 'bias_index' not in attention.state_dict()
 
 
 @pytest.mark.parametrize('parameter', ['relative_position_bias_table', 'rel_pos_msg'])

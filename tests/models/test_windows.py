@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models.windows import (
-    attention_bias_index,
+    add_msg_token,
     join_windows,
     relative_position_index,
     shuffle_msg_tokens,
@@ -92,8 +92,8 @@ def test_relative_position_index_is_the_offset_of_query_from_key():
             assert index[i, j] == (rows + w - 1) * (2 * w - 1) + columns + w - 1
 
 
-def test_attention_bias_index_adds_the_msg_token():
-    index = attention_bias_index(3)
+def test_the_msg_token_is_added_to_the_position_index():
+    index = add_msg_token(relative_position_index(3), 25)
     assert index.shape == (10, 10)
     assert torch.equal(index[1:, 1:], relative_position_index(3))
     assert (index[1:, 0] == 25).all()  # patch to MSG token
