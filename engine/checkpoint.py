@@ -144,6 +144,8 @@ def _load_pth(path: Path, mmap: bool = False) -> Any:
     is_zip = zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is not a zip file, and has no checksums
     if is_zip and not mmap:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise CheckpointError(f'{path} is no checkpoint: PyTorch compresses no entries, which may be huge')
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f'{path} is damaged: the checksum of {damaged} is wrong')

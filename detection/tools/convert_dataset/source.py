@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from data import DataError
+from data.images import open_regular
 
 
 class Item(NamedTuple):
@@ -63,7 +64,8 @@ def read_text(path: Path, find_encoding: Callable[[bytes], str] = lambda _: 'utf
         DataError: it cannot be read, or is in another encoding.
     """
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except OSError as error:
         raise DataError(f'{path}: {error.strerror}') from error
     encoding = next((x for mark, x in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
