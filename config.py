@@ -113,6 +113,9 @@ def shared_keys(task: str) -> KeyGroup:
         metavar='DIR',
         affects='nothing',
     )
+    c.DATA.EXIF = Key(
+        False, 'Turn images upright as their EXIF orientation says; False reads them as stored, as published'
+    )
     c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
     c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, affects='nothing')
 

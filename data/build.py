@@ -1,5 +1,6 @@
 """Loaders of training and evaluation batches."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +14,16 @@ from yacs.config import CfgNode
 from data.dataset import ImageDataset
 from data.fast_transforms import FastEvalTransform, FastTrainTransform
 from data.formats import open_samples
-from data.images import DataError
+from data.images import DataError, read_header
 from data.mixup import uses_mixup
 from data.samplers import ShardSampler, TrainSampler
+from data.samples import Samples
 from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
 from data.workers import WorkerLoader
+
+# Images whose headers are read when a split is opened
+SAMPLED_HEADERS = 100
 
 Result = TypeVar('Result')
 OncePerNode = Callable[[Callable[[], Result]], Result]
@@ -85,7 +90,7 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
     is_train = split == 'train'
     transform = build_sample_transform(config, is_train)
     folder = Path(config.DATA.DATA_PATH)
-    samples = once_per_node(lambda: open_samples(config.DATA.DATASET, folder, split).share())
+    samples = once_per_node(lambda: _open_samples(config, folder, split).share())
     if len(samples.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
             f'{folder / split} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '
@@ -94,6 +99,33 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
         )
     on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'replace' if is_train else 'ignore'
     return ImageDataset(samples, transform, on_error)
+
+
+def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples:
+    """A split, whose notes tell of rotated images."""
+    samples = open_samples(config.DATA.DATASET, folder, split)
+    samples.notes += rotation_notes(samples, config.DATA.EXIF)
+    return samples
+
+
+def rotation_notes(samples: Samples, upright: bool) -> list[str]:
+    """What `DATA.EXIF` means for these samples: nothing, where no image of a few has an EXIF orientation.
+
+    The headers of at most `SAMPLED_HEADERS` images, evenly chosen, are read; those that cannot be are left out.
+
+    Args:
+        samples: the split.
+        upright: whether its images are turned.
+    """
+    indices = range(0, len(samples), -(-len(samples) // SAMPLED_HEADERS))
+    rotated = 0
+    for index in indices:
+        with contextlib.suppress(DataError):
+            rotated += read_header(samples.describe(index), samples.read(index)).orientation != 1
+    if not rotated:
+        return []
+    effect = 'and turned upright' if upright else 'and read as stored; DATA.EXIF True turns them upright'
+    return [f'{rotated} of {len(indices)} sampled images are rotated by their EXIF tag {effect}']
 
 
 def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[bytes, str], tuple[Tensor, Tensor]]:
@@ -105,6 +137,30 @@ def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[bytes, 
     if config.DATA.PIPELINE == 'published':
         return PublishedTransform(config, is_train)
     return FastTrainTransform(config) if is_train else FastEvalTransform(config)
+
+
+class EvalTransform:
+    """From an encoded image and its name to the tensor that evaluation reads: `data.dataset.Sample.image`.
+
+    All tools prepare images with it, so they see what `main.py --eval` sees. Processes of any start method can have it.
+
+    Args:
+        config: the config tree.
+
+    Raises:
+        DataError: see `data.transforms.build_transform`.
+    """
+
+    def __init__(self, config: CfgNode):
+        self.transform = build_sample_transform(config, is_train=False)
+
+    def __call__(self, data: bytes, name: str) -> Tensor:
+        """The image.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        return self.transform(data, name)[0]
 
 
 def build_train_loader(

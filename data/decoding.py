@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_modes_mapping
 
-from data.images import decode_image
+from data.images import decode_image, read_header
 
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where their crop is then still this many times as large as its
 # result. At 1.5, evaluated photographs of four megapixels differ from the published ones by 2.0 to 2.8 of 255, at 2 by
@@ -66,22 +66,25 @@ class EncodedImage:
         data: content of an image file.
         name: of the image, for errors.
         mode: PIL mode: RGB, or L for one grey channel.
+        upright: turn it as its EXIF orientation says.
 
     Attributes:
-        size: width and height.
+        size: width and height, after that.
 
     Raises:
         DataError: it cannot be decoded.
     """
 
-    def __init__(self, data: bytes, name: str, mode: str):
-        self.data, self.name, self.mode = data, name, mode
-        self._pixels = None
+    def __init__(self, data: bytes, name: str, mode: str, upright: bool = False):
+        self.data, self.name, self.mode, self.upright = data, name, mode, upright
+        self._pixels, self._orientation = None, 1
         size = _jpeg_size(data)
         if size is None:
             self._pixels = self._decode_with_pillow()
             size = self._pixels.shape[1::-1]
-        self.size = size
+        elif upright and _has_metadata(data):
+            self._orientation = read_header(name, data).orientation
+        self.size = size[::-1] if self._orientation >= 5 else size
 
     def crop(self, crop: Crop, interpolation: InterpolationMode) -> np.ndarray:
         """The crop's pixels (H, W, 3) or (H, W), uint8.
@@ -101,19 +104,21 @@ class EncodedImage:
         return np.array(Image.fromarray(pixels).resize(size, pil_modes_mapping[interpolation], box))
 
     def _decode(self, reduction: float) -> np.ndarray:
-        """Pixels, at 1/2, 1/4 or 1/8 of the size where this is no less than 1 / reduction."""
+        """Pixels, turned, at 1/2, 1/4 or 1/8 of the size where this is no less than 1 / reduction."""
         if self._pixels is not None:
             return self._pixels
         factor = next((factor for factor in (8, 4, 2) if factor <= reduction), 1)
-        limits = {'min_width': self.size[0] // factor, 'min_height': self.size[1] // factor, 'min_factor': factor}
+        width, height = self.size[::-1] if self._orientation >= 5 else self.size  # as stored
+        limits = {'min_width': width // factor, 'min_height': height // factor, 'min_factor': factor}
         try:
             pixels = simplejpeg.decode_jpeg(self.data, _COLORSPACES[self.mode], **limits)
         except ValueError:
             return self._decode_with_pillow()
+        pixels = _turn(pixels, self._orientation)
         return pixels if self.mode == 'RGB' else pixels[:, :, 0]
 
     def _decode_with_pillow(self) -> np.ndarray:
-        return np.array(decode_image(self.data, self.name, self.mode))
+        return np.array(decode_image(self.data, self.name, self.mode, self.upright))
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -128,9 +133,35 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if is_supported and width * height <= Image.MAX_IMAGE_PIXELS else None
 
 
+def _has_metadata(data: bytes) -> bool:
+    """Whether a JPEG may have an APP1 segment, where EXIF and XMP are: much faster than Pillow's parser."""
+    position = len(_JPEG_START)
+    while data[position : position + 1] == b'\xff':
+        marker = data[position + 1 : position + 2]
+        if marker == b'\xda':  # the pixels follow
+            return False
+        if marker in (b'\xe1', b'\xff'):  # APP1; padding, which is for Pillow to read
+            return True
+        position += 2 + int.from_bytes(data[position + 2 : position + 4])
+    return True
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of stored pixels (H, W, channels) that is upright."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
 def _resize(pixels: np.ndarray, crop: Crop, interpolation: InterpolationMode) -> np.ndarray:
     left, top, width, height = map(int, crop.box)
     pixels = pixels[top : top + height, left : left + width]
+    if pixels.strides[0] < pixels.strides[1] or min(pixels.strides) < 0:  # of a turned image
+        pixels = np.ascontiguousarray(pixels)
     if not pixels.size:  # a random crop of an image of 1 x 1, which Pillow resizes to black
         return np.zeros((*crop.size[::-1], *pixels.shape[2:]), np.uint8)
     if interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):

@@ -32,7 +32,7 @@ class FastTrainTransform:
     """
 
     def __init__(self, config: CfgNode):
-        self.mode, self.size = image_mode(config), config.DATA.IMG_SIZE
+        self.mode, self.size, self.upright = image_mode(config), config.DATA.IMG_SIZE, config.DATA.EXIF
         (self.random_crop, *flips), policies, (_, _, *erasings) = train_steps(config)
         self.flip_probability = flips[0].p if flips else 0
         self.policies = [use_arrays(policy) for policy in policies]
@@ -44,7 +44,7 @@ class FastTrainTransform:
 
     def decode(self, data: bytes, name: str) -> np.ndarray:
         """A random crop's pixels, (H, W, 3) or (H, W)."""
-        image = EncodedImage(data, name, self.mode)
+        image = EncodedImage(data, name, self.mode, self.upright)
         return image.crop(self.draw_crop(image.size), self.random_crop.interpolation)
 
     def augment(self, pixels: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ class FastEvalTransform:
     """
 
     def __init__(self, config: CfgNode):
-        self.mode, self.size = image_mode(config), config.DATA.IMG_SIZE
+        self.mode, self.size, self.upright = image_mode(config), config.DATA.IMG_SIZE, config.DATA.EXIF
         self.resized_side = resized_side(config) if config.TEST.CROP else None
         self.interpolation = str_to_interp_mode(config.DATA.INTERPOLATION)
 
@@ -110,7 +110,7 @@ class FastEvalTransform:
 
     def decode(self, data: bytes, name: str) -> np.ndarray:
         """The crop's pixels, (H, W, 3) or (H, W)."""
-        image = EncodedImage(data, name, self.mode)
+        image = EncodedImage(data, name, self.mode, self.upright)
         return image.crop(self.crop(image.size), self.interpolation)
 
     def crop(self, size: tuple[int, int]) -> Crop:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from data.build import build_loader
-from data.images import DataError, read_file, turn_upright
+from data.images import DataError, read_file
 from data.packed_lists import NameList
 from utils import printable
 
@@ -22,7 +22,8 @@ SOME_UNREADABLE = 3
 
 def print_above_bar(text: str, end: str = '\n') -> None:
     """Print a result on stdout, above the loader's progress bar where they share a terminal."""
-    (tqdm.write if sys.stdout and sys.stdout.isatty() else print)(text, end=end)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
+    (tqdm.write if is_terminal else print)(text, end=end)
 
 
 class LoadedImage(NamedTuple):
@@ -48,17 +49,16 @@ class ImageBatch(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """Image files by index, upright.
+    """Image files by index.
 
     Args:
         paths: the files.
         transform: from an encoded image and its name to a tensor.
-        mode: PIL mode of the images: RGB or L.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[[bytes, str], Tensor], mode: str):
+    def __init__(self, paths: Sequence[Path], transform: Callable[[bytes, str], Tensor]):
         self.paths = NameList.of(map(str, paths)).share()
-        self.transform, self.mode = transform, mode
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,7 +66,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> LoadedImage:
         path = self.paths[index]
         try:
-            return LoadedImage(index, self.transform(turn_upright(read_file(path), path, self.mode), path), '')
+            return LoadedImage(index, self.transform(read_file(path), path), '')
         except DataError as error:
             return LoadedImage(index, None, str(error))
 
@@ -88,7 +88,6 @@ class InferenceLoader:
         config: the config tree of any task.
         paths: the files.
         transform: from an encoded image and its name to a tensor; of one shape, unless `batch_size` is 1.
-        mode: PIL mode of the images: RGB or L.
         batch_size: images per batch.
         workers: loader processes; 0 loads in this one, which a single batch does in any case.
     """
@@ -98,13 +97,12 @@ class InferenceLoader:
         config: CfgNode,
         paths: Sequence[Path],
         transform: Callable[[bytes, str], Tensor],
-        mode: str = 'RGB',
         batch_size: int = 1,
         workers: int = 0,
     ):
         self.paths, self.unreadable = paths, 0
         workers = workers if len(paths) > batch_size else 0
-        files = ImageFiles(paths, transform, mode)
+        files = ImageFiles(paths, transform)
         self._loader = build_loader(config, files, range(len(paths)), batch_size, collate, workers=workers)
 
     def __iter__(self) -> Iterator[ImageBatch]:

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import stat
+import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from utils import UserError, printable
 
@@ -140,7 +141,7 @@ def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool
         data: content of an image file.
         name: of the image, for errors.
         mode: PIL mode: RGB, or L for one grey channel.
-        upright: turn as EXIF says. Classification data are read as stored, as published.
+        upright: turn it as its EXIF orientation says; otherwise, it is read as stored.
 
     Raises:
         DataError: it is not an image, is truncated, or is too large to be safe.
@@ -149,7 +150,8 @@ def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool
         raise DataError(f'image {name} is empty: replace or remove it')
     try:
         with _open_image(io.BytesIO(data)) as file:
-            image = ImageOps.exif_transpose(file) if upright else file
+            file.load()
+            image = _turn_upright(file) if upright else file
             if image.mode[0] in 'IF':  # PIL would clip it
                 image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
             return image.convert(mode)
@@ -181,31 +183,39 @@ def read_header(path: str | Path, data: bytes | None = None) -> ImageHeader:
     """
     try:
         with open_regular(path) if data is None else io.BytesIO(data) as source, _open_image(source) as file:
-            exif = Image.Image.getexif(file)  # PNG's own would decode the image first
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
-            header = ImageHeader(file.size, orientation if orientation in range(1, 9) else 1)
+            header = ImageHeader(file.size, _orientation(file))
             # PIL opens a TIFF file with its upright size.
             return header._replace(size=header.upright_size) if file.format == 'TIFF' else header
     except Exception as error:  # see `decode_image`
         raise _unreadable(path, error) from error
 
 
-def turn_upright(data: bytes, name: str | Path, mode: str = 'RGB') -> bytes:
-    """An encoded image, encoded again without loss where EXIF turns it.
+# How PIL turns an image of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-    Args:
-        data: content of an image file.
-        name: of the image, for errors.
-        mode: PIL mode of the turned image: RGB or L.
 
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    if data and read_header(name, data).orientation == 1:
-        return data
-    turned = io.BytesIO()
-    decode_image(data, name, mode, upright=True).save(turned, 'PPM')
-    return turned.getvalue()
+def _turn_upright(file: Image.Image) -> Image.Image:
+    """An image after it has been loaded, upright; PIL itself has turned a TIFF file."""
+    orientation = 1 if file.format == 'TIFF' else _orientation(file)
+    return file if orientation == 1 else file.transpose(_TURNS[orientation])
+
+
+def _orientation(file: Image.Image) -> int:
+    """EXIF orientation of an open file, 1 to 8; 1 (upright) where its EXIF data are damaged."""
+    try:
+        exif = Image.Image.getexif(file)  # PNG's own would decode the image first
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _open_image(source: BinaryIO) -> Image.Image:

@@ -138,10 +138,9 @@ def _check_index(index: dict[str, Any]) -> None:
     """
     shards, tables = index['shards'], index['tables']
     if not (isinstance(index['classes'], list) and isinstance(shards, list) and isinstance(tables, dict)):
-        raise TypeError('classes or shards are no list, or tables no mapping')
+        raise TypeError('classes and shards must be lists, and tables a mapping')
     numbers = [index['samples'], *(shard[key] for shard in shards for key in ('first_sample', 'bytes'))]
-    texts = [index['fingerprint'], *index['classes'], *tables.items(), *(shard['sha256'] for shard in shards)]
-    texts = [text for item in texts for text in (item if isinstance(item, tuple) else (item,))]
+    texts = [index['fingerprint'], *index['classes'], *tables.values(), *(shard['sha256'] for shard in shards)]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise TypeError('a number is not an integer, or is out of range')
     if not all(isinstance(text, str) for text in texts):

@@ -3,6 +3,7 @@
 import mmap
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -41,8 +42,14 @@ class Shareable:
 
 
 def _attach(path: str, parts: Sequence[slice]) -> Shareable:
-    """The object that another process has shared, with its arrays mapped."""
-    file = _SharedFile(os.open(path, os.O_RDONLY), parts)
+    """The object that another process has shared, with its arrays mapped.
+
+    If that process has been interrupted meanwhile, this one ends too; a starting worker does so without a traceback.
+    """
+    try:
+        file = _SharedFile(os.open(path, os.O_RDONLY), parts)
+    except FileNotFoundError:
+        sys.exit(f'error: the process that shares {path} has ended')
     value = file.load()
     value._shared = file
     return value

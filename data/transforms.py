@@ -83,11 +83,12 @@ class PublishedTransform:
     """
 
     def __init__(self, config: CfgNode, is_train: bool):
-        self.mode, self.transform = image_mode(config), build_transform(config, is_train)
+        self.mode, self.upright = image_mode(config), config.DATA.EXIF
+        self.transform = build_transform(config, is_train)
 
     def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
         """The image (C, H, W) and no erasing; see `data.dataset.Sample`."""
-        return self.transform(decode_image(data, name, self.mode)), NO_ERASING
+        return self.transform(decode_image(data, name, self.mode, self.upright)), NO_ERASING
 
 
 def image_mode(config: CfgNode) -> str:

@@ -36,6 +36,12 @@ _C.DATA.BATCH_SIZE = replace(
 _C.DATA.DATA_PATH = replace(
     _C.DATA.DATA_PATH, help='Folder with annotations/instances_<split>.json and a folder of images per split'
 )
+_C.DATA.EXIF = replace(
+    _C.DATA.EXIF,
+    default=True,
+    help='Turn images upright as their EXIF orientation says; False reads them as stored. Annotations must be of these '
+    'images',
+)
 _C.DATA.NUM_WORKERS = replace(_C.DATA.NUM_WORKERS, default=2)
 _C.TRAIN.EPOCHS = replace(_C.TRAIN.EPOCHS, default=36)
 _C.TRAIN.BASE_LR = replace(

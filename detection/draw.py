@@ -1,9 +1,7 @@
 """Pictures of detections and of ground truth."""
 
 import colorsys
-from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -11,13 +9,14 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from data.drawn_text import fit_font, shorten
 from data.images import choose_images
 from detection.data import CocoDataset
 from detection.models.masks import BoxMasks
 
 MIN_SHORT = 400  # pixels; smaller images are enlarged
 MAX_LONG = 4000  # pixels of an enlarged image
-FONT = str(Path(matplotlib.get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf')
+MAX_NAME = 40  # characters of a name with its score
 
 
 def draw_detections(
@@ -72,8 +71,9 @@ def _draw(image: Tensor, boxes: Tensor, texts: list[str], masks: BoxMasks | None
             region[:, mask] = region[:, mask] // 2 + torch.tensor(color, dtype=torch.uint8)[:, None] // 2
     if len(boxes):
         short = min(picture.shape[1:])
-        style = {'width': max(short // 250, 1), 'font': FONT, 'font_size': max(short // 35, 9), 'fill_labels': True}
-        picture = draw_bounding_boxes(picture, boxes * factor, texts, colors, **style)
+        texts, font = fit_font([shorten(text, MAX_NAME) for text in texts])
+        style = {'width': max(short // 250, 1), 'font': str(font), 'font_size': max(short // 35, 9)}
+        picture = draw_bounding_boxes(picture, boxes * factor, texts, colors, fill_labels=True, **style)
     return to_pil_image(picture)
 
 

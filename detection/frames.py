@@ -33,9 +33,9 @@ class Frame(NamedTuple):
     pixels: Tensor
 
 
-def decode(data: bytes, name: str) -> Tensor:
-    """Pixels (3, H, W) of an encoded image, uint8."""
-    return pil_to_tensor(decode_image(data, name))
+def decode(data: bytes, name: str, upright: bool = True) -> Tensor:
+    """Pixels (3, H, W) of an encoded image, uint8, perhaps turned as its EXIF orientation says."""
+    return pil_to_tensor(decode_image(data, name, upright=upright))
 
 
 def frames_of_images(images: InferenceLoader) -> Iterator[Frame]:

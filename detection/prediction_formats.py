@@ -33,11 +33,8 @@ def found_objects(detections: Detections, class_names: Sequence[str], min_score:
 
 
 def text_line(frame: Frame, found: Found) -> str:
-    """Path, with the number of a video's frame, class, score and corners, with tabs between them.
-
-    What of the path and the class a terminal would not show is escaped.
-    """
-    path = str(frame.path) if frame.number is None else f'{frame.path}:{frame.number}'
+    """Path, with the frame number of a video, class, score and corners, separated by tabs; controls are escaped."""
+    path = frame.path if frame.number is None else f'{frame.path}:{frame.number}'
     corners = ' '.join(f'{x:.1f}' for x in found.box)
     return f'{printable(path)}\t{printable(found.name)}\t{found.score:.3f}\t{corners}'
 

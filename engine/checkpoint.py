@@ -52,7 +52,7 @@ def save_safetensors(path: Path, weights: dict[str, Tensor], **metadata: Any) ->
         storage = value.untyped_storage().data_ptr()
         unshared[name] = value.clone().contiguous() if storage in storages else value.contiguous()
         storages.add(storage)
-    text = {'format': 'pt'} | {key: json.dumps(value) for key, value in metadata.items()}
+    text = {'format': 'pt'} | {key: json.dumps(value) for key, value in metadata.items()}  # transformers asks for `pt`
     _save(path, lambda file: file.write(safetensors.torch.save(unshared, text)))
 
 

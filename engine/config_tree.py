@@ -346,8 +346,10 @@ def _read_scalar(kind: type, value: Any) -> Any:
     if isinstance(value, int | float) and not abs(value) <= sys.maxsize:  # nor is nan
         raise ValueError
     value = kind(value)
-    if kind is str and any(char < ' ' for char in value):
-        raise ValueError
+    if kind is str:
+        value = value.rstrip('\n')  # of YAML's blocks
+        if any(char < ' ' and char != '\t' for char in value):
+            raise ValueError
     return value
 
 

@@ -345,7 +345,7 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
     """
     if not dist.is_initialized():
         return model
-    # About the gradients of position biases, which are small: copying them costs nothing.
+    # In the gradient of position biases of one head, strides along the dimension of size 1 differ, which means nothing.
     warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
     return DistributedDataParallel(
         model,

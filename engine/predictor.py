@@ -21,7 +21,7 @@ from engine.checkpoint import (
 )
 from engine.distributed import choose_device
 from engine.task import Task
-from utils import available_cores, home_path, non_negative_int, positive_int
+from utils import available_cores, first_line, home_path, non_negative_int, positive_int, printable
 
 
 class Predictor(NamedTuple):
@@ -68,6 +68,7 @@ def add_network_flags(
     """
     group, add = parser.add_mutually_exclusive_group(required=is_required), parser.add_argument
     group.add_argument('--resume', type=os.path.expanduser, metavar='FILE', help='checkpoint of the network')
+    parser.set_defaults(stored=tuple(map(str, (stored or {}).values())))
     if stored:
 
         def file_of(name: str) -> str:
@@ -92,6 +93,16 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
         default='auto',
         help='weights to take; auto: the EMA weights unless the raw ones scored higher',
     )
+
+
+def upright_images(saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A checkpoint's config with `DATA.EXIF` on, unless it states the key.
+
+    It is for weights that say nothing of how their images were read: those without a config, and the project's own.
+    People's photographs are upright as EXIF says.
+    """
+    saved = dict(saved or {})
+    return saved | {'DATA': {'EXIF': True} | dict(saved.get('DATA') or {})}
 
 
 def load_predictor(
@@ -126,16 +137,22 @@ def load_predictor(
     saved = checkpoint.get('config')
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')
+    if not saved or args.resume in args.stored:
+        saved = upright_images(saved)
     config = task.tree.load(args.cfg, args.opts, saved)
     check_same_network(config, checkpoint, args.resume, task.tree)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
-    model = (build_network or task.build_network)(config).to(device)
+    try:
+        model = (build_network or task.build_network)(config)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no computer can hold
+        raise CheckpointError(f'the network of {args.resume} cannot be built: {first_line(error)}') from error
+    model = model.to(device)
     weights, description = choose_weights(checkpoint, args.resume, args.pretrained_weights)
     weights, notes = fit_weights(model, weights, args.resume)
     load_weights(model, {'model': weights}, args.resume)
     notes += [f'ignored, as they are not what a run writes: {", ".join(x)}' for x in [checkpoint.get('ignored')] if x]
     for note in (description, *notes):
-        print(f'{args.resume}: {note}', file=sys.stderr)
+        print(printable(f'{args.resume}: {note}'), file=sys.stderr)
     numbers = range(task.first_label, task.first_label + config.MODEL.NUM_CLASSES)
     class_names = list(checkpoint.get('classes') or [str(number) for number in numbers])
     if len(class_names) != len(numbers):

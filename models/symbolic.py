@@ -1,7 +1,7 @@
-"""Padding, cropping and copying where sizes may be symbolic: all that `torch.export` with dynamic sizes needs.
+"""Padding, cropping and copying where sizes may be symbolic, as in `torch.export` and `torch.compile(dynamic=True)`.
 
-`torch.export` traces one graph for all batch sizes and, on request, for all image sizes. It represents such a size by a
-`torch.SymInt`, and the graph must not branch on it. So a symbolic grid is always padded, if only by nothing, and its
+Both trace one graph for all batch sizes and, on request, for all image sizes. Such a size is a `torch.SymInt`, and the
+graph must not branch on it. So a symbolic grid is always padded, if only by nothing, and its
 padding is always masked: the result is the same, and takes longer. With sizes that are plain integers, each function
 computes just what the network needs. No other module of the network distinguishes the two cases.
 

@@ -3,8 +3,9 @@
     python -m tools.check_dataset <imagenet>
 
 PATH may have any format that DATA.DATASET knows. Images are decoded as in training; the checksums of shards are
-verified too. Copies of a picture are found if the files are equal and, with the package imagehash, if the picture was
-encoded again or resized. The exit code is 1 where there is anything to list.
+verified too. Copies of a picture are found if the files are equal, or if the picture was encoded again or resized.
+Problems are printed as they are found, so an interrupted check has listed those so far. The last line counts them, and
+the images that are rotated by their EXIF tag. The exit code is 1 where there is anything to list.
 """
 
 if __name__ == '__main__':
@@ -18,7 +19,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +27,15 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.file_loader import print_above_bar
 from data.formats import FORMATS, check_same_classes, find_format
-from data.images import DataError, decode_image
+from data.images import DataError, decode_image, read_header
 from data.samples import Samples
 from data.shards import read_index, shard_name
 from data.workers import WorkerLoader
-from tools.duplicates import CheckedImage, can_compare_pictures, content_hash, perceptual_hash, similar_pairs
-from tools.output_files import shown
+from tools.duplicates import CheckedImage, content_hash, perceptual_hash, similar_pairs
 from tools.pack_dataset import verify
-from utils import exit_on_user_error, home_path, positive_int, report_write_errors
+from utils import exit_on_user_error, home_path, positive_int, printable, report_write_errors
 
 
 class Problem(NamedTuple):
@@ -48,6 +49,9 @@ class Problem(NamedTuple):
     text: str
 
 
+Report = Callable[[Problem], None]
+
+
 class _CheckedSamples(Dataset):
     """A `CheckedImage` by index."""
 
@@ -58,23 +62,25 @@ class _CheckedSamples(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> CheckedImage:
-        data = None
+        data, name = None, self.samples.describe(index)
         try:
             data = self.samples.read(index)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                image = decode_image(data, self.samples.describe(index))
+                image = decode_image(data, name)
+                is_rotated = read_header(name, data).orientation != 1
         except DataError as error:
-            return CheckedImage(0, b'', 'empty' if data == b'' else 'broken', str(error))
-        return CheckedImage(content_hash(data), perceptual_hash(image), '', '')
+            return CheckedImage(0, b'', False, 'empty' if data == b'' else 'broken', str(error))
+        return CheckedImage(content_hash(data), perceptual_hash(image), is_rotated, '', '')
 
 
-def check_split(samples: Samples, workers: int, name: str = '') -> list[CheckedImage]:
+def check_split(samples: Samples, workers: int, report: Report, name: str = '') -> list[CheckedImage]:
     """Read and decode all images of a split.
 
     Args:
         samples: the split.
         workers: processes.
+        report: called with each problem when it is found.
         name: of the split, for the progress bar.
 
     Returns:
@@ -85,11 +91,14 @@ def check_split(samples: Samples, workers: int, name: str = '') -> list[CheckedI
     with tqdm(total=len(samples), desc=f'check {name}', unit='image', disable=None) as bar:
         for batch in loader:
             images += batch
+            for image in batch:
+                if image.kind:
+                    report(Problem(image.kind, image.text))
             bar.update(len(batch))
     return images
 
 
-def find_copies(splits: Mapping[str, Samples], images: Mapping[str, Sequence[CheckedImage]]) -> list[Problem]:
+def find_copies(splits: Mapping[str, Samples], images: Mapping[str, Sequence[CheckedImage]]) -> Iterator[Problem]:
     """Pictures that are in two splits or in two classes: the same file, or encoded again or resized."""
     places = [(split, index) for split, samples in splits.items() for index in range(len(samples))]
     checked = [image for split in splits for image in images[split]]
@@ -107,67 +116,85 @@ def find_copies(splits: Mapping[str, Samples], images: Mapping[str, Sequence[Che
 
     contents = np.array([image.content for image in checked], np.uint64)
     values, counts = np.unique(contents, return_counts=True)
-    problems, firsts = [], {}  # content -> the first image of each split and class that has it
+    firsts = {}  # content -> the first image of each split and class that has it
     for position in np.flatnonzero(np.isin(contents, values[(counts > 1) & (values != 0)])).tolist():
         others = firsts.setdefault(contents[position], {})
         split = group(position)[0]
         in_other_split = next((first for (other, _), first in others.items() if other != split), None)
         if in_other_split is not None:
-            problems.append(problem('same', in_other_split, position, 'is'))
+            yield problem('same', in_other_split, position, 'is')
         elif others and group(position) not in others:
-            problems.append(problem('classes', next(iter(others.values())), position, 'is'))
+            yield problem('classes', next(iter(others.values())), position, 'is')
         others.setdefault(group(position), position)
     reported = set()
     for first, second in similar_pairs([image.picture for image in checked]).tolist():
         is_new = contents[first] != contents[second] and second not in reported
         if is_new and group(first) != group(second):
             reported.add(second)
-            problems.append(problem('similar', first, second, 'looks like'))
-    return problems
+            yield problem('similar', first, second, 'looks like')
 
 
-def check_shards(root: Path) -> list[Problem]:
+def check_shards(root: Path) -> Iterator[Problem]:
     """Shards whose checksums differ from those in the index."""
-    problems = []
     index = read_index(root)
     for number, recorded in enumerate(index['shards'] if index else []):
         try:
             verify(root / shard_name(number), recorded)
         except DataError as error:
-            problems.append(Problem('broken', str(error)))
-    return problems
+            yield Problem('broken', str(error))
 
 
-def check_dataset(folder: Path, format_name: str, workers: int) -> tuple[dict[str, int], list[Problem]]:
+def check_dataset(folder: Path, format_name: str, workers: int, report: Report) -> tuple[dict[str, int], int]:
     """Check `train` and `val`.
 
+    Args:
+        folder: of the dataset.
+        format_name: of `FORMATS`.
+        workers: processes.
+        report: called with each problem when it is found.
+
     Returns:
-        The number of images of each split, and all problems.
+        The number of images of each split, and of those that EXIF rotates.
 
     Raises:
         DataError: there are neither of them.
     """
-    splits, images, problems = {}, {}, []
+    splits, images, is_found = {}, {}, False
     for split in ('train', 'val'):
         if not FORMATS[format_name].find_classes(folder, split):
             continue
+        is_found = True
         try:
             splits[split] = FORMATS[format_name](folder, split)
         except DataError as error:  # such as an archive cut short
-            problems.append(Problem('broken', str(error)))
+            report(Problem('broken', str(error)))
             continue
-        problems += [Problem('empty', text) for text in splits[split].empty_classes()]
-        if format_name == 'shards':
-            problems += check_shards(folder / split)
-        images[split] = check_split(splits[split], workers, split)
-        problems += [Problem(image.kind, image.text) for image in images[split] if image.kind]
-    if not splits and not problems:
+        for text in splits[split].empty_classes():
+            report(Problem('empty', text))
+        for problem in check_shards(folder / split) if format_name == 'shards' else ():
+            report(problem)
+        images[split] = check_split(splits[split], workers, report, split)
+    if not is_found:
         raise DataError(f'{folder} holds neither train nor val of the format {format_name}')
     try:
         check_same_classes(format_name, folder)
     except DataError as error:
-        problems.append(Problem('broken', str(error)))
-    return {split: len(samples) for split, samples in splits.items()}, problems + find_copies(splits, images)
+        report(Problem('broken', str(error)))
+    for problem in find_copies(splits, images):
+        report(problem)
+    rotated = sum(image.is_rotated for split in images.values() for image in split)
+    return {split: len(samples) for split, samples in splits.items()}, rotated
+
+
+def summary(images: Mapping[str, int], problems: Sequence[Problem], rotated: int) -> str:
+    """The line at the end: numbers of images and of problems of each kind."""
+    counts = Counter(problem.kind for problem in problems)
+    numbers = ', '.join(f'{count:,} in {split}' for split, count in images.items())
+    line = f'images: {numbers}; {counts["broken"]} broken, {counts["empty"]} empty, {counts["same"]} in train and val'
+    line += ''.join(f', {counts[kind]} {text}' for kind, text in _COPIES.items() if counts[kind])
+    if rotated:
+        line += f'; {rotated:,} rotated by their EXIF tag: DATA.EXIF True turns them upright'
+    return line
 
 
 def main() -> None:
@@ -183,24 +210,20 @@ def main() -> None:
     with exit_on_user_error():
         if not os.path.isdir(args.path):
             raise DataError(f'{args.path} does not exist: give the folder of a dataset')
-        images, problems = check_dataset(args.path, args.format or find_format(args.path), args.workers)
+        problems: list[Problem] = []
+
+        def report(problem: Problem) -> None:
+            problems.append(problem)
+            print_above_bar(f'{problem.kind}\t{printable(problem.text)}')
+
+        images, rotated = check_dataset(args.path, args.format or find_format(args.path), args.workers, report)
         if args.json:
             with report_write_errors(args.json):
-                text = json.dumps({'images': images, 'problems': [x._asdict() for x in problems]}, indent=1)
-                args.json.write_text(text, encoding='utf-8')
-        counts = Counter(problem.kind for problem in problems)
-        for problem in problems:
-            print(f'{problem.kind}\t{shown(problem.text)}')
-        numbers = ', '.join(f'{count:,} in {split}' for split, count in images.items())
-        copies = [f', {counts[kind]} {text}' for kind, text in _COPIES.items() if counts[kind]]
-        print(
-            f'images: {numbers}; {counts["broken"]} broken, {counts["empty"]} empty, {counts["same"]} in train and val'
-            + ''.join(copies)
-        )
-        if any(counts[kind] for kind in ('same', *_COPIES)):
+                tree = {'images': images, 'rotated': rotated, 'problems': [x._asdict() for x in problems]}
+                args.json.write_text(json.dumps(tree, indent=1), encoding='utf-8')
+        print(summary(images, problems, rotated))
+        if any(problem.kind in ('same', *_COPIES) for problem in problems):
             print(_ADVICE, file=sys.stderr)
-        if not can_compare_pictures():
-            print('copies that were encoded again are not looked for: pip install imagehash', file=sys.stderr)
     sys.exit(bool(problems))
 
 

@@ -1,15 +1,17 @@
 """A contact sheet: small images with their predicted classes."""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from data.drawn_text import fit_font, shorten
 from data.images import choose_images, load_image
 from tools.prediction_formats import Prediction
 
 MAX_IMAGES = 96
-_LINE = 22  # characters that are as wide as an image
+_LINE = 18  # characters that are as wide as an image
 _THUMBNAIL = 256  # pixels: twice those of an image on the sheet
 
 
@@ -19,10 +21,11 @@ class ContactSheet:
     Args:
         count: number of predictions.
         class_names: of the network.
+        upright: turn images as their EXIF orientation says, where the network reads them so.
     """
 
-    def __init__(self, count: int, class_names: Sequence[str]):
-        self.class_names = class_names
+    def __init__(self, count: int, class_names: Sequence[str], upright: bool = True):
+        self.class_names, self.upright = class_names, upright
         self.chosen = set(choose_images(range(count), MAX_IMAGES))
         self.note = f'{MAX_IMAGES} of {count:,} images, a random choice' if count > MAX_IMAGES else ''
         self.predictions: list[Prediction] = []
@@ -45,23 +48,31 @@ class ContactSheet:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.axis('off')
+        shown = {i for x in self.predictions for i in (x.indices[0], x.label) if i is not None}
+        names, font = fit_font([self.class_names[index] for index in shown])
+        names = dict(zip(shown, names, strict=True))
         for axes, prediction in zip(grid.flat, self.predictions, strict=False):
-            image = load_image(prediction.path, upright=True)
+            image = load_image(prediction.path, upright=self.upright)
             image.thumbnail((_THUMBNAIL, _THUMBNAIL))
             axes.imshow(image)
             color = 'darkgreen' if prediction.label == prediction.indices[0] else 'firebrick'
             color = 'black' if prediction.label is None else color
-            axes.set_title(self._title(prediction), color=color, fontsize=9, parse_math=False)
+            axes.set_title(_title(prediction, names), color=color, font=font, fontsize=9, parse_math=False)
         figure.suptitle(self.note, fontsize=10)
         return figure
 
-    def _title(self, prediction: Prediction) -> str:
-        name, index, probability = next(prediction.top(self.class_names))
-        lines = textwrap.wrap(f'{_shorten(name)} ({probability:.0%})', _LINE)
-        if prediction.label not in (None, index):
-            lines += textwrap.wrap(f'is {_shorten(self.class_names[prediction.label])}', _LINE)
-        return '\n'.join(lines)
+
+def _title(prediction: Prediction, names: Mapping[int, str]) -> str:
+    """The predicted class, and the right one where it differs; `names` of both by their indices."""
+    index, probability = prediction.indices[0], prediction.probabilities[0]
+    lines = _wrap(names[index], f' ({probability:.0%})')
+    if prediction.label not in (None, index):
+        lines += _wrap(f'is {names[prediction.label]}')
+    return '\n'.join(lines)
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) < 2 * _LINE else f'{name[: 2 * _LINE - 5]}…'
+def _wrap(name: str, end: str = '') -> list[str]:
+    """Lines of an image's width; characters of East Asia are twice as wide as others."""
+    is_wide = any(unicodedata.east_asian_width(char) in 'WF' for char in name)
+    line = _LINE // 2 if is_wide else _LINE
+    return textwrap.wrap(shorten(name, 2 * line - 2) + end, line)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint, save_safetensors
 from engine.predictor import add_weights_flag
-from utils import exit_on_user_error, home_path
+from utils import exit_on_user_error, home_path, printable
 
 
 def convert(source: Path, target: Path, choice: str = 'auto') -> tuple[int, str]:
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error():
         count, description = convert(args.source, args.target, args.pretrained_weights)
-    print(f'{args.target}: {count} tensors, {description}')
+        print(printable(f'{args.target}: {count} tensors, {description}'))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ if __name__ == '__main__':
 
 import argparse
 import io
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from sklearn.datasets import load_sample_image
 
 from tools.visualize.sheets import Choice, draw_kinds
 from tools.visualize.view import prepare, random_predictor
-from utils import exit_on_user_error, home_path
+from utils import exit_on_user_error, home_path, printable
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 PATCH, INK = '#e8e8e8', '#333333'
@@ -31,15 +32,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=home_path, required=True, metavar='DIR', help='folder for the files')
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    with exit_on_user_error():
+        draw_figures(args.output)
+
+
+def draw_figures(folder: Path) -> None:
+    """Draw all pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams.update({'svg.hashsalt': 'msg', 'font.size': 10, 'font.family': 'DejaVu Sans'})
     for name, draw in (('windows', draw_windows), ('block', draw_block)):
-        draw().savefig(args.output / f'{name}.svg', metadata={'Date': None})
-        print(args.output / f'{name}.svg')
+        draw().savefig(folder / f'{name}.svg', metadata={'Date': None})
+        print(printable(folder / f'{name}.svg'))
     png = io.BytesIO()
     draw_influence().savefig(png, dpi=90)
-    Image.open(png).convert('RGB').quantize(256).save(args.output / 'influence.png')  # half as large
-    print(args.output / 'influence.png')
+    Image.open(png).convert('RGB').quantize(256).save(folder / 'influence.png')  # half as large
+    print(printable(folder / 'influence.png'))
 
 
 def draw_windows() -> Figure:
@@ -110,7 +117,9 @@ def draw_block() -> Figure:
 def draw_influence() -> Figure:
     """The reach of a window of msg_tiny, block by block, over a photograph that comes with scikit-learn."""
     predictor = random_predictor('configs/msg_tiny_p4_win7_224.yaml', ['DEVICE', 'cpu'])
-    view = prepare(predictor, Image.fromarray(load_sample_image('china.jpg')))
+    png = io.BytesIO()
+    Image.fromarray(load_sample_image('china.jpg')).save(png, 'PNG')
+    view = prepare(predictor, png.getvalue(), 'china.jpg')
     choice = Choice(stages=(0, 1), window=(2, 2))
     return draw_kinds(predictor, view, ['influence'], choice, 'china.jpg', None)['influence']
 

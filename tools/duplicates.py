@@ -7,6 +7,7 @@ from the original in fewer than 16 bits, and different ones in more than 50. Cro
 import hashlib
 from typing import NamedTuple
 
+import imagehash
 import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
@@ -30,11 +31,13 @@ class CheckedImage(NamedTuple):
     Attributes:
         content: see `content_hash`; 0 for an image with a problem.
         picture: see `perceptual_hash`; empty for an image with a problem.
+        is_rotated: whether its EXIF tag turns it.
         kind, text: of its problem, or two empty strings.
     """
 
     content: int
     picture: bytes
+    is_rotated: bool
     kind: str
     text: str
 
@@ -44,21 +47,8 @@ def content_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little') or 1
 
 
-def can_compare_pictures() -> bool:
-    """Whether the package imagehash is installed, without which only equal files are found."""
-    try:
-        import imagehash  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def perceptual_hash(image: Image.Image) -> bytes:
-    """The perceptual hash of an image, `HASH_BITS` bits; empty for a flat image, or if imagehash is not installed."""
-    try:
-        import imagehash
-    except ImportError:
-        return b''
+    """The perceptual hash of an image, `HASH_BITS` bits; empty for a flat image."""
     thumbnail = image.convert('L').resize((64, 64), Image.Resampling.LANCZOS)
     if np.asarray(thumbnail).std() < _MIN_CONTRAST:
         return b''

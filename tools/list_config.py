@@ -43,7 +43,8 @@ take effect before the run ends, such as a warm-up that is longer than the run, 
 def main() -> None:
     """Print the document."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(document(), end='')
+    with exit_on_user_error():
+        print(document(), end='')
 
 
 def document() -> str:

@@ -11,14 +11,13 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from data.digits import load_split_digits
-from utils import exit_on_user_error, home_path
+from utils import OutputError, exit_on_user_error, home_path, printable
 
 SIZE = 56  # pixels
 
@@ -50,11 +49,13 @@ def main() -> None:
         '--output', type=home_path, required=True, metavar='DIR', help='folder to write train/ and val/ in'
     )
     args = parser.parse_args()
-    try:
-        written = make_digits(args.output)
-    except OSError as error:
-        sys.exit(f'error: {error}')
-    print(f'{args.output}: {written["train"]} training and {written["val"]} validation digits')
+    with exit_on_user_error():
+        try:
+            written = make_digits(args.output)
+        except OSError as error:
+            raise OutputError(str(error)) from error
+        counts = f'{written["train"]} training and {written["val"]} validation digits'
+        print(printable(f'{args.output}: {counts}'))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
-"""Files that tools write: checked before the work, replaced in one step after it."""
+"""Files that tools write: checked before the work, then replaced in one step after it, or written as results come."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -8,7 +7,7 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
-from utils import OutputError, atomic_write, printable
+from utils import OutputError, atomic_write
 
 
 def prepare_output(path: Path) -> None:
@@ -75,6 +74,31 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
 
 
+def stream_text(path: Path, parts: Iterable[str], end: str = '') -> None:
+    """Write a text as its parts come, so that the file holds what there is if the program is interrupted.
+
+    Args:
+        path: the file.
+        parts: of the text; names of files in them need not be Unicode.
+        end: written after the last part, and after the last one before an interrupt or error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with path.open('wb') as file:
+            try:
+                for part in parts:
+                    file.write(part.encode(errors='surrogateescape'))
+                    file.flush()
+            finally:
+                file.write(end.encode())
+    except BrokenPipeError:  # of another output
+        raise
+    except OSError as error:
+        raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
+
+
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure in the format that the suffix names.
 
@@ -85,9 +109,3 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
         atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
-
-
-def shown(text: object) -> str:
-    """A text as standard output can show it: control characters, and letters that its encoding lacks, are escaped."""
-    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
-    return printable(text).encode(encoding, errors='backslashreplace').decode(encoding)

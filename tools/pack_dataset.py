@@ -31,7 +31,6 @@ from data.formats import FORMATS, find_format, open_samples
 from data.images import DataError, is_image_file, read_error
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
-from tools.output_files import shown
 from utils import (
     atomic_write,
     exit_on_user_error,
@@ -260,7 +259,7 @@ def main() -> None:
             for note in samples.notes:
                 print(printable(f'{split}: {note}'), file=sys.stderr)
             shards = pack_split(samples, args.target / split, args.samples_per_shard, split)
-            print(shown(f'{args.target / split}: {len(samples):,} images in {shards} shard(s), verified'))
+            print(printable(f'{args.target / split}: {len(samples):,} images in {shards} shard(s), verified'))
 
 
 if __name__ == '__main__':

@@ -26,12 +26,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from data.drawn_text import fit_font, shorten
 from logger import parse_record
 from tools.output_files import prepare_figure, save_figure
-from utils import UserError, exit_on_user_error, home_path
+from utils import UserError, exit_on_user_error, home_path, printable
 
 # Metrics of classifiers and detectors in metrics.jsonl, and the styles of their lines
 TITLES = {'acc1': 'Top-1 accuracy', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
+MAX_TITLE, MAX_NAME = 110, 60  # characters of a run's name: alone, and in a legend
 STYLES = {'acc1': 'solid', 'box_AP': 'dashed', 'mask_AP': 'dotted'}
 EPILOG = """
 example:
@@ -122,7 +124,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunMetrics]:
     if len(unfinished) == len(runs):
         raise PlotError(f'{unfinished[0] / "metrics.jsonl"} holds no finished epoch yet')
     for folder in unfinished:
-        print(f'{folder} has no finished epoch yet and is left out', file=sys.stderr)
+        print(printable(f'{folder} has no finished epoch yet and is left out'), file=sys.stderr)
     return [run for run in runs if run.epochs]
 
 
@@ -156,7 +158,8 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
         runs: at least one, with finished epochs.
         smooth: width of the training loss's moving average, in epochs; 0 for none.
     """
-    legend_height = 0.25 * math.ceil(len(runs) / 3) if len(runs) > 1 else 0
+    labels = [f'{shorten(run.name, MAX_NAME)}: {run.final()}' for run in runs]
+    legend_height = 0.25 * math.ceil(len(runs) / _legend_columns(labels, 12)) if len(runs) > 1 else 0
     figure = Figure(figsize=(12, 3.5 + legend_height), layout='constrained')
     loss, accuracy, rate = figure.subplots(1, 3, sharex=True)
     colors = _colors(len(runs))
@@ -190,12 +193,10 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
     if len(runs) == 1:
-        figure.suptitle(runs[0].name.replace('/', ' / '), parse_math=False)
+        [title], font = fit_font([shorten(runs[0].name.replace('/', ' / '), MAX_TITLE)])
+        figure.suptitle(title, font=font, fontsize=12, parse_math=False)
     else:
-        handles = [Line2D([], [], color=color) for color in colors]
-        legend = figure.legend(handles, [''] * len(runs), loc='outside lower center', ncols=min(len(runs), 3))
-        for text, run in zip(legend.get_texts(), runs, strict=True):  # as labels, $ and _ would have a meaning
-            text.set(text=f'{run.name}: {run.final()}', parse_math=False)
+        _name_runs(figure, labels)
     return figure
 
 
@@ -228,11 +229,23 @@ def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[['top', 'right']].set_visible(False)
-    handles = [Line2D([], [], color=color) for color in _colors(len(runs))]
-    legend = figure.legend(handles, [''] * len(runs), loc='outside lower center', ncols=min(len(runs), 3))
-    for text, run in zip(legend.get_texts(), runs, strict=True):
-        text.set(text=run.name, parse_math=False)
+    _name_runs(figure, [shorten(run.name, MAX_NAME) for run in runs])
     return figure
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Columns of a legend, at most three, that labels of this length leave room for in a width in inches."""
+    return min(max(int(width * 11 / (max(map(len, labels)) + 6)), 1), len(labels), 3)
+
+
+def _name_runs(figure: Figure, labels: Sequence[str]) -> None:
+    """Say below a figure which colour is whose."""
+    handles = [Line2D([], [], color=color) for color in _colors(len(labels))]
+    columns = _legend_columns(labels, figure.get_figwidth())
+    legend = figure.legend(handles, [''] * len(labels), loc='outside lower center', ncols=columns)
+    drawn, font = fit_font(labels)
+    for text, label in zip(legend.get_texts(), drawn, strict=True):  # given to `legend`, $ and _ would have a meaning
+        text.set(text=label, font=font, fontsize=text.get_fontsize(), parse_math=False)
 
 
 def _colors(count: int) -> list:
@@ -291,7 +304,7 @@ def main() -> None:
         runs = read_runs(args.run)
         prepare_figure(output)
         save_figure((plot_losses if args.losses else plot)(runs, args.smooth), output, dpi=120)
-    print(output)
+        print(printable(output))
 
 
 if __name__ == '__main__':

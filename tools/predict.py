@@ -13,27 +13,23 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from yacs.config import CfgNode
 
-from data.build import build_sample_transform
+from data.build import EvalTransform
 from data.file_loader import InferenceLoader, print_above_bar
 from data.images import choose_images, find_images, report_other_files
 from data.preprocess import Preprocess
-from data.transforms import image_mode
 from engine.predictor import Predictor, load_predictor, prediction_parser
 from main import TASK
 from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
-from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, write_text
-from tools.prediction_formats import Prediction, csv_rows, json_parts, text_line, with_words
-from utils import UserError, exit_on_user_error, home_path, positive_int
+from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, stream_text
+from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line, with_words
+from utils import UserError, exit_on_user_error, home_path, positive_int, printable
 
 STDOUT = Path('-')
 EPILOG = """
@@ -44,25 +40,10 @@ exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images tha
 """
 
 
-class EvalTransform:
-    """From an encoded image to the tensor that evaluation reads, for processes of any start method.
-
-    Args:
-        config: the config tree.
-    """
-
-    def __init__(self, config: CfgNode):
-        self.transform = build_sample_transform(config, is_train=False)
-
-    def __call__(self, data: bytes, name: str) -> Tensor:
-        """The image as in `data.dataset.Sample`."""
-        return self.transform(data, name)[0]
-
-
 def image_loader(
     predictor: Predictor, paths: Sequence[Path], batch_size: int = 64, workers: int = 0
 ) -> InferenceLoader:
-    """The loader of image files as evaluation reads them, but upright.
+    """The loader of image files as evaluation reads them.
 
     Args:
         predictor: their network.
@@ -71,7 +52,7 @@ def image_loader(
         workers: loader processes.
     """
     config = predictor.config
-    return InferenceLoader(config, paths, EvalTransform(config), image_mode(config), batch_size, workers)
+    return InferenceLoader(config, paths, EvalTransform(config), batch_size, workers)
 
 
 @torch.inference_mode()
@@ -171,39 +152,52 @@ def run(args: argparse.Namespace) -> InferenceLoader:
     refuse_overwriting(outputs, args.resume, paths)
     report_other_files(args.images)
 
-    images, sheet = image_loader(predictor, paths, args.batch_size, args.workers), ContactSheet(len(paths), names)
+    images = image_loader(predictor, paths, args.batch_size, args.workers)
+    sheet = ContactSheet(len(paths), names, predictor.config.DATA.EXIF)
     topk = min(args.topk, len(names))
     predictions = sheet.collect(count_right(predict(predictor, images, topk)))
     table = args.csv or args.json
     if table != STDOUT:
         predictions = print_lines(predictions, names)
-    parts = csv_rows(predictions, names, topk) if args.csv else json_parts(predictions, names)
-    if table is None:
-        for _ in predictions:
-            pass
-    elif table == STDOUT:
-        for part in parts:
-            print_above_bar(part, end='')
-    else:
-        write_text(table, parts)
+    write_table(predictions, args, names, topk)
     if args.output and sheet.predictions:
         save_figure(sheet.draw(), args.output, dpi=100)
-        print(': '.join(filter(None, (str(args.output), sheet.note))), file=sys.stderr)
+        print(printable(': '.join(filter(None, (str(args.output), sheet.note)))), file=sys.stderr)
     return images
+
+
+def write_table(
+    predictions: Iterable[Prediction], args: argparse.Namespace, class_names: Sequence[str], topk: int
+) -> None:
+    """Write the predictions as they come to the table that the command line names, if it does.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if args.csv:
+        parts, end = csv_rows(predictions, class_names, topk), ''
+    elif args.json:
+        parts, end = json_parts(predictions, class_names), JSON_END
+    else:
+        parts, end = ('' for _ in predictions), ''
+    table = args.csv or args.json
+    if table and table != STDOUT:
+        stream_text(table, parts, end)
+        return
+    try:
+        for part in parts:
+            print_above_bar(part, end='')
+    finally:
+        print_above_bar(end, end='')
 
 
 def main() -> None:
     """Classify; the exit code says whether all images could be read."""
     args = parse_option()
     if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='surrogateescape')  # names of files need not be Unicode
-    try:
-        with exit_on_user_error():
-            images = run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.stdout.reconfigure(errors='surrogateescape')  # names of files in a table need not be Unicode
+    with exit_on_user_error():
+        images = run(args)
     images.exit_if_unreadable()
 
 

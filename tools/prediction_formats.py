@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo
 
-from utils import csv_row
+from utils import csv_row, printable
+
+# Closes the list of `json_parts`
+JSON_END = '\n]\n'
 
 
 class Prediction(NamedTuple):
@@ -40,8 +43,9 @@ def with_words(names: Sequence[str]) -> list[str]:
 
 
 def text_line(prediction: Prediction, class_names: Sequence[str]) -> str:
-    """The path, then name and probability of each class, with tabs between them."""
-    return '\t'.join([str(prediction.path), *(f'{name}\t{p:.3f}' for name, _, p in prediction.top(class_names))])
+    """The path, then name and probability of each class, with tabs between them; control characters are escaped."""
+    classes = (f'{printable(name)}\t{p:.3f}' for name, _, p in prediction.top(class_names))
+    return '\t'.join([printable(prediction.path), *classes])
 
 
 def csv_rows(predictions: Iterable[Prediction], class_names: Sequence[str], topk: int) -> Iterator[str]:
@@ -55,8 +59,9 @@ def csv_rows(predictions: Iterable[Prediction], class_names: Sequence[str], topk
 
 
 def json_parts(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[str]:
-    """A list with an object per image, each on a line of its own."""
-    separator = '[\n'
+    """A list with an object per image, each on a separate line; `JSON_END` is to follow the last part."""
+    yield '['
+    separator = '\n'
     for prediction in predictions:
         top = prediction.top(class_names)
         entry = {
@@ -66,4 +71,3 @@ def json_parts(predictions: Iterable[Prediction], class_names: Sequence[str]) ->
         }
         yield separator + json.dumps(entry)
         separator = ',\n'
-    yield '\n]\n'

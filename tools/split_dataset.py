@@ -3,8 +3,8 @@
     python -m tools.split_dataset pictures --output output/pictures
 
 DIR holds a folder of images for each class. Of every class, a random but fixed part goes to val/. Copies of a picture
-stay together, whatever their names and classes, so no picture is in both: equal files and, with the package imagehash,
-pictures that were encoded again or resized.
+stay together, whatever their names and classes, so no picture is in both: equal files, and pictures that were encoded
+again or resized.
 """
 
 if __name__ == '__main__':
@@ -25,8 +25,7 @@ import numpy as np
 from data.image_folder import ClassFolders
 from data.images import DataError
 from tools.check_dataset import check_split
-from tools.duplicates import can_compare_pictures, content_hash, group_copies, similar_pairs
-from tools.output_files import shown
+from tools.duplicates import content_hash, group_copies, similar_pairs
 from utils import exit_on_user_error, home_path, non_negative_int, printable, report_write_errors
 
 
@@ -74,7 +73,7 @@ def _find_copies(samples: ClassFolders, workers: int) -> np.ndarray:
 
     In a class of fewer than two different pictures, such as the frames of a still film, only equal files are copies.
     """
-    images = check_split(samples, workers, samples.root.name)
+    images = check_split(samples, workers, lambda problem: None, samples.root.name)
     contents = np.array([image.content for image in images], np.uint64)
     for index in np.flatnonzero(contents == 0).tolist():  # images that cannot be decoded are copied all the same
         contents[index] = content_hash(samples.read(index))
@@ -187,9 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error():
         written = split_dataset(args.folder, args.output, args.val, args.seed, args.workers)
-        if not can_compare_pictures():
-            print('copies that were encoded again were not looked for: pip install imagehash', file=sys.stderr)
-        print(f'{shown(args.output)}: {written["train"]} training and {written["val"]} validation images')
+        counts = f'{written["train"]} training and {written["val"]} validation images'
+        print(printable(f'{args.output}: {counts}'))
 
 
 if __name__ == '__main__':

@@ -124,6 +124,7 @@ def open_split(config: CfgNode, split: str, transform: Callable | None = None) -
         config.MODEL.MASK.ENABLED,
         split_files(config, split),
         selection,
+        data.EXIF,
     )
     count = len(dataset.categories)
     if count != config.MODEL.NUM_CLASSES:

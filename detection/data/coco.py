@@ -53,8 +53,7 @@ class CocoDataset(Shareable, Dataset):
     A sample is an image (3, H, W) in [0, 1] and a target with `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,)
     from 1, in the order of the categories, and `image_id`; with masks also `masks` (n, H, W) of 0 and 1 and `has_mask`
     (n,). Crowd regions, and boxes whose
-    width or height within the image is less than a pixel, are left out. Images are turned upright as EXIF says, and
-    annotations are of the upright images.
+    width or height within the image is less than a pixel, are left out.
 
     Args:
         root: folder of the data.
@@ -64,6 +63,8 @@ class CocoDataset(Shareable, Dataset):
         with_masks: read masks too.
         files: the split, where it is somewhere else.
         selection: what of it is taken.
+        upright: turn images as their EXIF orientation says, so that annotations are of the upright images; otherwise,
+            they are of the images as stored.
 
     Attributes:
         annotation_file: the file of the objects.
@@ -90,10 +91,11 @@ class CocoDataset(Shareable, Dataset):
         with_masks: bool = True,
         files: SplitFiles | None = None,
         selection: Selection = EVERYTHING,
+        upright: bool = True,
     ):
         files = files or SplitFiles(root / 'annotations' / f'instances_{split}.json', root / split)
         self.annotation_file, self.folder = files
-        self.transform, self.with_masks = transform, with_masks
+        self.transform, self.with_masks, self.upright = transform, with_masks, upright
         tree = read_annotations(self.annotation_file, with_masks, needs_objects=is_train)
         self.is_labelled = tree['is_labelled']
         if selection.classes:
@@ -158,7 +160,7 @@ class CocoDataset(Shareable, Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         entry, objects = self.images[index], self._objects[index]
         path = self.folder / entry['file_name']
-        picture = load_image(path, upright=True)
+        picture = load_image(path, upright=self.upright)
         if picture.size != (entry['width'], entry['height']):
             raise self._size_error(entry, picture.size, read_header(path))
         image = pil_to_tensor(picture).float() / 255
@@ -196,24 +198,33 @@ class CocoDataset(Shareable, Dataset):
         turned = 0
         for entry in sampled:
             header = read_header(self.folder / entry['file_name'])
-            if header.upright_size != (entry['width'], entry['height']):
-                raise self._size_error(entry, header.upright_size, header)
+            size = header.upright_size if self.upright else header.size
+            if size != (entry['width'], entry['height']):
+                raise self._size_error(entry, size, header)
             turned += header.orientation != 1
         if turned:
-            self.notes.append(
-                f'{turned} of {len(sampled)} sampled images have an EXIF orientation and are turned upright; their '
-                f'annotations must be of the upright images'
+            effect = (
+                'turned upright; their annotations must be of the upright images'
+                if self.upright
+                else 'read as stored; DATA.EXIF True turns them upright'
             )
+            self.notes.append(f'{turned} of {len(sampled)} sampled images have an EXIF orientation and are {effect}')
 
     def _size_error(self, entry: dict[str, Any], size: tuple[int, int], header: ImageHeader) -> DataError:
-        """The error of an image whose upright width and height are not those of its entry."""
-        tag = '' if header.orientation == 1 else f', turned upright by its EXIF orientation {header.orientation},'
+        """The error of an image whose width and height, as they are read, are not those of its entry."""
+        is_turned = self.upright and header.orientation != 1
+        tag = f', turned upright by its EXIF orientation {header.orientation},' if is_turned else ''
         text = (
             f'image {self.folder / entry["file_name"]}{tag} has {size[0]} x {size[1]} pixels, '
             f'but {self.annotation_file} says {entry["width"]} x {entry["height"]}'
         )
-        if header.size == (entry['width'], entry['height']):
-            return DataError(f'{text}, its size as stored: remove the EXIF tag, or annotate the upright image')
+        if is_turned and header.size == (entry['width'], entry['height']):
+            return DataError(
+                f'{text}, its size as stored: write --opts DATA.EXIF False, remove the EXIF tag, or annotate the '
+                f'upright image'
+            )
+        if header.upright_size == (entry['width'], entry['height']):
+            return DataError(f'{text}, its size as EXIF turns it upright: write --opts DATA.EXIF True')
         return DataError(f'{text}: replace one of them')
 
 

@@ -13,7 +13,6 @@ if __name__ == '__main__':
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_sample_images
 
 from data.digits import load_split_digits
-from utils import exit_on_user_error, home_path
+from utils import OutputError, exit_on_user_error, home_path, printable
 
 SIZES = ((128, 96), (96, 128))  # width and height, in pixels
 DIGIT_SIZES = 24, 56  # smallest and largest size of a digit, in pixels
@@ -126,11 +125,13 @@ def main() -> None:
     add('--train', type=int, default=800, metavar='N', help='training images')
     add('--val', type=int, default=200, metavar='N', help='evaluation images')
     args = parser.parse_args()
-    try:
-        written = make_digits_coco(args.output, args.train, args.val)
-    except OSError as error:
-        sys.exit(f'error: {error}')
-    print(f'{args.output}: {written["train"]} digits to train on and {written["val"]} to evaluate with')
+    with exit_on_user_error():
+        try:
+            written = make_digits_coco(args.output, args.train, args.val)
+        except OSError as error:
+            raise OutputError(str(error)) from error
+        counts = f'{written["train"]} digits to train on and {written["val"]} to evaluate with'
+        print(printable(f'{args.output}: {counts}'))
 
 
 if __name__ == '__main__':

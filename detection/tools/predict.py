@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -204,7 +205,7 @@ def predict_video(
                 picture = draw_detections(frame.pixels / 255, found, results.class_names, results.min_score)
                 writer.write(np.asarray(picture))
     if count == 0:
-        print(f'error: video {printable(path)} cannot be read', file=sys.stderr)
+        print(printable(f'error: video {path} cannot be read'), file=sys.stderr)
     return count > 0
 
 
@@ -258,7 +259,8 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     unreadable = 0
     with Results(predictor.class_names, min_score, args.csv, args.json) as results:
         if paths:
-            images = InferenceLoader(predictor.config, paths, decode, workers=args.workers)
+            transform = partial(decode, upright=predictor.config.DATA.EXIF)
+            images = InferenceLoader(predictor.config, paths, transform, workers=args.workers)
             predict_images(detector(frames_of_images(images)), results, drawings)
             unreadable = images.unreadable
         for path in videos:

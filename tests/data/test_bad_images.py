@@ -81,12 +81,6 @@ def test_odd_images_look_as_the_plain_one(tiny_config, kind):
     assert (pixels(config, ODD[kind]()) - pixels(config, ODD['plain']())).abs().mean() < 5
 
 
-def test_images_are_read_as_stored(tiny_config):
-    """EXIF turns no image, as published."""
-    config = tiny_config()
-    torch.testing.assert_close(pixels(config, ODD['rotated']()), pixels(config, ODD['plain']()))
-
-
 @pytest.mark.parametrize('size', [(20_000, 1), (1, 20_000), (4000, 40)])
 def test_strips_are_not_resized_as_a_whole(tiny_config, monkeypatch, size):
     """Of 224 pixels, the resized strip would take 4 GB."""

@@ -27,6 +27,7 @@ from data.image_folder import ClassFolders
 from data.images import decode_image, load_image, read_file, read_header
 from data.shards import INDEX, NAMES, Shards, sha256_of
 from data.zip_archive import ZipArchive
+from tests.helpers.bad_files import VALUES
 from tests.helpers.datasets import as_huggingface, as_shards, as_zip, encoded, photograph
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT
@@ -75,6 +76,17 @@ def test_other_indices_of_shards(tree, tmp_path, text):
     (folder / 'train' / INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=r'index.json (cannot be read|is not JSON) \(.*\): remove .*train and pack it'):
         open_samples('shards', folder, 'train')
+
+
+@pytest.mark.parametrize('key', ['classes', 'fingerprint', 'samples', 'shards', 'tables'])
+def test_indices_with_a_value_of_another_type(tree, tmp_path, key):
+    folder = as_shards(tree, tmp_path / 'shards')
+    path = folder / 'train' / INDEX
+    index = json.loads(path.read_text())
+    for value in [x for x in VALUES if type(x) is not type(index[key])]:
+        path.write_text(json.dumps(index | {key: value}))
+        with pytest.raises(DataError, match=r'index.json cannot be read \(.*\): remove .*train and pack it'):
+            Shards(folder, 'train')
 
 
 def test_names_in_shards_stay_in_their_folder(tree, tmp_path):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import DataError, build_eval_loader
-from data.images import decode_image, find_images, load_image, read_header, report_other_files, turn_upright
+from data.images import find_images, load_image, read_header, report_other_files
 from tests.helpers.images import damage, noise, set_orientation, write_images
 
 
@@ -135,16 +135,27 @@ def test_paths_are_read_from_standard_input(image_tree, monkeypatch, end):
         find_images([Path('-')])
 
 
+@pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'tif'])
-def test_images_are_turned_upright_without_loss(tmp_path, suffix):
+def test_images_are_turned_as_pillow_does(tmp_path, suffix, orientation):
     path = tmp_path / f'image.{suffix}'
     noise(40, 30).save(path)
-    assert turn_upright(path.read_bytes(), path) == path.read_bytes()
+    set_orientation(path, orientation)
+    with Image.open(path) as file:
+        assert np.array_equal(load_image(path, upright=True), ImageOps.exif_transpose(file))
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    path = tmp_path / 'image.jpg'
+    noise(40, 30).save(path)
+    plain = load_image(path)
     set_orientation(path, 6)
-    for mode in ('RGB', 'L'):
-        turned = decode_image(turn_upright(path.read_bytes(), path, mode), path, mode)
-        assert turned.size == (30, 40)
-        assert np.array_equal(turned, load_image(path, mode, upright=True))
+    data = bytearray(path.read_bytes())
+    start = data.index(b'Exif')
+    data[start + 6 : start + 14] = bytes(8)  # the header of EXIF's own file
+    path.write_bytes(data)
+    assert load_image(path, upright=True).size == plain.size
+    assert read_header(path).orientation == 1
 
 
 def test_files_of_other_kinds_are_counted(image_tree, capsys):

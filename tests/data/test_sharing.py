@@ -157,3 +157,8 @@ def build_and_read(rank, folder, config):
 def test_loaders_list_their_samples_once(tiny_config, image_tree, tmp_path):
     run_ranks(build_and_read, tmp_path, tiny_config(DATA__DATA_PATH=str(image_tree)), nodes='aa')
     assert files(tmp_path, 'listed_*').keys() == {'listed_0_train', 'listed_0_val'}
+
+
+def test_a_worker_of_an_ended_program_ends_without_a_traceback():
+    with pytest.raises(SystemExit, match='the process that shares /proc/0/fd/3 has ended'):
+        sharing_module._attach('/proc/0/fd/3', ())

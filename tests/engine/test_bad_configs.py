@@ -72,6 +72,7 @@ def test_yaml_as_text_keeps_what_is_written(tmp_path):
         ('TAG', '1.10', '1.10'),
         ('TAG', '2024-01-02', '2024-01-02'),
         ('TAG', '"2024"', '2024'),
+        ('TAG', '>\n  a\n  b\n', 'a b'),
         ('TRAIN.BASE_LR', '1e-3', 1e-3),
         ('TRAIN.BASE_LR', '.5', 0.5),
         ('TRAIN.EPOCHS', '1_000', 1000),

@@ -276,24 +276,24 @@ def test_incomplete_variables_end_the_program(tmp_path):
     assert SLURM_VARIABLES[0] == 'SLURM_PROCID'
 
 
-class TransposedGradient(torch.autograd.Function):
+class StridedGradient(torch.autograd.Function):
     @staticmethod
     def forward(context, weight):
         return weight.clone()
 
     @staticmethod
     def backward(context, gradient):
-        return gradient.t().contiguous().t()
+        return torch.ones(15).as_strided((3, 1), (1, 5))
 
 
 def test_ddp_does_not_warn_of_strides(tmp_path):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 2))
+            self.weight = nn.Parameter(torch.ones(3, 1))
 
         def forward(self):
-            return TransposedGradient.apply(self.weight).sum()
+            return StridedGradient.apply(self.weight).sum()
 
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:

@@ -14,7 +14,7 @@ NO, YES = torch.tensor(False), torch.tensor(True)
 def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp_path, monkeypatch, caplog):
     """An epoch resumed at update 2: three updates of a second each, then one of four seconds."""
     clock = [100.0]
-    monkeypatch.setattr(meter.time, 'time', lambda: clock[0])
+    monkeypatch.setattr(meter.time, 'monotonic', lambda: clock[0])
     monkeypatch.setattr(meter, 'peak_memory_mb', lambda device: 12.0)
     written = []
     metrics = MetricsLog(None)
@@ -56,7 +56,7 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
 
 def test_eta_leaves_out_the_update_that_compiles(tiny_config, monkeypatch, caplog):
     clock = [100.0]
-    monkeypatch.setattr(meter.time, 'time', lambda: clock[0])
+    monkeypatch.setattr(meter.time, 'monotonic', lambda: clock[0])
     config = tiny_config()
     state = build_trainer(config, build_model(config), steps_per_epoch=8).state
     state.images_per_update = 4

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from engine import signals
-from engine.signals import STOP_SIGNALS, Stopped, StopRequest
+from engine.signals import COMPILED_UPDATE, STOP_SIGNALS, Stopped, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,13 @@ def test_first_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
         wait_for(lambda: f'{signal.Signals(number).name}: stopping' in capfd.readouterr().err)
     assert [signal.getsignal(x) for x in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_signal_during_compilation_says_what_it_waits_for(capfd):
+    with StopRequest() as stop:
+        stop.waits_for = COMPILED_UPDATE
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: 'SIGTERM: stopping after this update, for which torch.compile' in capfd.readouterr().err)
 
 
 def test_copy_of_the_first_signal_is_ignored_and_a_second_exits_at_once(monkeypatch, capfd):

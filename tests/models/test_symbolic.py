@@ -47,6 +47,23 @@ def test_one_graph_gives_the_eager_bits_for_grids_of_any_size(module):
 
 
 @torch.no_grad()
+def test_compile_with_dynamic_sizes_needs_one_graph():
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    module = IncrementedWindows().eval()
+    compiled = torch.compile(module, dynamic=True, fullgraph=True, backend=backend)
+    for shape in ((2, 12, 18), (3, 7, 31), (5, 13, 30)):  # no window grid is 1: PyTorch compiles again for it
+        x = torch.randn(*shape, 8)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=0)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('overlap', [False, True])
 def test_one_graph_embeds_images_of_any_size(overlap):
     module = fill_(PatchEmbed(4, 3, 8, nn.LayerNorm, overlap)).eval()

@@ -34,10 +34,12 @@ def test_every_bad_image_is_listed(image_tree, tmp_path, name):
     assert done.returncode == 1
     *lines, numbers = done.stdout.splitlines()
     images = {'train': 24 + len(bad) + len(ODD), 'val': 15}
+    assert numbers.endswith('; 1 rotated by their EXIF tag: DATA.EXIF True turns them upright')
     assert numbers.startswith(f'images: {images["train"]} in train, 15 in val; {len(bad) - 1} broken, 2 empty, 2 in')
     listed = json.loads(report.read_text())
     assert listed == {
         'images': images,
+        'rotated': 1,
         'problems': [dict(zip(('kind', 'text'), line.split('\t'), strict=True)) for line in lines],
     }
     found = {(problem['kind'], re.search(r'(\w+)\.png', problem['text'])[1]) for problem in listed['problems']}

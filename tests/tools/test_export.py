@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.functional import normalize, to_tensor
 
 from data.images import load_image
 from data.transforms import build_transform, mean_and_std
 from detection.models import build_detector
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_safetensors
 from models import build_model
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.documents import code_blocks
@@ -175,12 +176,29 @@ def test_safetensors_hold_the_whole_detector(tmp_path, export):
 
 def test_safetensors_are_a_checkpoint(classifier, export):
     model, _ = classifier()
-    path, report, _ = export('safetensors', 'a.safetensors')
+    path, report, out = export('safetensors', 'a.safetensors')
     saved = load_checkpoint(path)
     assert saved['classes'] == report['classes'] == ['ant', 'bee', 'cat']
     assert saved['config']['MODEL']['NAME'] == 'tiny'
     assert all(torch.equal(saved['model'][name], value) for name, value in model.state_dict().items())
     assert report['max_abs_difference'] == 0
+    assert out.splitlines()[0] == 'all weights read back equal'
+    with safe_open(path, 'pt') as file:
+        assert file.metadata()['format'] == 'pt'  # transformers refuses files without
+
+
+def test_weights_that_read_back_differently_are_not_kept(classifier, export, tmp_path, monkeypatch):
+    classifier()
+
+    def convert_wrongly(source, target, choice):
+        weights = load_checkpoint(source)['model']
+        weights['head.bias'] = weights['head.bias'] + 1
+        save_safetensors(target, weights)
+
+    monkeypatch.setattr('tools.export.__main__.convert', convert_wrongly)
+    with pytest.raises(SystemExit, match='does not read back equal, and is not kept: head.bias'):
+        export('safetensors', 'a.safetensors')
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
 @pytest.mark.slow
@@ -235,10 +253,10 @@ def test_images_of_the_users(classifier, export, tmp_path):
     classifier(MODEL__MSG__IN_CHANS='1')
     (tmp_path / 'images').mkdir()
     Image.fromarray(np.arange(2500, dtype=np.uint16).reshape(50, 50) * 20).save(tmp_path / 'images' / 'grey 16.png')
-    export('safetensors', 'a.safetensors', '--images', 'images')
+    export('torch_export', 'a.pt2', '--images', 'images')
     (tmp_path / 'images' / 'grey 16.png').write_bytes(b'not an image')
     with pytest.raises(SystemExit, match='grey 16.png cannot be read'):
-        export('safetensors', 'a.safetensors', '--images', 'images')
+        export('torch_export', 'a.pt2', '--images', 'images')
 
 
 def test_onnx_says_what_to_install(classifier, export, monkeypatch):
@@ -292,6 +310,7 @@ def test_the_checkpoint_is_not_overwritten(classifier, tmp_path, export):
         (['--size', '0'], 'error: argument --size: 0 is not a positive integer'),
         (['--format', 'tflite'], "error: argument --format: invalid choice: 'tflite'"),
         (['--format', 'safetensors', '--latency'], 'error: safetensors holds weights, for any size: leave out'),
+        (['--format', 'safetensors', '--size', '28'], 'error: safetensors holds weights, for any size: leave out'),
     ],
 )
 def test_wrong_arguments(monkeypatch, capsys, flags, message):

@@ -1,12 +1,12 @@
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 
 import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,13 +20,14 @@ from main import TASK
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.golden import fill_
-from tests.helpers.images import damage, set_orientation
+from tests.helpers.images import damage
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import environment
 from tests.helpers.runs import CPU
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
+from tools.output_files import stream_text
 from tools.predict import image_loader, main, predict
-from tools.prediction_formats import Prediction
+from tools.prediction_formats import Prediction, csv_rows
 
 NAMES = ['class_0', 'class_1', 'class_2']
 
@@ -84,16 +85,6 @@ def test_upright_images_are_classified_as_in_evaluation(tiny_config, image_tree,
     images = image_loader(predictor, find_images([image_tree / 'val']), config.DATA.BATCH_SIZE)
     for prediction, expected in zip(predict(predictor, images, topk=3), torch.cat(evaluated), strict=True):
         assert prediction.probabilities == expected[prediction.indices].tolist()
-
-
-def test_images_are_classified_upright(predictor, image_tree):
-    upright, turned = (image_tree / 'val' / 'class_0' / f'{i}.png' for i in (0, 1))
-    pixels = cv2.imread(str(upright))
-    cv2.imwrite(str(turned), np.rot90(pixels))
-    stored, _ = predict(predictor, image_loader(predictor, [turned, upright]))
-    set_orientation(turned, 6)  # turned clockwise, it is the other
-    first, second = predict(predictor, image_loader(predictor, [turned, upright]))
-    assert first.probabilities == second.probabilities != stored.probabilities
 
 
 def test_outputs_that_are_not_finite_are_an_error(predictor, image_tree):
@@ -245,7 +236,7 @@ def test_sheet_has_a_choice_of_many_images(image_tree):
     titles = [(axes.get_title().splitlines(), axes.title.get_color()) for axes in figure.axes[:5]]
     assert titles[0] == ([r'$\frac$ (50%)'], 'darkgreen')
     assert titles[2] == ([r'$\frac$ (50%)'], 'black')
-    assert titles[3] == (['a class with a name', 'that is too long fo…', '(50%)', r'is $\frac$'], 'firebrick')
+    assert titles[3] == (['a class with a n…n', 'a contact sheet', '(50%)', r'is $\frac$'], 'firebrick')
     figure.draw_without_rendering()  # $ is no formula
 
 
@@ -286,7 +277,7 @@ def test_names_need_not_be_unicode(call, image_tree, tmp_path, monkeypatch):
     output = io.BytesIO()
     monkeypatch.setattr('sys.stdout', io.TextIOWrapper(output, encoding='utf-8'))
     assert call(odd, '--csv', tmp_path / 'p.csv', '--output', tmp_path / 'sheet.png')[0] == 0
-    assert output.getvalue().split(b'\t')[0] == os.fsencode(odd)
+    assert output.getvalue().split(b'\t')[0] == os.fsencode(odd.parent) + rb'/\udcff.png'  # a table has the very name
     assert (tmp_path / 'p.csv').read_bytes().splitlines()[1].split(b',')[0] == os.fsencode(odd)
 
 
@@ -300,3 +291,46 @@ def test_a_reader_of_the_lines_may_stop(call, image_tree, tmp_path):
     os.close(writer)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr  # which weights
+
+
+def interrupt_after(monkeypatch, images):
+    """Let Ctrl-C come while the next prediction is computed."""
+
+    def some(*args):
+        yield from itertools.islice(predict(*args), images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('tools.predict.predict', some)
+
+
+@pytest.mark.parametrize('images', [0, 5])
+def test_an_interrupted_table_keeps_its_rows(call, image_tree, tmp_path, monkeypatch, images):
+    interrupt_after(monkeypatch, images)
+    for flag, name in (('--csv', 'p.csv'), ('--json', 'p.json')):
+        code, _, err = call(image_tree / 'val', flag, tmp_path / name)
+        assert (code, err[-1]) == (130, 'interrupted')
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 1 + images
+    assert len(json.loads((tmp_path / 'p.json').read_text())) == images
+
+
+def test_rows_are_in_the_file_when_they_are_known(predictor, image_tree, tmp_path):
+    predictions = predict(predictor, image_loader(predictor, find_images([image_tree / 'val']), batch_size=4), 1)
+    rows, table = [], tmp_path / 'p.csv'
+    parts = (rows.append(len(table.read_text().splitlines())) or part for part in csv_rows(predictions, NAMES, 1))
+    stream_text(table, parts)
+    assert rows == list(range(13))
+
+
+def test_control_characters_of_names_stay_in_their_line(call, image_tree, tmp_path):
+    odd = image_tree / 'clear \x1b[2J\n.png'
+    (image_tree / 'val' / 'class_0' / '0.png').rename(odd)
+    _, (line,), _ = call(odd, '--csv', tmp_path / 'p.csv')
+    assert line.startswith(rf'{image_tree}/clear \x1b[2J\n.png')
+    with (tmp_path / 'p.csv').open(newline='') as file:
+        assert [row['path'] for row in csv.DictReader(file)] == [str(odd)]
+
+
+def test_a_closed_stdout_is_no_error(call, image_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.stdout', None)
+    call(image_tree / 'val', '--csv', tmp_path / 'p.csv')
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 13

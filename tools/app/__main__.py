@@ -11,10 +11,12 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
+import contextlib
 import errno
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +24,12 @@ from data.images import choose_images, find_images
 from engine.predictor import add_network_flags, load_predictor
 from main import TASK
 from models.registry import stored_weights
-from tools.app.explainer import Explainer
+from tools.app.explainer import MAX_BYTES, Explainer
 from tools.app.page import build_page
 from tools.msg_network import build_with_msg_tokens
 from utils import UserError, exit_on_user_error, home_path
 
-MAX_UPLOAD = '64mb'
+LOOPBACK = ('localhost', '127.0.0.1', '::1')
 EXAMPLES = 8  # pictures offered
 
 
@@ -61,6 +63,32 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f'port {port} of {host} {reason}: give another --port or --host') from error
 
 
+def host_names(host: str, others: Sequence[str] = ()) -> list[str]:
+    """Names of the page that requests may ask for, in their Host header.
+
+    Other names are refused: a foreign website that lets its own name point to this machine (DNS rebinding) could read
+    the page from the browser of whoever visits it.
+
+    Args:
+        host: the address to listen on; all addresses of this machine where it is 0.0.0.0 or ::.
+        others: further names.
+    """
+    names = [*LOOPBACK, host, *others]
+    if host in ('0.0.0.0', '::'):
+        names += [socket.gethostname(), socket.getfqdn()]
+        with contextlib.suppress(OSError):  # a machine need not know its own name
+            names += [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)]
+    bracketed = [f'[{name}]' for name in names if ':' in name]  # as URLs write IPv6
+    return list(dict.fromkeys([*names, *bracketed]))
+
+
+def avoid_proxies(hosts: Sequence[str]) -> None:
+    """Let Gradio, which asks its own page whether it is up, ask without a proxy of the environment."""
+    names = [host for host in hosts if not host.startswith('[')]  # which httpx does not understand
+    for variable in ('no_proxy', 'NO_PROXY'):
+        os.environ[variable] = ','.join(filter(None, [os.environ.get(variable), *names]))
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f'{text} is not a port: write a number from 1 to 65535')
@@ -88,6 +116,13 @@ def main() -> None:
         metavar='IMAGES',
         help='image files or folders to choose from',
     )
+    add(
+        '--allow-host',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='further names under which browsers ask for the page',
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         gradio = import_gradio()
@@ -96,6 +131,11 @@ def main() -> None:
         predictor = load_predictor(args, TASK, build_with_msg_tokens)
     title = f'{predictor.config.MODEL.NAME}, {"/".join(Path(args.resume).parts[-2:])}'
     page = build_page(gradio, Explainer(predictor), title, examples)
+    from starlette.middleware import Middleware  # what Gradio is built on
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts = host_names(args.host, args.allow_host)
+    avoid_proxies(hosts)
     try:
         page.launch(
             server_name=args.host,
@@ -106,7 +146,8 @@ def main() -> None:
             prevent_thread_lock=True,
             footer_links=[],
             run_history=False,
-            max_file_size=MAX_UPLOAD,
+            max_file_size=MAX_BYTES,
+            app_kwargs={'middleware': [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]},
             theme=gradio.themes.Default(font='system-ui', font_mono='monospace'),
         )
     except OSError as error:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.colors import to_hex
 
-from data.images import decode_image, read_file
-from data.transforms import image_mode
+from data.images import DataError, read_file, read_header
 from engine.predictor import Predictor
 from tools.visualize.explain import trace_blocks, traced_logits
 from tools.visualize.overlays import (
@@ -23,6 +22,8 @@ from tools.visualize.sheets import chosen_window
 from tools.visualize.view import find_class, prepare
 from utils import UserError
 
+MAX_BYTES = 64 * 2**20  # of an upload
+MAX_PIXELS = 100_000_000  # of an upload; decoded, they take 300 MB
 PREDICTED = 'the predicted one'
 KINDS = {  # the kinds of overlays, by their names in the page
     'Grad-CAM': 'gradcam',
@@ -98,9 +99,9 @@ class Explainer:
     def _explain(
         self, path: Path, kind: str, stage: int, block: int, window: tuple[int, int] | None, class_: str
     ) -> Reply:
-        config, model, class_names, _ = self.predictor
-        image = decode_image(read_file(path), path.name, image_mode(config), upright=True)
-        view = prepare(self.predictor, image)
+        _, model, class_names, _ = self.predictor
+        data = read_upload(path)
+        view = prepare(self.predictor, data, path.name)
         stages = trace_blocks(model, view.image)
         block = min(block, self.depths[stage] - 1)
         probabilities, class_index = None, 0
@@ -133,6 +134,23 @@ class Explainer:
         scale = size / overlay.shape[1]
         first = self.predictor.model.layers[0].window_size * self.predictor.config.MODEL.MSG.PATCH_SIZE
         return int(y * scale) // first, int(x * scale) // first
+
+
+def read_upload(path: Path) -> bytes:
+    """Content of an uploaded image, which must be neither a large file nor large when it is decoded.
+
+    Raises:
+        DataError: it is, or it cannot be read.
+    """
+    data = read_file(path)
+    if len(data) > MAX_BYTES:
+        raise DataError(f'{path.name} has {len(data):,} bytes, more than {MAX_BYTES:,}: scale the picture down')
+    width, height = read_header(path.name, data).size if data else (0, 0)
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f'{path.name} has {width} x {height} pixels, more than {MAX_PIXELS:,} in all: scale the picture down'
+        )
+    return data
 
 
 def legend(overlay: Overlay) -> str:

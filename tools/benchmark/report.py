@@ -10,7 +10,7 @@ from tools.benchmark.chart import chart
 from tools.benchmark.comparison import Result, without_fused
 from tools.benchmark.timing import Quartiles
 from tools.output_files import save_figure, write_text
-from utils import environment
+from utils import environment, printable
 
 
 def table(results: Sequence[Result]) -> str:
@@ -77,7 +77,7 @@ def write_groups(groups: Iterable[list[Result]], output: Path, device: torch.dev
         if has_settings and len({without_fused(result.name) for result in group}) > 1:
             summary.append(compare_fastest(group))
         text = write(results, summary, output, device)
-    print(f'{text}\nwrote {output}.md, {output}.json, {output}.png')
+    print(text, printable(f'wrote {output}.md, {output}.json, {output}.png'), sep='\n')
 
 
 def write(results: Sequence[Result], summary: Sequence[str], output: Path, device: torch.device) -> str:

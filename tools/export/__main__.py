@@ -5,8 +5,8 @@
 
 A classifier is exported whole, of a detector its backbone (safetensors: all weights). The batch size is dynamic. With
 --always-pad, so are height and width: each from one patch to 4096 pixels. Otherwise, a file has one image size. The
-file is run on real images at several sizes, and kept only if no output differs by more than 1e-4; FILE.json has the
-differences, the range, versions, classes, preprocessing and config.
+file is run on real images at several sizes, and kept only if no output differs by more than 1e-4; weights are read
+back and compared. FILE.json has the differences, the range, versions, classes, preprocessing and config.
 """
 
 if __name__ == '__main__':
@@ -31,11 +31,19 @@ from models.pyramid import Size
 from models.registry import stored_weights
 from tools.convert_checkpoint import convert
 from tools.export import formats
-from tools.export.check import TOLERANCE, check_sizes, compare, load_images, make_batch, measure_latency
+from tools.export.check import TOLERANCE, check_sizes, check_weights, compare, load_images, make_batch, measure_latency
 from tools.export.formats import FORMATS, GRAPHS, OPSET, Runner
 from tools.export.network import ExportError, Network, load_network
 from tools.output_files import prepare_output, refuse_overwriting
-from utils import atomic_write, environment, exit_on_user_error, home_path, positive_int, report_write_errors
+from utils import (
+    atomic_write,
+    environment,
+    exit_on_user_error,
+    home_path,
+    positive_int,
+    printable,
+    report_write_errors,
+)
 
 SIZE_HELP = 'height and width of the images in pixels, or one number (DATA.IMG_SIZE); with --always-pad, also checked'
 
@@ -68,8 +76,8 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if any(len(size) > 2 for size in args.size):
         parser.error('--size takes one number, or height and width: write --size again for another')
-    if args.format not in GRAPHS and (args.always_pad or args.latency):
-        parser.error('safetensors holds weights, for any size: leave out --always-pad and --latency')
+    if args.format not in GRAPHS and (args.always_pad or args.latency or args.size or args.images):
+        parser.error('safetensors holds weights, for any size: leave out --always-pad, --latency, --size and --images')
     args.size = [Size.of(size[0] if len(size) == 1 else size) for size in args.size]
     return args
 
@@ -86,18 +94,17 @@ def main() -> None:
             print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
         any_size = args.always_pad or args.format not in GRAPHS
         sizes = check_sizes(network, args.size, any_size)
-        images = load_images(args.images, network.normalization[0])
+        report = describe(network, args, any_size, sizes)
         with TemporaryDirectory() as folder:
             file = Path(folder) / args.output.name
-            run = write(network, args, None if any_size else sizes[0], file)
-            comparisons = compare(network, run, images, sizes)
-            report = describe(network, args, any_size, sizes)
-            report['checked'] = [comparison._asdict() for comparison in comparisons]
-            report['max_abs_difference'] = max(comparison.difference for comparison in comparisons)
-            if args.latency:
-                report['latency'] = measure_latency(network, run, make_batch(network, images, sizes[0], 1), args.rounds)
+            if args.format in GRAPHS:
+                report |= write_graph(network, args, sizes, file)
+            else:
+                convert(Path(args.resume), file, args.pretrained_weights)
+                check_weights(file, Path(args.resume), args.pretrained_weights)
+                report |= {'checked': [], 'max_abs_difference': 0.0}
             save(file, args.output, report)
-    print_report(args.output, report)
+        print_report(args.output, report)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -114,24 +121,39 @@ def check_output(args: argparse.Namespace) -> None:
     refuse_overwriting([output], args.resume)
 
 
-def write(network: Network, args: argparse.Namespace, size: Size | None, file: Path) -> Runner:
-    """Write a network to a file.
+def write_graph(network: Network, args: argparse.Namespace, sizes: Sequence[Size], file: Path) -> dict[str, Any]:
+    """Write a network as a graph, and compare it with eager execution.
 
     Args:
         network: the network.
         args: the command line.
-        size: of the images; None for any.
+        sizes: image sizes to compare at; without `--always-pad`, the one of the file.
         file: the file.
 
     Returns:
-        What runs the file.
+        The differences and, if asked for, the latency, as plain data.
+
+    Raises:
+        ExportError: the network cannot be exported so, or the file fails or differs.
+    """
+    images = load_images(args.images, network.normalization[0])
+    run = trace_and_write(network, args, None if args.always_pad else sizes[0], file)
+    comparisons = compare(network, run, images, sizes)
+    report: dict[str, Any] = {
+        'checked': [comparison._asdict() for comparison in comparisons],
+        'max_abs_difference': max(comparison.difference for comparison in comparisons),
+    }
+    if args.latency:
+        report['latency'] = measure_latency(network, run, make_batch(network, images, sizes[0], 1), args.rounds)
+    return report
+
+
+def trace_and_write(network: Network, args: argparse.Namespace, size: Size | None, file: Path) -> Runner:
+    """Trace a network at an image size, None for any, write the graph, and return what runs the file.
 
     Raises:
         ExportError: the network cannot be exported so.
     """
-    if args.format == 'safetensors':
-        convert(Path(args.resume), file, args.pretrained_weights)
-        return network.with_weights(file)
     print('tracing', file=sys.stderr)
     program = formats.trace(network, size)
     print('writing', file=sys.stderr)
@@ -181,13 +203,16 @@ def print_report(output: Path, report: dict[str, Any]) -> None:
     """Print the differences and the latency."""
     for size, batch, difference in (comparison.values() for comparison in report['checked']):
         print(f'{size}, batch {batch}: differs by {difference:.1e}')
-    print(f'largest difference from eager execution: {report["max_abs_difference"]:.1e}')
+    if report['checked']:
+        print(f'largest difference from eager execution: {report["max_abs_difference"]:.1e}')
+    else:
+        print('all weights read back equal')
     if latency := report.get('latency'):
         batch, _, height, width = latency['shape']
         ms = ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in latency['median_seconds'].items())
         times = ', '.join(f'{x["median"]:.2f} x {name}' for name, x in latency['time_relative_to'].items())
         print(f'latency at {height} x {width}, batch {batch}: {ms}; the file takes {times}')
-    print(f'{output}, {output}.json')
+    print(printable(f'{output}, {output}.json'))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from data.images import choose_images, find_images, load_image
+from engine.checkpoint import choose_weights, load_checkpoint
 from models.pyramid import Size
 from tools.benchmark.timing import Quartiles, time_interleaved
 from tools.export.formats import MAX_SIDE, Runner
@@ -75,6 +76,26 @@ def make_batch(network: Network, images: Iterable[Image.Image], size: Size, batc
     _, mean, std = network.normalization
     resized = (image.resize((size.width, size.height), Image.Resampling.BICUBIC) for image in cycle(images))
     return torch.stack([normalize(to_tensor(image), mean, std) for image in islice(resized, batch)])
+
+
+def check_weights(file: Path, checkpoint: Path, choice: str) -> None:
+    """Check that a file of weights reads back equal to the checkpoint that it was made from.
+
+    Args:
+        file: the file.
+        checkpoint: the checkpoint.
+        choice: which of its weights, as for `choose_weights`.
+
+    Raises:
+        ExportError: a tensor differs.
+    """
+    expected, _ = choose_weights(load_checkpoint(checkpoint), checkpoint, choice)
+    weights = load_checkpoint(file)['model']
+    differing = [
+        name for name, value in expected.items() if name not in weights or not torch.equal(weights[name], value)
+    ]
+    if differing or len(weights) != len(expected):
+        raise ExportError(f'the file does not read back equal, and is not kept: {", ".join(differing[:3])}')
 
 
 @torch.inference_mode()

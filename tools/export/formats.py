@@ -5,7 +5,6 @@ size is 1, which is not known of a dynamic size. A switch of the exporter, which
 general branch.
 """
 
-import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -98,11 +97,6 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[
     Raises:
         ExportError: `torch.onnx` refuses.
     """
-    from onnxscript import opset20 as op
-
-    def floordiv(a, b):  # PyTorch's own rounds towards zero, and sides are divided as -(-side // multiple)
-        return op.Div(op.Sub(a, op.Mod(a, b)), b)
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -112,7 +106,6 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[
                 output_names=outputs,
                 dynamic_shapes=(axes,),
                 opset_version=OPSET,
-                custom_translation_table={operator.floordiv: floordiv},
                 dynamo=True,
                 verbose=False,
             )

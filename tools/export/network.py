@@ -1,8 +1,6 @@
 """The network that is exported, as it runs eagerly, and what its input is."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +11,7 @@ from yacs.config import CfgNode
 
 import detection.main
 from data.transforms import image_mode, mean_and_std, resized_side
-from engine.checkpoint import load_checkpoint, load_weights
+from engine.checkpoint import load_checkpoint
 from engine.predictor import load_predictor
 from engine.task import Task
 from models.pyramid import Size
@@ -81,7 +79,14 @@ class Network(NamedTuple):
             size, crop = self.config.DATA.IMG_SIZE, self.config.TEST.CROP
             resize = {'shorter_side': resized_side(self.config), 'center_crop': size} if crop else {'size': size}
             resize['interpolation'] = self.config.DATA.INTERPOLATION
-        return {'mode': mode, 'resize': resize, 'scale': 1 / 255, 'mean': list(mean), 'std': list(std)}
+        return {
+            'exif_transpose': self.config.DATA.EXIF,
+            'mode': mode,
+            'resize': resize,
+            'scale': 1 / 255,
+            'mean': list(mean),
+            'std': list(std),
+        }
 
     @property
     def plain_config(self) -> dict[str, Any]:
@@ -91,13 +96,6 @@ class Network(NamedTuple):
     def run(self, images: Tensor) -> list[Tensor]:
         """Outputs for images (B, channels, height, width), computed eagerly."""
         return as_list(self.graph(images))
-
-    def with_weights(self, path: Path) -> Callable[[Tensor], list[Tensor]]:
-        """Like `run`, of a network built anew, with the weights of another checkpoint."""
-        model = self.task.build_network(self.config)
-        load_weights(model, load_checkpoint(path), path)
-        graph = self.task.backbone(model.eval())
-        return lambda images: as_list(graph(images))
 
 
 def load_network(args: argparse.Namespace) -> Network:

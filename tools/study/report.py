@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from data.drawn_text import fit_font
 from tools.output_files import save_figure, write_text
 from tools.study.statistics import Difference, Summary, compare_pairs, summarise
 
@@ -104,7 +106,8 @@ def chart(results: dict[str, Any]) -> Figure:
     curves.set(xlabel='epoch', ylabel=f'{metric}, %', title='mean and range over seeds')
     curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     final.set(xlabel=f'{metric} after the last epoch, %', title='seeds, and their mean')
-    final.set_yticks(range(len(summaries)), [s.label for s in summaries])
+    labels, font = fit_font([textwrap.fill(s.label, 45, max_lines=2, placeholder='…') for s in summaries])
+    final.set_yticks(range(len(summaries)), labels, font=font, fontsize=9, parse_math=False)
     final.invert_yaxis()
     final.margins(x=0.12)
     for axes in (curves, final):

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.file_loader import exit_if_unreadable
-from data.images import DataError, find_images, load_image, report_other_files
-from data.transforms import image_mode
+from data.images import DataError, find_images, read_file, report_other_files
 from engine.predictor import add_network_flags, load_predictor
 from main import TASK
 from models.registry import stored_weights
@@ -27,7 +26,7 @@ from tools.msg_network import build_with_msg_tokens
 from tools.output_files import prepare_output, refuse_overwriting, save_figure
 from tools.visualize.sheets import KINDS, Choice, chosen_blocks, draw_kinds
 from tools.visualize.view import NarrowImageError, VisualizeError, find_class, prepare, random_predictor
-from utils import exit_on_user_error, home_path, positive_int
+from utils import exit_on_user_error, home_path, positive_int, printable
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 EXAMPLES = """examples:
@@ -122,17 +121,16 @@ def main() -> None:
         unreadable = 0
         for path in images:
             try:
-                image = load_image(path, image_mode(predictor.config), upright=True)
-                view = prepare(predictor, image, args.size)
+                view = prepare(predictor, read_file(path), str(path), args.size)
             except (DataError, NarrowImageError) as error:
-                print(f'error: {error}', file=sys.stderr)
+                print(printable(f'error: {error}'), file=sys.stderr)
                 unreadable += 1
                 continue
             sheets = draw_kinds(predictor, view, kinds, choice, path.name, checkpoint)
             for kind, figure in sheets.items():
                 prepare_output(outputs[path][kind])
                 save_figure(figure, outputs[path][kind], dpi=100)
-                print(outputs[path][kind])
+                print(printable(outputs[path][kind]))
     exit_if_unreadable(unreadable, len(images))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from data.drawn_text import fit_font, shorten
 from engine.predictor import Predictor
 from models import MSGTransformer
 from tools.visualize.explain import StageTrace, trace_blocks, traced_logits
@@ -22,9 +23,11 @@ from tools.visualize.overlays import (
     outline_windows,
 )
 from tools.visualize.view import View, VisualizeError
+from utils import printable
 
 KINDS = ('attention', 'influence', 'gradcam')
 COLUMNS = 6  # most overlays in a row of a sheet
+MAX_NAME = 80  # characters of a file or class in a title
 LABELS = {
     'attention': 'attention, relative to an even spread',
     'influence': 'share of the influence',
@@ -144,8 +147,9 @@ def draw_sheet(picture: np.ndarray, rows: Sequence[Sequence[Overlay]], title: st
     bar = figure.colorbar(scale, ax=list(grid.flat), label=LABELS[overlays[0].kind], fraction=0.03, pad=0.01)
     if overlays[0].kind == 'influence':
         bar.ax.yaxis.set_major_formatter(FuncFormatter(_percent))
-    lines = (textwrap.fill(line, round(size[0] * 12)) for line in title.splitlines())
-    figure.suptitle('\n'.join(lines), fontsize=11)
+    lines = (textwrap.fill(line, round(size[0] * 11)) for line in title.split('\n'))
+    [text], font = fit_font(['\n'.join(lines)])
+    figure.suptitle(text, font=font, fontsize=11, parse_math=False)
     return figure
 
 
@@ -170,10 +174,12 @@ def draw_kinds(
         VisualizeError: it cannot be drawn.
     """
     stages = trace_blocks(predictor.model, view.image)
+    name = shorten(printable(name), MAX_NAME)
     sheets, source = {}, f'{predictor.config.MODEL.NAME}, {checkpoint or "random weights"}'
     if checkpoint and predictor.class_names:
         probabilities = traced_logits(predictor.model, stages).detach().softmax(dim=1)[0]
-        name += f', predicted {predictor.class_names[probabilities.argmax()]} ({probabilities.max():.0%})'
+        predicted = shorten(printable(predictor.class_names[probabilities.argmax()]), MAX_NAME)
+        name += f', predicted {predicted} ({probabilities.max():.0%})'
     for kind in kinds:
         rows = overlay_rows(predictor.model, stages, kind, choice)
         if kind == 'attention':
@@ -184,6 +190,6 @@ def draw_kinds(
         elif choice.class_index is None:
             subject = 'Grad-CAM of the predicted class'
         else:
-            subject = f'Grad-CAM of {predictor.class_names[choice.class_index]}'
+            subject = f'Grad-CAM of {shorten(printable(predictor.class_names[choice.class_index]), MAX_NAME)}'
         sheets[kind] = draw_sheet(view.picture, rows, f'{subject}\n{name}; {source}')
     return sheets

@@ -202,7 +202,7 @@ def main() -> None:
             print(printable('; '.join([text, *dataset.notes])))
         opts = f'MODEL.NUM_CLASSES {len(source.categories)} DATA.TRAIN_SPLIT train DATA.VAL_SPLIT val'
         opts += '' if all(dataset.with_masks for dataset in datasets.values()) else ' MODEL.MASK.ENABLED False'
-        print(f'Look at {args.output / "samples.png"}, then: --data-path {args.output} --opts {opts}')
+        print(printable(f'Look at {args.output / "samples.png"}, then: --data-path {args.output} --opts {opts}'))
 
 
 if __name__ == '__main__':

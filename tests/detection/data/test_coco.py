@@ -117,17 +117,30 @@ def test_annotations_of_the_upright_image_are_read(coco):
     assert torch.equal(CocoDataset(coco, 'val')[0][0], plain)
 
 
+def test_images_as_stored_with_annotations_of_the_upright_ones_are_refused(coco):
+    path = coco / 'val' / '0.png'
+    Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path)
+    set_orientation(path, 6)
+    with pytest.raises(DataError, match='its size as EXIF turns it upright: write --opts DATA.EXIF True'):
+        CocoDataset(coco, 'val', upright=False)
+
+
 def test_annotations_of_the_stored_image_are_refused(coco):
     message = (
         r'val/0.png, turned upright by its EXIF orientation 6, has 48 x 64 pixels, but .*instances_val.json '
-        r'says 64 x 48, its size as stored: remove the EXIF tag, or annotate the upright image'
+        r'says 64 x 48, its size as stored: write --opts DATA.EXIF False, remove the EXIF tag, or annotate the upright'
     )
     opened_before = CocoDataset(coco, 'val')
+    plain, _ = opened_before[0]
     set_orientation(coco / 'val' / '0.png', 6)
     with pytest.raises(DataError, match=message):
         CocoDataset(coco, 'val')
     with pytest.raises(DataError, match=message):
         opened_before[0]
+    stored = CocoDataset(coco, 'val', upright=False)
+    assert torch.equal(stored[0][0], plain)
+    (note,) = stored.notes
+    assert note.endswith('have an EXIF orientation and are read as stored; DATA.EXIF True turns them upright')
     update_tree(coco, annotations=[], images=[{'id': 5, 'file_name': '0.png', 'width': 60, 'height': 44}])
     with pytest.raises(DataError, match='EXIF orientation 6, has 48 x 64 pixels, but .* says 60 x 44: replace one'):
         CocoDataset(coco, 'val')

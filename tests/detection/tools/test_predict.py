@@ -241,3 +241,22 @@ def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
     assert done.returncode == 3
     assert f'error: video {bad} cannot be read\nerror: 1 of 2 images cannot be read' in done.stderr
     assert f'{path},0,' in (tmp_path / 'again.csv').read_text()
+
+
+def test_interrupted_files_keep_what_has_been_found(tmp_path):
+    frame = Frame(tmp_path / 'a.png', None, torch.zeros(3, 8, 8))
+    found = {'boxes': torch.tensor([[0.0, 0, 4, 4]]), 'labels': torch.tensor([1]), 'scores': torch.tensor([0.9])}
+    table, objects = tmp_path / 'new' / 'found.csv', tmp_path / 'new' / 'found.json'
+    rows = []
+
+    def detect():
+        with Results(['=box'], 0.5, table, objects) as results:
+            results.add(frame, found)
+            rows.extend(table.read_text().splitlines())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        detect()
+    assert len(rows) == 2
+    assert "'=box" in rows[1]  # no spreadsheet runs it
+    assert len(COCO(objects).anns) == 1

@@ -101,6 +101,15 @@ def test_animations_huge_and_narrow_images(explainer, tmp_path, monkeypatch):
     assert 'too large' in explainer.explain(tmp_path / 'a.gif', 'Grad-CAM', 1, 1).note
 
 
+def test_large_uploads_are_refused_before_they_are_decoded(explainer, photo, monkeypatch):
+    monkeypatch.setattr('tools.app.explainer.prepare', lambda *_: pytest.fail('decodes it'))
+    monkeypatch.setattr('tools.app.explainer.MAX_PIXELS', 2000)
+    note = explainer.explain(photo, 'Grad-CAM', 1, 1).note
+    assert note == '**photo.png has 60 x 40 pixels, more than 2,000 in all: scale the picture down**'
+    monkeypatch.setattr('tools.app.explainer.MAX_BYTES', 1000)
+    assert 'bytes, more than 1,000: scale the picture down' in explainer.explain(photo, 'Grad-CAM', 1, 1).note
+
+
 def test_a_network_without_classes_has_no_grad_cam(tiny_config, photo):
     explainer = build(tiny_config(MODEL__NUM_CLASSES='0'), [])
     assert 'Grad-CAM' not in explainer.kinds()

@@ -1,9 +1,11 @@
+import http.client
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.images import damage, write_images
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import environment, error_line, run_here
+from tools.app.__main__ import avoid_proxies, host_names
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-quic', '--disable-sync']
@@ -59,6 +62,34 @@ def test_mistakes_are_told_before_the_network_is_loaded(monkeypatch):
     assert error_line('-m', 'tools.app', '--resume', 'x', '--port', port).startswith('error: checkpoint x does not')
 
 
+def test_names_of_the_page():
+    assert host_names('127.0.0.1') == ['localhost', '127.0.0.1', '::1', '[::1]']
+    assert host_names('192.168.0.7', ['vision.example']) == [
+        'localhost',
+        '127.0.0.1',
+        '::1',
+        '192.168.0.7',
+        'vision.example',
+        '[::1]',
+    ]
+    assert socket.gethostname() in host_names('0.0.0.0')
+
+
+@pytest.mark.parametrize('before', [None, '', 'intranet'])
+def test_the_page_is_asked_without_the_proxy(monkeypatch, before):
+    for name in ('http_proxy', 'HTTP_PROXY'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    for name in ('no_proxy', 'NO_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+    avoid_proxies(['localhost', '127.0.0.1', '[::1]'])
+    assert '[' not in os.environ['no_proxy']
+    assert urllib.request.proxy_bypass('127.0.0.1')
+    assert urllib.request.proxy_bypass('localhost:7860')
+    assert bool(urllib.request.proxy_bypass('intranet')) == (before == 'intranet')
+
+
 @pytest.fixture
 def served(tiny_config, tmp_path):
     """The address of a page, served by a process of its own, and the folder of its examples."""
@@ -67,6 +98,7 @@ def served(tiny_config, tmp_path):
     examples = write_images(tmp_path / 'images') / 'val'
     command = [sys.executable, '-m', 'tools.app', '--resume', checkpoint, '--port', free_port(), '--examples', examples]
     variables = environment(GRADIO_TEMP_DIR=str(tmp_path / 'cache'), GRADIO_ANALYTICS_ENABLED='True')
+    variables |= dict.fromkeys(('http_proxy', 'https_proxy', 'HTTP_PROXY'), 'http://127.0.0.1:9')  # none is there
     log = tmp_path / 'log.txt'
     with log.open('w') as output:
         process = subprocess.Popen(
@@ -81,6 +113,19 @@ def served(tiny_config, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+def test_the_page_answers_only_its_own_names(served):
+    """No foreign one, by which a website could read the page from its visitor's browser."""
+    port = int(served[0].rpartition(':')[2])
+    for host, status in ((f'127.0.0.1:{port}', 200), (f'localhost:{port}', 200), ('evil.example', 400)):
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+        connection.request('GET', '/config', headers={'Host': host, 'Origin': 'http://evil.example'})
+        response = connection.getresponse()
+        assert (host, response.status) == (host, status)
+        if status == 200:
+            assert response.getheader('Access-Control-Allow-Origin') is None
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from PIL import Image
 from engine.predictor import Predictor
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.datasets import encoded
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage, noise
 from tests.helpers.paths import TINY
@@ -189,9 +190,9 @@ def predictor(tiny_config):
 
 def test_a_view_is_what_evaluation_feeds(predictor):
     image = noise(60, 40)
-    view = prepare(predictor, image)
+    view = prepare(predictor, encoded(image), 'noise.png')
     assert view.picture.shape == (28, 28, 3)
-    whole = prepare(predictor, image, size=40)  # as large as it is: no pixel changes
+    whole = prepare(predictor, encoded(image), 'noise.png', size=40)  # as large as it is: no pixel changes
     assert np.array_equal(whole.picture, np.asarray(image))
     assert whole.image.shape == (1, 3, 40, 60)
 
@@ -204,7 +205,7 @@ def test_classes_are_found_by_name_before_number():
 
 
 def test_rows_and_columns_of_sheets(predictor):
-    stages = trace_blocks(predictor.model, prepare(predictor, noise()).image)
+    stages = trace_blocks(predictor.model, prepare(predictor, encoded(noise()), 'noise.png').image)
     choices = {'attention': Choice(), 'influence': Choice([0]), 'gradcam': Choice(blocks=[0], class_index=1)}
     titles = {}
     for kind, choice in choices.items():
@@ -221,7 +222,7 @@ def test_rows_and_columns_of_sheets(predictor):
 
 
 def test_attention_lies_where_its_patches_are(predictor):
-    stages = trace_blocks(predictor.model, prepare(predictor, noise()).image)
+    stages = trace_blocks(predictor.model, prepare(predictor, encoded(noise()), 'noise.png').image)
     maps = msg_attention(stages)[0][0].mean(dim=2)  # (nH, nW, w, w), heads averaged
     overlay = attention_overlays(predictor.model, stages, 0, 0)[0]
     for row, column, i, j in ((0, 1, 2, 5), (1, 0, 6, 0)):
@@ -231,7 +232,7 @@ def test_attention_lies_where_its_patches_are(predictor):
 
 def test_an_overlay_lies_where_its_window_is(predictor):
     """Grey where nothing has influence, coloured and outlined where the chosen window is."""
-    view = prepare(predictor, noise())
+    view = prepare(predictor, encoded(noise()), 'noise.png')
     stages = trace_blocks(predictor.model, view.image)
     overlay = influence_overlay(predictor.model, stages, 0, 0, (1, 0), 'patches')
     assert overlay.values.tolist() == [[0, 0], [1, 0]]
