@@ -60,20 +60,20 @@ def _save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         atomic_write(path, write)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        cause = _system_error(error)
+        if cause is None:  # such as the death of a loader process, which PyTorch raises wherever the program is
+            raise
         raise CheckpointError(
-            f'{path} cannot be written: {_system_message(error)}. Earlier checkpoints are intact: '
+            f'{path} cannot be written: {cause.strerror}. Earlier checkpoints are intact: '
             f'make room or write another --output, and start again to resume from the newest'
         ) from error
 
 
-def _system_message(error: BaseException) -> str:
-    """The system's message behind an error that may hide it."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return first_line(error)
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind one that hides it; None if there is none."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -140,12 +140,16 @@ def _task_of(entries: Mapping[str, Any]) -> str:
     return stated if stated in TASKS else 'detection' if is_detector else 'classification'
 
 
+# What a TorchScript file, which is recognised later, may hold beyond its size: its code is compressed.
+_CODE_BYTES = 10 << 20
+
+
 def _load_pth(path: Path, mmap: bool = False) -> Any:
     is_zip = zipfile.is_zipfile(path)  # PyTorch's format before 1.6 is not a zip file, and has no checksums
     if is_zip and not mmap:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f'{path} is no checkpoint: PyTorch compresses no entries, which may be huge')
+            if sum(entry.file_size for entry in archive.infolist()) > 2 * path.stat().st_size + _CODE_BYTES:
+                raise CheckpointError(f'{path} is no checkpoint: PyTorch compresses no weights, and this file is packed')
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f'{path} is damaged: the checksum of {damaged} is wrong')

@@ -38,12 +38,11 @@ RESERVED = dict.fromkeys(sorted(_FACTORY_ARGS), _BY_PROGRAM) | {
 }
 
 
-def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
+def build_timm_network(config: 'CfgNode') -> nn.Module:
     """Build the classifier that `MODEL.TYPE` names, for `DATA.IMG_SIZE` and `MODEL.NUM_CLASSES`.
 
     Args:
         config: the config tree.
-        overrides: arguments that take precedence over `MODEL.TIMM_ARGS`.
 
     Raises:
         ValueError: see `create_timm_network`.
@@ -52,11 +51,11 @@ def build_timm_network(config: 'CfgNode', **overrides: Any) -> nn.Module:
     name = config.MODEL.TYPE.removeprefix(PREFIX)
     if _is_registered(name) and timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
         options['img_size'] = config.DATA.IMG_SIZE
-    return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options, **overrides)
+    return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options)
 
 
 def create_timm_network(
-    key: str, value: str, config: 'CfgNode', options: dict[str, Any], **overrides: Any
+    key: str, value: str, config: 'CfgNode', options: dict[str, Any]
 ) -> nn.Module:
     """Create a network of timm with the config's drop rates, `MODEL.TIMM_ARGS` and `TRAIN.USE_CHECKPOINT`.
 
@@ -68,7 +67,6 @@ def create_timm_network(
         value: the value of the key, `timm:<name>`.
         config: the config tree.
         options: arguments of `timm.create_model`; `MODEL.TIMM_ARGS` takes precedence over them.
-        overrides: arguments that take precedence over `MODEL.TIMM_ARGS`.
 
     Raises:
         ValueError: timm has no such network, or the network does not take these arguments.
@@ -83,7 +81,7 @@ def create_timm_network(
         'attn_drop_rate': model.ATTN_DROP_RATE or None,
         'drop_path_rate': model.DROP_PATH_RATE,
     }
-    options = rates | options | parse_timm_args(model.TIMM_ARGS) | overrides
+    options = rates | options | parse_timm_args(model.TIMM_ARGS)
     try:
         network = _create(name, options)
         if config.TRAIN.USE_CHECKPOINT:

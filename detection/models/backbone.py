@@ -83,15 +83,14 @@ class TimmBackbone(nn.Module):
 
     Args:
         config: the config tree; `MODEL.BACKBONE`, `MODEL.TIMM_ARGS`, drop rates and `TRAIN.USE_CHECKPOINT` are read.
-        **overrides: options for `create_timm_network`.
 
     Raises:
         ValueError: timm has no such network, or not with these options, or not with these strides.
     """
 
-    def __init__(self, config: CfgNode, **overrides: Any):
+    def __init__(self, config: CfgNode):
         super().__init__()
-        features = _create_features(config, **overrides)
+        features = _create_features(config)
         self.model, info = features.model, features.feature_info
         reductions = info.reduction()
         if set(STRIDES) - set(reductions):
@@ -178,18 +177,17 @@ class TimmBackbone(nn.Module):
         return self
 
 
-def build_backbone(config: CfgNode, **overrides: Any) -> Backbone:
+def build_backbone(config: CfgNode) -> Backbone:
     """Build the backbone that `MODEL.BACKBONE` names.
 
     Args:
         config: the config tree.
-        **overrides: options for `create_timm_network`.
 
     Raises:
         ValueError: see `MSGTransformer` and `TimmBackbone`.
     """
     if config.MODEL.BACKBONE.startswith(PREFIX):
-        return TimmBackbone(config, **overrides)
+        return TimmBackbone(config)
     return MSGBackbone(**network_options(config))
 
 
@@ -201,8 +199,8 @@ def check_backbone(config: CfgNode) -> None:
     """
     if config.MODEL.BACKBONE.startswith(PREFIX):
 
-        def build_and_run(config: CfgNode, **overrides: Any) -> None:
-            backbone = TimmBackbone(config, **overrides)
+        def build_and_run(config: CfgNode) -> None:
+            backbone = TimmBackbone(config)
             _check_frozen_stages(backbone, config)
             try:
                 backbone(torch.empty(2, 3, 7 * STRIDES[-1], 9 * STRIDES[-1]))  # batch norms refuse one, if pooled
@@ -248,20 +246,20 @@ def _keep_in_eval_mode(backbone: Backbone, modules: list[nn.Module]) -> None:
     backbone.frozen = (*backbone.frozen, *modules)
 
 
-def _create_features(config: CfgNode, **overrides: Any) -> nn.Module:
+def _create_features(config: CfgNode) -> nn.Module:
     """Timm's feature extractor; networks of fixed image sizes, such as Swin, with the options that lift the limit."""
     any_size = [{'strict_img_size': False, 'always_partition': True}, {'strict_img_size': False}]
     for options in any_size:
         try:
-            return _features(config, options, **overrides)
+            return _features(config, options)
         except ValueError:  # it does not know the option
             continue
-    return _features(config, {}, **overrides)
+    return _features(config, {})
 
 
-def _features(config: CfgNode, options: dict[str, Any], **overrides: Any) -> nn.Module:
+def _features(config: CfgNode, options: dict[str, Any]) -> nn.Module:
     options = {'features_only': True, 'feature_cls': 'getter'} | options
-    return create_timm_network('MODEL.BACKBONE', config.MODEL.BACKBONE, config, options, **overrides)
+    return create_timm_network('MODEL.BACKBONE', config.MODEL.BACKBONE, config, options)
 
 
 def _out_norms(backbone: Backbone) -> dict[str, Tensor]:

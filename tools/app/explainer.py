@@ -1,12 +1,13 @@
 """Answers to what the page asks: classes, overlays and what they say, without Gradio."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import to_hex
 
-from data.images import DataError, read_file, read_header
+from data.images import DataError, read_file
 from engine.predictor import Predictor
 from tools.visualize.explain import trace_blocks, traced_logits
 from tools.visualize.overlays import (
@@ -20,10 +21,9 @@ from tools.visualize.overlays import (
 )
 from tools.visualize.sheets import chosen_window
 from tools.visualize.view import find_class, prepare
-from utils import UserError
+from utils import UserError, printable
 
 MAX_BYTES = 64 * 2**20  # of an upload
-MAX_PIXELS = 100_000_000  # of an upload; decoded, they take 300 MB
 PREDICTED = 'the predicted one'
 KINDS = {  # the kinds of overlays, by their names in the page
     'Grad-CAM': 'gradcam',
@@ -94,7 +94,7 @@ class Explainer:
         try:
             return self._explain(Path(path), KINDS[kind], stage - 1, block - 1, window, class_)
         except UserError as error:
-            return Reply(None, None, '', f'**{error}**')
+            return Reply(None, None, '', f'**{as_markdown(error)}**')
 
     def _explain(
         self, path: Path, kind: str, stage: int, block: int, window: tuple[int, int] | None, class_: str
@@ -119,9 +119,9 @@ class Explainer:
             overlay = attention_overlays(model, stages, stage, block)[0]
         else:
             overlay = influence_overlay(model, stages, stage, block, window, kind)
-        note = NOTES[kind].format(class_=class_, peak=float(overlay.values.max()))
+        note = NOTES[kind].format(class_=as_markdown(class_), peak=float(overlay.values.max()))
         if kind == 'gradcam' and not overlay.values.any():
-            note = f'No patch of this stage speaks for **{class_}**.'
+            note = f'No patch of this stage speaks for **{as_markdown(class_)}**.'
         if kind in ('msg', 'patches'):
             reach = int((overlay.values > 0).sum())
             note += f' After stage {stage + 1}, block {block + 1}, **{reach} of {rows * columns} windows** have one.'
@@ -137,7 +137,7 @@ class Explainer:
 
 
 def read_upload(path: Path) -> bytes:
-    """Content of an uploaded image, which must be neither a large file nor large when it is decoded.
+    """Content of an uploaded image, which must not be a large file.
 
     Raises:
         DataError: it is, or it cannot be read.
@@ -145,12 +145,12 @@ def read_upload(path: Path) -> bytes:
     data = read_file(path)
     if len(data) > MAX_BYTES:
         raise DataError(f'{path.name} has {len(data):,} bytes, more than {MAX_BYTES:,}: scale the picture down')
-    width, height = read_header(path.name, data).size if data else (0, 0)
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f'{path.name} has {width} x {height} pixels, more than {MAX_PIXELS:,} in all: scale the picture down'
-        )
     return data
+
+
+def as_markdown(text: object) -> str:
+    """A text as Markdown that shows it as it is: in the name of a class, an image would make the browser fetch it."""
+    return re.sub(r'([\\`*_~\[\]<>!#|&$])', r'\\\1', printable(text))
 
 
 def legend(overlay: Overlay) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tools.app.explainer import KINDS, PREDICTED, Explainer
+from tools.app.explainer import KINDS, PREDICTED, Explainer, as_markdown
 
 INVITATION = 'Drop a picture, or choose an example.'
 
@@ -46,7 +46,7 @@ def build_page(gr: ModuleType, explainer: Explainer, title: str, examples: list[
         )
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f'# What the network looks at\n{title}')
+        gr.Markdown(f'# What the network looks at\n{as_markdown(title)}')
         window = gr.State(None)
         with gr.Row():
             with gr.Column():

@@ -103,11 +103,18 @@ def test_animations_huge_and_narrow_images(explainer, tmp_path, monkeypatch):
 
 def test_large_uploads_are_refused_before_they_are_decoded(explainer, photo, monkeypatch):
     monkeypatch.setattr('tools.app.explainer.prepare', lambda *_: pytest.fail('decodes it'))
-    monkeypatch.setattr('tools.app.explainer.MAX_PIXELS', 2000)
-    note = explainer.explain(photo, 'Grad-CAM', 1, 1).note
-    assert note == '**photo.png has 60 x 40 pixels, more than 2,000 in all: scale the picture down**'
     monkeypatch.setattr('tools.app.explainer.MAX_BYTES', 1000)
     assert 'bytes, more than 1,000: scale the picture down' in explainer.explain(photo, 'Grad-CAM', 1, 1).note
+
+
+def test_names_are_no_markdown(tiny_config, photo):
+    """An image in the name of a class would make the browser fetch it."""
+    names = ['![x](http://192.0.2.1/x.png)', '<img src=http://192.0.2.1>', '**bold**\n# é']
+    explainer = build(tiny_config(), names)
+    notes = [explainer.explain(photo, 'Grad-CAM', 1, 1, class_=name).note for name in names]
+    assert r'**\!\[x\](http://192.0.2.1/x.png)**' in notes[0]
+    assert r'**\<img src=http://192.0.2.1\>**' in notes[1]
+    assert r'**\*\*bold\*\*\\n\# ' in notes[2]
 
 
 def test_a_network_without_classes_has_no_grad_cam(tiny_config, photo):
