@@ -2,11 +2,8 @@
 
 import argparse
 import contextlib
-import csv
 import errno
 import hashlib
-import io
-import json
 import os
 import platform
 import random
@@ -17,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +23,6 @@ import numpy as np
 import timm
 import torch
 import torchvision
-import yaml
 
 
 class UserError(ValueError):
@@ -78,6 +74,12 @@ def printable(text: object) -> str:
     """A text as one line that a terminal shows: control characters and undecodable bytes of file names are escaped."""
     shown = (char if char.isprintable() else repr(char)[1:-1] for char in str(text))
     return ''.join(shown)
+
+
+def shortened(text: object, length: int = 200) -> str:
+    """A text as one line of at most this length."""
+    line = ' '.join(str(text).split())
+    return line if len(line) <= length else f'{line[: length - 3]}...'
 
 
 @contextmanager
@@ -239,139 +241,6 @@ def set_backend_flags(tf32: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
-
-
-# Bounds of a YAML file, far above what configs, studies and lists of classes need.
-MAX_YAML_BYTES = 1_000_000
-MAX_YAML_VALUES = 50_000
-MAX_YAML_DEPTH = 50
-
-
-class _YamlContentError(yaml.MarkedYAMLError):
-    """YAML that is not taken."""
-
-    def __init__(self, problem: str, mark: yaml.Mark):
-        super().__init__(problem=problem, problem_mark=mark)
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with limits on nesting and on what aliases multiply; a key given twice is an error."""
-
-    def __init__(self, stream: bytes):
-        super().__init__(stream)
-        self.depth, self.count = 0, 0  # the count has the values of an alias again
-        self.counts: dict[yaml.Node, int] = {}  # of the values within each node
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """A value, which an alias repeats."""
-        mark, is_alias, before = self.peek_event().start_mark, self.check_event(yaml.AliasEvent), self.count
-        self.depth += 1
-        if self.depth > MAX_YAML_DEPTH:
-            raise _YamlContentError(f'more than {MAX_YAML_DEPTH} levels', mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if is_alias and node not in self.counts:
-            raise _YamlContentError('a value holds itself, by an alias', mark)
-        self.count += self.counts[node] if is_alias else 1
-        if self.count > MAX_YAML_VALUES:
-            raise _YamlContentError(f'more than {MAX_YAML_VALUES:,} values', mark)
-        self.counts.setdefault(node, self.count - before)
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """A mapping whose keys differ: PyYAML would take the last of those that do not."""
-        mapping = super().compose_mapping_node(anchor)
-        first: dict[tuple[str, str], yaml.Node] = {}
-        for key, _ in mapping.value:
-            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
-                line = first[key.tag, key.value].start_mark.line + 1
-                raise _YamlContentError(f'{key.value} is given in line {line} too: remove one', key.start_mark)
-        return mapping
-
-
-class _YamlTextLoader(_YamlLoader):
-    """A loader that leaves values as they are written: text, but for null."""
-
-
-_YamlTextLoader.yaml_implicit_resolvers = {
-    char: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((':null', ':merge'))]
-    for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_yaml(path: Path, label: str, error_class: type[UserError], as_text: bool = False) -> Any:
-    """Content of a YAML file in UTF-8, of a single document.
-
-    Args:
-        path: the file.
-        label: what messages call it.
-        error_class: of the error.
-        as_text: leave values as they are written: YAML 1.1 reads 010 as 8, 12:30 as 750, no as False and 1.10 as 1.1.
-
-    Raises:
-        error_class: it cannot be read, is not YAML, is too large, or gives a key twice.
-    """
-    try:
-        with path.open('rb') as file:
-            content = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise error_class(f'{label}: {error.strerror}') from error
-    if len(content) > MAX_YAML_BYTES:
-        raise error_class(f'{label} is larger than {MAX_YAML_BYTES:,} bytes: give another file')
-    try:
-        return yaml.load(content, _YamlTextLoader if as_text else _YamlLoader)
-    except yaml.MarkedYAMLError as error:
-        problem = shortened(' '.join(filter(None, (error.context, error.problem))))
-        line = f', line {error.problem_mark.line + 1}' if error.problem_mark else ''
-        no_yaml = '' if isinstance(error, _YamlContentError) else ' is not YAML'
-        raise error_class(f'{label}{no_yaml}{line}: {problem}') from error
-    except yaml.reader.ReaderError as error:
-        raise error_class(f'{label} is not YAML: {shortened(error)}: save it as UTF-8') from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # such as a month 13, or !!bool 3
-        raise error_class(f'{label} is not YAML: {shortened(error)}') from error
-
-
-def shortened(text: object, length: int = 200) -> str:
-    """A text as one line of at most this length."""
-    line = ' '.join(str(text).split())
-    return line if len(line) <= length else f'{line[: length - 3]}...'
-
-
-def read_json(path: Path, label: str, error_class: type[UserError], remedy: str = 'replace it') -> Any:
-    """Content of a JSON file, with or without a byte order mark.
-
-    Args:
-        path: the file.
-        label: what messages call it.
-        error_class: of the error.
-        remedy: what the user can do about it.
-
-    Raises:
-        error_class: it cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise error_class(f'{label} cannot be read ({error.strerror}): {remedy}') from error
-    except (ValueError, RecursionError) as error:  # among them UnicodeDecodeError
-        raise error_class(f'{label} is not JSON ({first_line(error)}): {remedy}') from error
-
-
-def csv_row(cells: Sequence[Any]) -> str:
-    """A line of a CSV file, with its end.
-
-    Texts that a spreadsheet would run as a formula (`=cmd()` as the name of a file or class) get an apostrophe before
-    them, which spreadsheets do not show.
-    """
-    row = io.StringIO()
-    csv.writer(row, lineterminator='\n').writerow([_no_formula(cell) for cell in cells])
-    return row.getvalue()
-
-
-def _no_formula(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet runs."""
-    is_formula = isinstance(cell, str | Path) and str(cell).startswith(('=', '+', '-', '@', '\t', '\r'))
-    return f"'{cell}" if is_formula else cell
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 from data.images import MAX_IMAGE_BYTES, DataError, open_regular, read_error
 from data.packed_lists import NameList
 from data.samples import Samples, leads_out, same_letters
-from utils import read_json
+from text_files import read_json
 
 INDEX, SAMPLES, NAMES = 'index.json', 'samples.npy', 'names.npy'
 FORMAT = 1

@@ -18,7 +18,8 @@ from detection.models.masks import BoxMasks
 from engine.config_tree import ConfigError
 from engine.distributed import gather_on_main_process, on_main_process
 from engine.run import Run
-from utils import atomic_write, csv_row, report_write_errors
+from text_files import csv_row
+from utils import atomic_write, report_write_errors
 
 # pycocotools' names of the IoU types, and its metrics, in order: average precision, average recall.
 _IOU_TYPES = {'box': 'bbox', 'mask': 'segm'}

@@ -37,11 +37,11 @@ from detection.models.backbone import Backbone, freeze_batch_norms
 from detection.models.build import Detector
 from detection.models.norm import synchronize_norms
 from detection.tta import build_detect_fn
-from engine.checkpoint import fit_weights, load_weights
 from engine.evaluation import EvaluateFn, EvaluationLoop, Poll, no_poll
 from engine.run import Run, run_parser
 from engine.run_task import run_task
 from engine.task import LossFn, Task
+from engine.weights import fit_weights, load_weights
 from optimizer import build_optimizer
 from utils import exit_on_user_error, report_write_errors
 

@@ -8,7 +8,8 @@ from pycocotools import mask as coco_mask
 
 from detection.frames import Frame
 from detection.tta import Detections
-from utils import csv_row, printable
+from text_files import csv_row
+from utils import printable
 
 COLUMNS = ('path', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2')
 

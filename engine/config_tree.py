@@ -15,7 +15,8 @@ from typing import Any
 from yacs.config import CfgNode
 
 from engine.config_keys import ChangedKey, Key, KeyGroup
-from utils import UserError, read_yaml, shortened
+from text_files import read_yaml
+from utils import UserError, shortened
 
 # Names of the tasks: values of the key TASK
 TASKS = ('classification', 'detection')

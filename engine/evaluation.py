@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine.checkpoint import fit_weights, load_weights
 from engine.memory import peak_memory_mb
 from engine.meter import progress_bar
 from engine.run import Run
+from engine.weights import fit_weights, load_weights
 
 Poll = Callable[[], None]
 

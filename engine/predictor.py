@@ -11,16 +11,10 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import (
-    CheckpointError,
-    check_same_network,
-    choose_weights,
-    fit_weights,
-    load_checkpoint,
-    load_weights,
-)
+from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.distributed import choose_device
 from engine.task import Task
+from engine.weights import check_same_network, choose_weights, fit_weights, load_weights
 from utils import available_cores, first_line, home_path, non_negative_int, positive_int, printable
 
 

@@ -9,16 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from engine.checkpoint import (
-    CheckpointError,
-    changed_network,
-    check_same_network,
-    choose_weights,
-    fit_weights,
-    load_checkpoint,
-    load_weights,
-    options_before,
-)
+from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
 from engine.experiment import (
@@ -41,6 +32,14 @@ from engine.experiment import (
 from engine.run import Run
 from engine.state import TrainingState
 from engine.task import Task
+from engine.weights import (
+    changed_network,
+    check_same_network,
+    choose_weights,
+    fit_weights,
+    load_weights,
+    options_before,
+)
 
 # Kinds of `Start` in addition to SCRATCH, PRETRAINED and RESUME: continue the run in the folder, or evaluate weights.
 CONTINUE, EVALUATE = 'continue', 'evaluate'

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.samplers import TrainSampler
-from engine.checkpoint import CheckpointError, load_weights, saved_progress
+from engine.checkpoint import CheckpointError, saved_progress
 from engine.distributed import gather_on_main_process
 from engine.precision import ApexPrecision, Precision
+from engine.weights import load_weights
 from utils import first_line, random_states, set_random_states
 
 

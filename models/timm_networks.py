@@ -54,9 +54,7 @@ def build_timm_network(config: 'CfgNode') -> nn.Module:
     return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options)
 
 
-def create_timm_network(
-    key: str, value: str, config: 'CfgNode', options: dict[str, Any]
-) -> nn.Module:
+def create_timm_network(key: str, value: str, config: 'CfgNode', options: dict[str, Any]) -> nn.Module:
     """Create a network of timm with the config's drop rates, `MODEL.TIMM_ARGS` and `TRAIN.USE_CHECKPOINT`.
 
     Its weights are random. Nothing is downloaded and no file is read, whatever the config says: it may be that of a

@@ -28,12 +28,13 @@ MODULES = {module_name(path): path for path in FILES}
 ALLOWED = {
     'startup': (),
     'utils': (),
+    'text_files': ('utils',),
     'models': (),
     'lr_scheduler': (),
     'optimizer': (),
     'logger': ('utils',),
-    'data': ('utils',),
-    'engine': ('data.samplers', 'logger', 'utils'),
+    'data': ('text_files', 'utils'),
+    'engine': ('data.samplers', 'logger', 'text_files', 'utils'),
     'config': ('engine.config_keys', 'engine.config_tree', 'models'),
     'main': (
         'config',
@@ -53,10 +54,11 @@ ALLOWED = {
         'startup',
         'models',
         'optimizer',
+        'text_files',
         'tools.benchmark.throughput',
         'utils',
     ),
-    'tools': ('config', 'data', 'detection', 'engine', 'logger', 'main', 'models', 'startup', 'utils'),
+    'tools': ('config', 'data', 'detection', 'engine', 'logger', 'main', 'models', 'startup', 'text_files', 'utils'),
 }
 
 

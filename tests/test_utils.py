@@ -9,13 +9,11 @@ from utils import (
     OutputError,
     UserError,
     atomic_write,
-    csv_row,
     environment,
     exit_on_user_error,
     git_revision,
     home_path,
     printable,
-    read_json,
     report_write_errors,
     set_backend_flags,
 )
@@ -105,39 +103,6 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
         atomic_write(path, fail)
     assert [x.name for x in tmp_path.iterdir()] == ['a']
     assert path.read_bytes() == b'old'
-
-
-@pytest.mark.parametrize('mark', [b'', b'\xef\xbb\xbf'])
-def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path, mark):
-    path = tmp_path / 'a.json'
-    path.write_bytes(mark + '{"größer": [1]}'.encode())
-    assert read_json(path, 'a file', UserError) == {'größer': [1]}
-
-
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (None, r'^a file cannot be read \(No such file or directory\): find it$'),
-        (b'{"a": ', r'^a file is not JSON \(Expecting value.*\): find it$'),
-        (b'', r'^a file is not JSON \(Expecting value.*\): find it$'),
-        (b'["\xff"]', r"^a file is not JSON \('utf-8' codec can't decode byte 0xff.*\): find it$"),
-    ],
-)
-def test_what_is_no_json_is_reported_in_one_line(tmp_path, content, message):
-    path = tmp_path / 'a.json'
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_json(path, 'a file', UserError, 'find it')
-
-
-def test_csv_rows_are_quoted_where_necessary():
-    assert csv_row(['a', 1, 'b, "c"', '']) == 'a,1,"b, ""c""",\n'
-
-
-def test_csv_cells_are_not_run_by_a_spreadsheet():
-    cells = ['=cmd()', '+1', '-1', '@a', '\tb', Path('=x.png'), -1.5, 'a=b', '']
-    assert csv_row(cells) == "'=cmd(),'+1,'-1,'@a,'\tb,'=x.png,-1.5,a=b,\n"
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch):

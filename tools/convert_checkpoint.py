@@ -16,8 +16,9 @@ if __name__ == '__main__':
 import argparse
 from pathlib import Path
 
-from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint, save_safetensors
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_safetensors
 from engine.predictor import add_weights_flag
+from engine.weights import choose_weights
 from utils import exit_on_user_error, home_path, printable
 
 

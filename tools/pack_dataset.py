@@ -31,6 +31,7 @@ from data.formats import FORMATS, find_format, open_samples
 from data.images import DataError, is_image_file, read_error
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
+from text_files import read_json
 from utils import (
     atomic_write,
     exit_on_user_error,
@@ -38,7 +39,6 @@ from utils import (
     home_path,
     positive_int,
     printable,
-    read_json,
     remove_dead_temporaries,
     report_write_errors,
 )

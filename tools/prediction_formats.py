@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from timm.data import ImageNetInfo
 
-from utils import csv_row, printable
+from text_files import csv_row
+from utils import printable
 
 # Closes the list of `json_parts`
 JSON_END = '\n]\n'

@@ -23,7 +23,7 @@ from detection.data.annotation_checks import (
     is_a,
     whole_number,
 )
-from utils import read_json
+from text_files import read_json
 
 # Keys that the entries of each section must have, and their types. Keys that nothing reads may be of any type.
 _KEYS = {
@@ -164,10 +164,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         'replace it, or give --data-path the folder that holds annotations/instances_<split>.json and the images in '
         '<split>/'
     )
-    try:
-        tree = read_json(path, f'annotation file {path}', DataError, remedy)
-    except RecursionError:
-        raise DataError(f'annotation file {path} is nested too deeply: {remedy}') from None
+    tree = read_json(path, f'annotation file {path}', DataError, remedy)
     return tree if isinstance(tree, dict) else {}
 
 

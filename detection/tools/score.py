@@ -21,7 +21,8 @@ from detection.data.annotation_checks import are_numbers, check_run_lengths, is_
 from detection.data.annotations import to_rle
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from detection.tools.options import add_data_options, load_data_config
-from utils import UserError, exit_on_user_error, home_path, read_json
+from text_files import read_json
+from utils import UserError, exit_on_user_error, home_path
 
 
 class ResultsError(UserError):
@@ -34,10 +35,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         ResultsError: it cannot be read, or is none.
     """
-    try:
-        results = read_json(path, str(path), ResultsError, 'give the results of an evaluation')
-    except RecursionError:
-        raise ResultsError(f'{path} is nested too deeply: give the results of an evaluation') from None
+    results = read_json(path, str(path), ResultsError, 'give the results of an evaluation')
     if not isinstance(results, list):
         raise ResultsError(f'{path} is not in the result format of COCO, which is a list')
     for i, result in enumerate(results):

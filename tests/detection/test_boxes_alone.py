@@ -10,7 +10,8 @@ from data import DataError
 from detection.data import CocoDataset
 from detection.evaluation import CocoEvaluation
 from detection.models import build_detector
-from engine.checkpoint import CheckpointError, load_weights
+from engine.checkpoint import CheckpointError
+from engine.weights import load_weights
 from tests.helpers.coco_data import read_tree, update_tree
 from tests.helpers.detectors import NO_DROP_PATH, box_masks, ground_truth, perfect_detections, tiny_detector
 from tests.helpers.processes import start

@@ -13,8 +13,9 @@ from data import DataError
 from detection.config import load_config
 from detection.models import build_detector
 from detection.models.build import Detector
-from engine.checkpoint import CheckpointError, choose_weights, load_checkpoint, save_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.config_tree import ConfigError
+from engine.weights import choose_weights
 from models import MSGTransformer
 from tests.helpers.coco_data import CATEGORIES, read_tree, update_tree, write_coco
 from tests.helpers.detectors import tiny_detector

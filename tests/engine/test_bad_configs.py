@@ -7,8 +7,9 @@ import pytest
 from config import load_config
 from engine.config_tree import MAX_BASE_FILES, ConfigError, get, task_of_file
 from tests.helpers.paths import TINY
+from text_files import MAX_YAML_BYTES, MAX_YAML_VALUES, read_yaml
 from tools.study.plan import MAX_BASES, StudyError, read_study
-from utils import MAX_YAML_BYTES, MAX_YAML_VALUES, UserError, read_yaml
+from utils import UserError
 
 
 def multiplied(start, link):

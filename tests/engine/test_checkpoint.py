@@ -22,14 +22,13 @@ from yacs.config import CfgNode
 
 from engine.checkpoint import (
     CheckpointError,
-    choose_weights,
     load_checkpoint,
-    load_weights,
     peek_checkpoint,
     save_checkpoint,
     save_safetensors,
     saved_progress,
 )
+from engine.weights import choose_weights, load_weights
 from tests.helpers.paths import ROOT
 
 

@@ -12,11 +12,12 @@ import yaml
 import detection.config
 import main as program
 from config import TREE, load_config
-from engine.checkpoint import CheckpointError, changed_network, load_checkpoint, save_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree
 from engine.experiment import ExperimentError, is_pretrained
 from engine.trainer import Trainer
+from engine.weights import changed_network
 from models import build_model
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.golden import fill_

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from data.images import choose_images, find_images, load_image
-from engine.checkpoint import choose_weights, load_checkpoint
+from engine.checkpoint import load_checkpoint
+from engine.weights import choose_weights
 from models.pyramid import Size
 from tools.benchmark.timing import Quartiles, time_interleaved
 from tools.export.formats import MAX_SIDE, Runner

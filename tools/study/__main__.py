@@ -21,12 +21,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from text_files import read_json
 from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import chart, table, write_results
 from tools.study.runs import StudyRuns, collect, finished_run
 from tools.study.statistics import metric_curve
-from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int, read_json
+from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int
 
 DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:

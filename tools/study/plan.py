@@ -10,8 +10,9 @@ from typing import Any
 from yacs.config import CfgNode
 
 from engine.task import Task
+from text_files import read_yaml
 from tools.tasks import TASKS
-from utils import UserError, read_yaml, shortened
+from utils import UserError, shortened
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
 OPTIONAL = {'comparisons', 'options', 'task'}

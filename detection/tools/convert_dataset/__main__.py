@@ -30,7 +30,8 @@ from detection.tools.convert_dataset.formats import READERS, detect_format
 from detection.tools.convert_dataset.names import UniqueNames
 from detection.tools.convert_dataset.source import Item, Source, shown
 from detection.tools.convert_dataset.yolo import read_yolo
-from utils import exit_on_user_error, home_path, printable, read_json, report_write_errors
+from text_files import read_json
+from utils import exit_on_user_error, home_path, printable, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine

@@ -7,8 +7,9 @@ from torch import nn
 from detection.models import build_detector
 from detection.models.build import Detector
 from detection.models.norm import SyncBatchNorm
-from engine.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.evaluation import load_ema
+from engine.weights import load_weights
 from optimizer import weight_decay_groups
 from tests.helpers.detectors import NO_DROP_PATH, ground_truth, tiny_detector
 from tests.helpers.golden import fill_
