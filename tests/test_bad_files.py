@@ -3,7 +3,6 @@
 A damaged file of a dataset may also make it refuse a single image, so these tests read all images.
 """
 
-import argparse
 import io
 import json
 import logging
@@ -25,7 +24,7 @@ from detection.tools.convert_dataset.voc import read_voc
 from detection.tools.convert_dataset.yolo import read_yolo
 from engine.checkpoint import load_checkpoint
 from engine.experiment import ENVIRONMENT
-from engine.predictor import load_predictor
+from engine.predictor import load_predictor, prediction_parser
 from engine.run_folder import RunFolder
 from engine.run_lock import RunLock
 from engine.start import find_start, resume_training
@@ -43,7 +42,7 @@ from tools.plot import plot, read_run
 from tools.study.plan import read_study
 from utils import UserError
 
-FEW = 50  # where the same reader is tested in other programs too
+FEW = 25  # where the same reader is tested in other programs too
 
 TENSORS = [
     *(torch.zeros(3), torch.tensor(3), torch.zeros(0), torch.zeros(2, dtype=torch.complex64)),
@@ -90,7 +89,7 @@ def checkpoint(tiny_config):
 
 def test_checkpoints_for_tools(checkpoint, tmp_path):
     path = tmp_path / 'bad.pth'
-    args = argparse.Namespace(resume=str(path), cfg=None, opts=[], pretrained_weights='auto')
+    args = prediction_parser('').parse_intermixed_args(['images', '--resume', str(path)])
     assert assert_bad_files_are_told(lambda: load_predictor(args, TASK), bad_checkpoints(checkpoint[1]), path) > 50
 
 
@@ -114,7 +113,7 @@ def test_checkpoints_of_runs(checkpoint, tmp_path, flag):
                 parameter.grad = torch.zeros_like(parameter)
             state.optimizer.step()
 
-    assert assert_bad_files_are_told(read, bad_checkpoints(checkpoint[1], FEW), path) > 10
+    assert assert_bad_files_are_told(read, bad_checkpoints(checkpoint[1], FEW), path) > 5
 
 
 def test_checkpoints_in_the_run_folder(checkpoint, tmp_path):
@@ -132,7 +131,7 @@ def test_checkpoints_in_the_run_folder(checkpoint, tmp_path):
     assert_bad_files_are_told(read, bad_checkpoints(checkpoint[1], FEW), path)
     path.unlink()
     path = tmp_path / 'ckpt_epoch_0.pth'
-    assert assert_bad_files_are_told(read, bad_checkpoints(checkpoint[1], FEW), path) > 10
+    assert assert_bad_files_are_told(read, bad_checkpoints(checkpoint[1], FEW), path) > 5
 
 
 def test_checkpoints_to_convert(checkpoint, tmp_path):

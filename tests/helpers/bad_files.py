@@ -97,7 +97,7 @@ def bad_contents(content, seed):
             case 7:
                 bad[start] ^= 1 << rng.randrange(8)
             case 8:
-                bad[start:start] = content[start : start + rng.randint(1, 8)] * 20_000
+                bad[start:start] = content[start : start + rng.randint(1, 8)] * 4_000
         yield bytes(bad)
 
 
