@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.config_tree import ConfigError
 from engine.signals import Stopped
-from utils import UserError, available_cores, host_id
+from utils import UserError, available_cores, first_line, host_id
 
 # Set by torchrun and torch.distributed.launch for each process.
 TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
@@ -239,12 +239,24 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
             f'the host of rank 0, and MASTER_PORT to a free port there'
         ) from error
     try:
-        yield Process(launch.rank, launch.world_size, device)
+        with _report_lost_process():
+            yield Process(launch.rank, launch.world_size, device)
     except Stopped:  # in every process
         dist.destroy_process_group()
         raise
     # Not after an error: the other processes are busy, and destroying the group would wait for them.
     dist.destroy_process_group()
+
+
+@contextmanager
+def _report_lost_process() -> Iterator[None]:
+    """Turn the error of a collective whose other process has died into a `UserError`: that process says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        if re.search('gloo.*(closed by peer|reset by peer|Broken pipe)', first_line(error)):
+            raise UserError('another process of this run has ended: its own message says why') from error
+        raise
 
 
 def _rendezvous(launch: Launch, variables: Mapping[str, str]) -> dict[str, Any]:

@@ -318,3 +318,25 @@ def test_collectives_of_one_process():
 
     with pytest.raises(UserError, match='full'):
         on_main_process(fail)
+
+
+@pytest.mark.parametrize(
+    ('message', 'error_class'),
+    [
+        ('[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1234\nmore', UserError),
+        ('shapes differ', RuntimeError),
+    ],
+)
+def test_the_death_of_another_process_is_one_line(monkeypatch, message, error_class):
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        port = server.getsockname()[1]
+    variables = {'RANK': 0, 'WORLD_SIZE': 1, 'LOCAL_RANK': 0, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with pytest.raises(error_class) as raised, start_process('cpu', 0):
+            raise RuntimeError(message)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert '\n' not in str(raised.value)
