@@ -117,8 +117,10 @@ def read_json(path: Path, label: str, error_class: type[UserError], remedy: str 
         return json.loads(path.read_bytes())
     except OSError as error:
         raise error_class(f'{label} cannot be read ({error.strerror}): {remedy}') from error
-    except (ValueError, RecursionError) as error:  # among them UnicodeDecodeError
+    except ValueError as error:  # among them UnicodeDecodeError
         raise error_class(f'{label} is not JSON ({first_line(error)}): {remedy}') from error
+    except RecursionError as error:
+        raise error_class(f'{label} is not JSON (it is nested too deeply): {remedy}') from error
 
 
 def csv_row(cells: Sequence[Any]) -> str:

@@ -344,7 +344,8 @@ def _read_scalar(kind: type, value: Any) -> Any:
     allowed = {bool: bool, int: int, float: int | float, str: str | int | float}[kind]
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
         raise ValueError
-    if isinstance(value, int | float) and not abs(value) <= sys.maxsize:  # nor is nan
+    limit = sys.maxsize if isinstance(value, int) else sys.float_info.max
+    if isinstance(value, int | float) and not abs(value) <= limit:  # nor is nan
         raise ValueError
     value = kind(value)
     if kind is str:

@@ -53,7 +53,7 @@ _BYTE_ORDER_MARKS = {
 }
 
 
-def read_text(path: Path, find_encoding: Callable[[bytes], str] = lambda _: 'utf-8') -> str:
+def decode_file(path: Path, find_encoding: Callable[[bytes], str] = lambda _: 'utf-8') -> str:
     """Read a text file.
 
     Args:
@@ -82,7 +82,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: it cannot be read.
     """
-    return [line.strip() for line in read_text(path).splitlines()]
+    return [line.strip() for line in decode_file(path).splitlines()]
 
 
 def find_image(name: str, folders: Sequence[Path]) -> tuple[Path, str] | None:

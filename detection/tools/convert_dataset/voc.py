@@ -13,7 +13,7 @@ from defusedxml.ElementTree import fromstring
 
 from data import DataError
 from data.images import is_image_file, read_header
-from detection.tools.convert_dataset.source import Item, Source, read_lines, read_text, shown
+from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
 
 _DECLARATION = re.compile(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)["\']')
 
@@ -120,7 +120,7 @@ def _encoding(content: bytes) -> str:
 
 def _parse(path: Path) -> Element:
     """The root of an XML file, which must be in Pascal VOC's format and may not define entities."""
-    text = read_text(path, _encoding)
+    text = decode_file(path, _encoding)
     try:
         root = fromstring(text.lstrip(), forbid_dtd=True)
     except DefusedXmlException as error:

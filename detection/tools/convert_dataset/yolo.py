@@ -10,7 +10,7 @@ import yaml
 
 from data import DataError
 from data.images import is_image_file, read_header
-from detection.tools.convert_dataset.source import Item, Source, read_lines, read_text, shown
+from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
 
 # Where a split's images may be named, in data.yaml and as folders.
 _SPLIT_NAMES = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}
@@ -100,7 +100,7 @@ def find_description(folder: Path) -> Path | None:
 def _read_yaml(file: Path) -> Description:
     """Read a data.yaml; every value is text as written, so the class `no` is not false."""
     try:
-        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)
+        content = yaml.load(decode_file(file), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise DataError(f'{file} is not YAML: {" ".join(str(error).split())}') from error
     except RecursionError:

@@ -86,7 +86,7 @@ def test_a_checkpoint_with_old_names_loads(tmp_path):
     checkpoint = load_checkpoint(tmp_path / 'old.pth')
     for replaceable in (None, Detector.HEAD):
         model = build_detector(tiny_detector())
-        assert not load_weights(model, checkpoint, 'old.pth', replaceable)
+        assert not load_weights(model, checkpoint, 'old.pth', replaceable).is_head_new
         assert_same_weights(model.state_dict(), weights, rtol=0, atol=0)
     ema_model = load_ema(model, checkpoint)
     assert_same_weights(ema_model.state_dict(), {name: x + 1 for name, x in weights.items()}, rtol=0, atol=0)
