@@ -117,7 +117,7 @@ def rotation_notes(samples: Samples, upright: bool) -> list[str]:
         samples: the split.
         upright: whether its images are turned.
     """
-    indices = range(0, len(samples), -(-len(samples) // SAMPLED_HEADERS))
+    indices = range(0, len(samples), max(-(-len(samples) // SAMPLED_HEADERS), 1))
     rotated = 0
     for index in indices:
         with contextlib.suppress(DataError):
