@@ -194,8 +194,8 @@ def write_table(
 def main() -> None:
     """Classify; the exit code says whether all images could be read."""
     args = parse_option()
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='surrogateescape')  # names of files in a table need not be Unicode
+    if STDOUT in (args.csv, args.json) and hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')  # as in a file: names need not be Unicode
     with exit_on_user_error():
         images = run(args)
     images.exit_if_unreadable()

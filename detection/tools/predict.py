@@ -225,8 +225,6 @@ def main() -> None:
         help='images or frames at a time: for speed (1)',
     )
     args = parser.parse_intermixed_args()
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors='backslashreplace')  # class names that the terminal's encoding does not have
     with exit_on_user_error():
         predictor = load_predictor(args, TASK)
         unreadable, count = run(args, predictor)
