@@ -56,7 +56,7 @@ def shared_keys(task: str) -> KeyGroup:
     c.DETERMINISTIC = Key(False, 'Only algorithms that give the same bits every time, even where they are slower')
     c.OUTPUT = Key(
         '',
-        "Folder of all runs; '' is output. A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
+        "Folder of all runs ('' means ./output). A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
         flag='--output',
         is_path=True,
         metavar='DIR',
@@ -114,7 +114,7 @@ def shared_keys(task: str) -> KeyGroup:
         affects='nothing',
     )
     c.DATA.EXIF = Key(
-        False, 'Turn images upright as their EXIF orientation says; False reads them as stored, as published'
+        False, 'Apply the EXIF orientation when images are read; False reads them as stored, as published'
     )
     c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
     c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, affects='nothing')
@@ -125,8 +125,8 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.RESUME = Key(
         '',
-        'Checkpoint of another run whose training state a new run resumes; with --eval, the checkpoint to evaluate. '
-        'Not needed to continue a stopped run: repeat its command',
+        'Start a new run from the training state of this checkpoint; with --eval, evaluate it. To continue a stopped '
+        'run, repeat its command without this flag',
         flag='--resume',
         is_path=True,
         metavar='FILE',
@@ -150,14 +150,15 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.PRETRAINED_HEAD = Key(
         'auto',
-        'Head of PRETRAINED: keep it, start a new one, or auto: new where the number of classes or their names differ',
+        'Head of PRETRAINED: keep it, start a new one, or auto: a new one if the number or the names of the classes '
+        'differ',
         choices=('auto', 'keep', 'new'),
         affects='nothing',
         used_with='MODEL.PRETRAINED',
     )
     c.MODEL.PRETRAINED_MISSING = Key(
         'error',
-        'Weights that only the network or only PRETRAINED has: error, or allow: load those that both have, and log the '
+        'What to do if the names of the weights differ: error; or allow: load the weights that both have, and log the '
         'others',
         choices=('error', 'allow'),
         flag='--pretrained-missing',

@@ -53,7 +53,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
     return run_parser(
         'Train, evaluate or time an MSG-Transformer. Every setting is a key of the config tree '
-        '(docs/configuration.md), which stands in parentheses after its flag: flags override --opts, --opts override '
+        '(docs/configuration.md); that of each flag is in parentheses. Flags override --opts, --opts override '
         'the file, the file overrides the defaults.',
         TREE,
         example='configs/msg_tiny_p4_win7_224.yaml',

@@ -1,4 +1,4 @@
-"""What programs do before they import their libraries, which takes seconds: this module imports none of them."""
+"""Setup that programs run before their slow imports; this module imports none of their libraries."""
 
 import getpass
 import io

@@ -1,4 +1,4 @@
-"""YAML and JSON files of anyone, read within bounds, and rows of CSV that no spreadsheet runs."""
+"""Untrusted YAML and JSON files, read within size limits, and CSV rows that no spreadsheet runs as formulas."""
 
 import csv
 import io

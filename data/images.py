@@ -248,8 +248,9 @@ def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
 def find_images(paths: Iterable[Path]) -> list[Path]:
     """The images among files, below folders, among the matches of patterns, and listed on standard input for `-`.
 
-    In folders and among matches, files of other kinds are left out, and so are hidden ones in folders; linked folders
-    are not. A list has a file or folder on each line; one that does not exist is kept, as an image that cannot be read.
+    In folders and among matches, files of other kinds are left out; hidden files in folders are, too. Linked folders
+    are followed. A list has a file or folder on each line; one that does not exist is kept, as an image that cannot be
+    read.
 
     Raises:
         DataError: there are none, or a path does not exist and, as a pattern, matches nothing.

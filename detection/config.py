@@ -26,7 +26,7 @@ _C.MODEL.NUM_CLASSES = replace(
     _C.MODEL.NUM_CLASSES,
     default=80,
     optional=int,
-    help='Number of classes, without the background; None takes that of the annotation file',
+    help='Number of classes, without the background; None takes the number of classes in the annotation file',
     min=1,
 )
 _C.MODEL.DROP_PATH_RATE = replace(_C.MODEL.DROP_PATH_RATE, default=0.2)
@@ -39,8 +39,8 @@ _C.DATA.DATA_PATH = replace(
 _C.DATA.EXIF = replace(
     _C.DATA.EXIF,
     default=True,
-    help='Turn images upright as their EXIF orientation says; False reads them as stored. Annotations must be of these '
-    'images',
+    help='Apply the EXIF orientation when images are read; False reads them as stored. Annotations must match: of the '
+    'upright images if True, of the stored images if False',
 )
 _C.DATA.NUM_WORKERS = replace(_C.DATA.NUM_WORKERS, default=2)
 _C.TRAIN.EPOCHS = replace(_C.TRAIN.EPOCHS, default=36)

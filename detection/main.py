@@ -49,8 +49,8 @@ from utils import exit_on_user_error, report_write_errors
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
     parser = run_parser(
-        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md), which '
-        'stands in parentheses after its flag: flags override --opts, --opts override the file, the file overrides the '
+        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md); that '
+        'of each flag is in parentheses. Flags override --opts, --opts override the file, the file overrides the '
         'defaults.',
         TREE,
         example='detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml',

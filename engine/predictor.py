@@ -44,9 +44,15 @@ def prediction_parser(
     images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'
     add('images', nargs='+', type=home_path, metavar='IMAGES', help=images)
     add_network_flags(parser, stored)
-    add('--limit', type=positive_int, metavar='N', help='take N of the images, a random but fixed choice')
+    add('--limit', type=positive_int, metavar='N', help='use only N images, chosen at random but always the same')
     workers = min(available_cores(), 4)
-    add('--workers', type=non_negative_int, default=workers, metavar='N', help='loader processes (cores, up to 4)')
+    add(
+        '--workers',
+        type=non_negative_int,
+        default=workers,
+        metavar='N',
+        help='loader processes (default: one per core, at most 4)',
+    )
     return parser
 
 
@@ -61,7 +67,7 @@ def add_network_flags(
         is_required: whether one must be named.
     """
     group, add = parser.add_mutually_exclusive_group(required=is_required), parser.add_argument
-    group.add_argument('--resume', type=os.path.expanduser, metavar='FILE', help='checkpoint of the network')
+    group.add_argument('--resume', type=os.path.expanduser, metavar='FILE', help='checkpoint of the trained network')
     parser.set_defaults(stored=tuple(map(str, (stored or {}).values())))
     if stored:
 
@@ -72,10 +78,21 @@ def add_network_flags(
 
         names = ', '.join(stored)
         group.add_argument(
-            '--weights', dest='resume', type=file_of, metavar='NAME', help=f"the project's own weights: {names}"
+            '--weights',
+            dest='resume',
+            type=file_of,
+            metavar='NAME',
+            help=f'pretrained weights that come with the project: {names}',
         )
     add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add(
+        '--opts',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY VALUE',
+        help="config keys and values that override the checkpoint's, such as DATA.EXIF True",
+    )
     add_weights_flag(parser)
 
 

@@ -1,4 +1,4 @@
-"""Check every image of a dataset: list what is broken, empty, in both train and val, or in two classes.
+"""Check every image of a dataset: list broken images, empty classes, and duplicates between train and val or classes.
 
     python -m tools.check_dataset <imagenet>
 
@@ -104,7 +104,7 @@ def find_copies(splits: Mapping[str, Samples], images: Mapping[str, Sequence[Che
     checked = [image for split in splits for image in images[split]]
 
     def group(position: int) -> tuple[str, str]:
-        """Split and class of an image."""
+        """The split and the class of an image."""
         split, index = places[position]
         return split, splits[split].classes[splits[split].targets[index]]
 
@@ -122,9 +122,9 @@ def find_copies(splits: Mapping[str, Samples], images: Mapping[str, Sequence[Che
         split = group(position)[0]
         in_other_split = next((first for (other, _), first in others.items() if other != split), None)
         if in_other_split is not None:
-            yield problem('same', in_other_split, position, 'is')
+            yield problem('same', in_other_split, position, 'is the same file as')
         elif others and group(position) not in others:
-            yield problem('classes', next(iter(others.values())), position, 'is')
+            yield problem('classes', next(iter(others.values())), position, 'is the same file as')
         others.setdefault(group(position), position)
     reported = set()
     for first, second in similar_pairs([image.picture for image in checked]).tolist():
@@ -199,13 +199,24 @@ def summary(images: Mapping[str, int], problems: Sequence[Problem], rotated: int
 
 def main() -> None:
     """Read the command line, check and print one line per problem."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('path', type=home_path, metavar='PATH', help='folder of the dataset')
-    parser.add_argument('--format', choices=sorted(FORMATS), help='default: what PATH looks like')
-    parser.add_argument('--workers', type=positive_int, default=os.cpu_count(), metavar='N', help='default: all cores')
-    parser.add_argument(
-        '--json', type=home_path, metavar='FILE', help='write the numbers and problems to this file too'
+    parser = argparse.ArgumentParser(
+        'python -m tools.check_dataset',
+        description=__doc__.splitlines()[0],
+        epilog='exit code: 0 nothing found, 1 something listed or an error',
+        allow_abbrev=False,
     )
+    parser.add_argument('path', type=home_path, metavar='PATH', help='folder of the dataset')
+    parser.add_argument(
+        '--format', choices=sorted(FORMATS), help='format of the dataset (default: recognised from its files)'
+    )
+    parser.add_argument(
+        '--workers',
+        type=positive_int,
+        default=os.cpu_count(),
+        metavar='N',
+        help='processes that read the images (default: one per core)',
+    )
+    parser.add_argument('--json', type=home_path, metavar='FILE', help='also write the counts and the list as JSON')
     args = parser.parse_args()
     with exit_on_user_error():
         if not os.path.isdir(args.path):
@@ -228,11 +239,12 @@ def main() -> None:
 
 
 # What the last line calls the kinds of copies, where there are any
-_COPIES = {'classes': 'in two classes', 'similar': 'encoded again or resized'}
+_COPIES = {'classes': 'in two classes', 'similar': 'similar (encoded again or resized)'}
 
 _ADVICE = (
     'Keep each picture in one class, and in train or val only: remove the other copies, or split the images again with '
-    'python -m tools.split_dataset, which keeps copies together. Look at similar ones before: a hash finds them.'
+    'python -m tools.split_dataset, which keeps copies together. Look at similar images before you '
+    'remove them: a perceptual hash finds them, and can be wrong.'
 )
 
 

@@ -1,4 +1,4 @@
-"""Copies of one picture in a dataset: the same file, or encoded again or resized, which a perceptual hash finds.
+"""Duplicate images: byte-identical files, and re-encoded or resized copies, which a perceptual hash finds.
 
 The perceptual hash is imagehash's `phash` with 256 bits. Photographs that are encoded again or resized mostly differ
 from the original in fewer than 16 bits, and different ones in more than 50. Crops and mirrored copies are not found.

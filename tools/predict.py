@@ -1,4 +1,4 @@
-"""Classify images with a trained network: a line per image, a table, a contact sheet.
+"""Classify images with a trained network: print a line per image; write a table and a contact sheet on request.
 
     python -m tools.predict --resume <checkpoint> <images>
     python -m tools.predict --resume <checkpoint> 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
@@ -36,7 +36,8 @@ EPILOG = """
 example:
   python -m tools.predict --resume ckpt_best.pth 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
 
-exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images that cannot be read
+exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but some images could not be read, 130 interrupted
+(Ctrl-C): the table keeps the results so far
 """
 
 
@@ -107,8 +108,8 @@ def parse_option() -> argparse.Namespace:
     """Read the command line."""
     parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights())
     add = parser.add_argument
-    add('--batch-size', type=positive_int, default=64, metavar='N', help='images at a time (64)')
-    add('--topk', type=positive_int, default=1, metavar='K', help='the K most likely classes, at most all (1)')
+    add('--batch-size', type=positive_int, default=64, metavar='N', help='batch size (64)')
+    add('--topk', type=positive_int, default=1, metavar='K', help='number of most likely classes to report (1)')
     add('--words', action='store_true', help="add words to ImageNet's WordNet ids: n01440764 tench")
     table = parser.add_mutually_exclusive_group()
     table.add_argument('--csv', type=home_path, metavar='FILE', help='CSV to write; - for standard output')

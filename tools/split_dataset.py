@@ -103,11 +103,11 @@ def _describe_copies(samples: ClassFolders, groups: np.ndarray) -> list[str]:
     notes = []
     if len(copies):
         example = f'{samples.names[originals[0]]} and {samples.names[copies[0]]}'
-        notes.append(f'{len(copies)} image(s) are copies of others and stay with them, such as {example}')
+        notes.append(f'{len(copies)} duplicate image(s) stay in the split of their original, such as {example}')
     other_class = np.flatnonzero(samples.targets[copies] != samples.targets[originals])
     if len(other_class):
         example = ' and '.join(samples.names[x[other_class[0]]] for x in (originals, copies))
-        notes.append(f'{len(other_class)} of them are in another class, such as {example}: keep each in one class')
+        notes.append(f'{len(other_class)} of them are in another class than their original: for example {example}')
     return notes
 
 
@@ -174,15 +174,23 @@ def val_fraction(text: str) -> float:
 def main() -> None:
     """Read the command line and split."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        'python -m tools.split_dataset',
+        description=f'{__doc__.splitlines()[0]} Copies of an image go to the same split.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='example: python -m tools.split_dataset pictures --output output/pictures --val 0.2',
     )
     add = parser.add_argument
     add('folder', type=home_path, metavar='DIR', help='folder that holds a folder of images for each class')
     add('--output', type=home_path, required=True, metavar='DIR', help='new folder to write train/ and val/ in')
-    add('--val', type=val_fraction, default=0.2, metavar='F', help='part of each class that goes to val/ (0.2)')
-    add('--seed', type=int, default=0, metavar='N', help='seed of the choice (0)')
-    add('--workers', type=non_negative_int, default=0, metavar='N', help='processes that read the images (0: this one)')
+    add('--val', type=val_fraction, default=0.2, metavar='F', help='fraction of each class that goes to val/ (0.2)')
+    add('--seed', type=int, default=0, metavar='N', help='random seed of the split (0)')
+    add(
+        '--workers',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='loader processes; 0 reads in the main process (0)',
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         written = split_dataset(args.folder, args.output, args.val, args.seed, args.workers)

@@ -222,7 +222,7 @@ def main() -> None:
         type=positive_int,
         default=1,
         metavar='N',
-        help='images or frames at a time: for speed (1)',
+        help='batch size, in images or frames; it changes only the speed (1)',
     )
     args = parser.parse_intermixed_args()
     with exit_on_user_error():

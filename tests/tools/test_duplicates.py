@@ -113,8 +113,11 @@ def test_copies_are_listed(tree):
     assert images == {'train': 11, 'val': 8}
     train, val = tree / 'train', tree / 'val'
     assert [tuple(problem) for problem in problems] == [
-        ('classes', f'{train}/china/03.jpg is {train}/flower/equal.jpg, in the classes china and flower'),
-        ('same', f'{train}/china/04.jpg is {val}/flower/shared.jpg, in the classes china and flower'),
+        (
+            'classes',
+            f'{train}/china/03.jpg is the same file as {train}/flower/equal.jpg, in the classes china and flower',
+        ),
+        ('same', f'{train}/china/04.jpg is the same file as {val}/flower/shared.jpg, in the classes china and flower'),
         ('similar', f'{train}/china/05.jpg looks like {val}/china/resized.png'),
     ]
 
@@ -122,7 +125,7 @@ def test_copies_are_listed(tree):
 def test_copies_are_counted_and_the_remedy_is_said(tree, tmp_path):
     done = run_here('-m', 'tools.check_dataset', tree, '--workers', '1', '--json', tmp_path / 'report.json')
     assert done.returncode == 1
-    counts = '0 broken, 0 empty, 1 in train and val, 1 in two classes, 1 encoded again or resized'
+    counts = '0 broken, 0 empty, 1 in train and val, 1 in two classes, 1 similar (encoded again or resized)'
     assert done.stdout.splitlines()[-1] == f'images: 11 in train, 8 in val; {counts}'
     assert 'python -m tools.split_dataset, which keeps copies together' in done.stderr
     assert len(json.loads((tmp_path / 'report.json').read_text())['problems']) == 3
@@ -144,8 +147,8 @@ def test_a_split_keeps_copies_together(photographs, tmp_path, capsys):
             assert 0 < sum(name.startswith(label) for name in val) < sum(name.startswith(label) for name in names)
     split_dataset(tree, tmp_path / 'out', 0.4)
     err = capsys.readouterr().err
-    assert '3 image(s) are copies of others and stay with them, such as china/01.jpg and flower/again.png' in err
-    assert '2 of them are in another class, such as china/01.jpg and flower/again.png: keep each in one class' in err
+    assert '3 duplicate image(s) stay in the split of their original, such as china/01.jpg and flower/again.png' in err
+    assert '2 of them are in another class than their original: for example china/01.jpg and flower/again.png' in err
 
 
 def test_classes_of_the_same_pictures_cannot_be_split(photographs, tmp_path):

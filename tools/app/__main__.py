@@ -114,14 +114,14 @@ def main() -> None:
         type=home_path,
         default=[],
         metavar='IMAGES',
-        help='image files or folders to choose from',
+        help='example images offered on the page: files or folders (8 at most)',
     )
     add(
         '--allow-host',
         nargs='+',
         default=[],
         metavar='NAME',
-        help='further names under which browsers ask for the page',
+        help='other host names that the page answers to, such as that of a reverse proxy',
     )
     args = parser.parse_args()
     with exit_on_user_error():

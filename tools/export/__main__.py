@@ -1,4 +1,4 @@
-"""Export a trained network as ONNX, for torch.export, or as safetensors, and prove it against eager execution.
+"""Export a trained network as ONNX, for torch.export, or as safetensors, and compare its outputs with eager execution.
 
     python -m tools.export --resume ckpt.pth --format onnx --output msg.onnx --always-pad --latency
     python -m tools.export --resume ckpt.pth --format torch_export --output msg.pt2 --size 480 640
@@ -69,7 +69,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=home_path,
         default=[],
         metavar='IMAGES',
-        help='to check with (default: two photographs)',
+        help='images for the comparison (default: two photographs of scikit-learn)',
     )
     add('--latency', action='store_true', help='time the file against eager and compiled execution: minutes')
     add('--rounds', type=positive_int, default=20, metavar='N', help='how often each is timed (20)')

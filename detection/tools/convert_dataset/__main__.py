@@ -1,4 +1,4 @@
-"""Convert detection data of other programs to COCO's layout, check it, and draw some of it.
+"""Convert a detection dataset (COCO, YOLO, Pascal VOC) to COCO's layout, check it, and draw sample images.
 
     python -m detection.tools.convert_dataset <export> --output <folder>
 
@@ -156,9 +156,12 @@ def open_converted(folder: Path, split: str, source: Path) -> CocoDataset:
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1, such as 0.2')
     return value
 
 
@@ -175,13 +178,19 @@ def main() -> None:
         'source',
         type=home_path,
         metavar='SOURCE',
-        help="folder of the data, data.yaml, or COCO's JSON file",
+        help='folder of the dataset, a data.yaml, or a COCO JSON file',
     )
     add('--output', type=home_path, required=True, metavar='DIR', help='folder to write; it must not exist')
-    add('--format', choices=READERS, help='format of the data (recognised by its files)')
+    add('--format', choices=READERS, help='format of the dataset (default: recognised from its files)')
     add('--link', action='store_true', help='make symbolic links to the images, instead of copies')
-    add('--val-fraction', type=_fraction, default=0.2, metavar='F', help='validation part if there is no split (0.2)')
-    add('--polygons', action='store_true', help="YOLO's lines that may be keypoints or polygons are polygons")
+    add(
+        '--val-fraction',
+        type=_fraction,
+        default=0.2,
+        metavar='F',
+        help='fraction of train that becomes val where there is no split (0.2)',
+    )
+    add('--polygons', action='store_true', help='read YOLO lines that could be keypoints or polygons as polygons')
     args = parser.parse_args()
     with exit_on_user_error():
         if not args.source.exists():

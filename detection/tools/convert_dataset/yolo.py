@@ -66,9 +66,9 @@ def read_yolo(path: Path, polygons: bool = False) -> Source:
         count = sum(labels.path_of(image) in labels.used for image in images)
         if count:
             source.splits[split] = items
-            missing = len(images) - count
             source.notes.append(
-                f'{split}: {len(images)} images, {count} label files, {missing} images without a label file'
+                f'{split}: {count} of {len(images)} images have a label file; the others count as images without '
+                f'objects'
             )
         elif split == 'test' and source.splits:
             source.notes.append(f'test: {len(images)} images without any label file are left out')

@@ -91,7 +91,7 @@ def test_labels_are_counted_and_must_be_there(tmp_path):
     (folder / 'labels' / 'other.txt').write_text(BOX)
     (folder / 'labels' / 'classes.txt').write_text('x')
     notes = read_yolo(folder).notes
-    assert 'train: 4 images, 3 label files, 1 images without a label file' in notes
+    assert 'train: 3 of 4 images have a label file; the others count as images without objects' in notes
     assert 'train and val share 4 images' in notes
     assert any(note.startswith('1 text files beside the labels belong to no image: ') for note in notes)
     shutil.move(folder / 'labels', folder / 'annotations')
