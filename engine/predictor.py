@@ -165,7 +165,7 @@ def load_predictor(
     for note in (description, *notes):
         print(printable(f'{args.resume}: {note}'), file=sys.stderr)
     numbers = range(task.first_label, task.first_label + config.MODEL.NUM_CLASSES)
-    class_names = list(checkpoint.get('classes') or [str(number) for number in numbers])
+    class_names = list(checkpoint.get('classes') or [str(number) for number in numbers]) if numbers else []
     if len(class_names) != len(numbers):
         raise CheckpointError(
             f'{args.resume} has names of {len(class_names)} classes, but a network of {len(numbers)}: '

@@ -60,6 +60,15 @@ def crop(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x.index_select(1, rows).index_select(2, columns)
 
 
+def with_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A token grid (B, H, W, C) of this size.
+
+    Where sizes are symbolic, the tokens have got it on another way, such as the MSG tokens by merging; PyTorch cannot
+    prove that both are the same, and would add a guard.
+    """
+    return crop(x, grid) if is_symbolic(*grid) else x
+
+
 def contiguous_copy(x: Tensor) -> Tensor:
     """Copy a tensor into contiguous memory; `contiguous` and `reshape` would add a guard on symbolic strides."""
     return x.clone(memory_format=torch.contiguous_format)

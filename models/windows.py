@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pyramid import ceil_div
-from .symbolic import SymbolicPadding, contiguous_copy, crop, is_known_multiple, pad_to_multiple, symbolic_padding
+from .symbolic import (
+    SymbolicPadding,
+    contiguous_copy,
+    crop,
+    is_known_multiple,
+    pad_to_multiple,
+    symbolic_padding,
+    with_grid,
+)
 
 
 def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tensor:
@@ -35,7 +43,7 @@ def join_windows(patches: Tensor, msg: Tensor | None, window_size: int) -> Tenso
     x = contiguous_copy(x.transpose(2, 3)).view(B, nH, nW, w * w, C)
     if msg is None:
         return x
-    return torch.cat((msg.unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
+    return torch.cat((with_grid(msg, (nH, nW)).unsqueeze(3), x), dim=3)  # (B, nH, nW, N, C)
 
 
 def split_windows(windows: Tensor, window_size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
