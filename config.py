@@ -185,7 +185,7 @@ def shared_keys(task: str) -> KeyGroup:
     c.MODEL.MSG.EMBED_DIM = Key(
         96, 'Channels of the first stage; they double with each stage', min=1, affects='network'
     )
-    c.MODEL.MSG.DEPTHS = Key([2, 2, 6, 2], 'Blocks per stage', min=1, affects='network')
+    c.MODEL.MSG.DEPTHS = Key([2, 2, 6, 2], 'Blocks per stage', min=1, max=1000, affects='network')
     c.MODEL.MSG.NUM_HEADS = Key([3, 6, 12, 24], 'Attention heads per stage', min=1, affects='network')
     c.MODEL.MSG.WINDOW_SIZE = Key(7, 'Window size, in patches', min=1, affects='network')
     c.MODEL.MSG.MLP_RATIO = Key(
@@ -297,7 +297,7 @@ _C.DATA.ERROR_LIMIT = Key(
     affects='nothing',
     used_with='DATA.ON_ERROR skip',
 )
-_C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, affects='network')
+_C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, max=10_000, affects='network')
 _C.DATA.INTERPOLATION = Key(
     'bicubic',
     'Interpolation of resized images: nearest, bilinear or bicubic',

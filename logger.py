@@ -10,7 +10,7 @@ from typing import Any
 
 from termcolor import colored
 
-from utils import atomic_write, report_write_errors
+from utils import atomic_write, discard_output, report_write_errors
 
 _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
 
@@ -24,10 +24,21 @@ def create_logger(rank: int) -> logging.Logger:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if rank == 0:
-        console = logging.StreamHandler(sys.stdout)
+        console = _Console(sys.stdout)
         console.setFormatter(logging.Formatter(f'{colored(_PREFIX, "green")}: %(levelname)s %(message)s', _DATE_FORMAT))
         logger.addHandler(console)
     return logger
+
+
+class _Console(logging.StreamHandler):
+    """A console whose reader, such as `head`, may end: the log goes on in the file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - of logging
+        """Send what follows nowhere after the reader has ended; report other errors as usual."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            discard_output()
+        else:
+            super().handleError(record)
 
 
 def add_log_file(logger: logging.Logger, path: Path) -> None:

@@ -93,7 +93,7 @@ def exit_on_user_error() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `startup` has set the other one
     try:
         yield
-        flush_output()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f'error: {printable(error)}')
     except KeyboardInterrupt:
@@ -104,10 +104,22 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(1)
 
 
-def flush_output() -> None:
-    """Flush standard output, where there is one: a daemon's may be closed."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
+@contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Let SIGTERM, which `timeout` and SLURM send, end a program as an error would: with its files closed."""
+
+    def end(number: int, frame: object) -> None:
+        print('terminated', file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def discard_output() -> None:

@@ -22,8 +22,7 @@ SOME_UNREADABLE = 3
 
 def print_above_bar(text: str, end: str = '\n') -> None:
     """Print a result on stdout, above the loader's progress bar where they share a terminal."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
-    (tqdm.write if is_terminal else print)(text, end=end)
+    (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
 
 
 class LoadedImage(NamedTuple):

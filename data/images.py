@@ -9,6 +9,7 @@ import random
 import stat
 import struct
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from utils import UserError, printable
 Item = TypeVar('Item')
 
 # The most bytes of a file, or of a member of an archive, that are read as one encoded image. The limit of a decoded
-# image is Pillow's `Image.MAX_IMAGE_PIXELS`, 89 million pixels.
+# image is Pillow's: twice `Image.MAX_IMAGE_PIXELS`, 179 million pixels.
 MAX_IMAGE_BYTES = 512 << 20
 
 # Pillow's names of the formats that are decoded, and the suffixes of their files. Pillow knows others; of them, EPS
@@ -94,6 +95,18 @@ def read_error(name: str | Path, error: Exception, remedy: str) -> LoaderError:
         )
     text = error.strerror if isinstance(error, OSError) and error.strerror else ' '.join(str(error).split())
     return DataError(f'{name} cannot be read ({text or type(error).__name__}): {remedy}')
+
+
+def existing_path(folder: Path, name: str) -> Path:
+    """The path of a file in a folder, whose name may be composed or decomposed there (Unicode's NFC or NFD).
+
+    Where there is no such file, the path is that of the name as it is.
+    """
+    path = folder / name
+    if name.isascii() or os.path.exists(path):
+        return path
+    others = (folder / unicodedata.normalize(form, name) for form in ('NFC', 'NFD'))
+    return next(filter(os.path.exists, others), path)
 
 
 def load_image(path: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
@@ -220,11 +233,7 @@ def _orientation(file: Image.Image) -> int:
 
 def _open_image(source: BinaryIO) -> Image.Image:
     """An image of the known formats and of a safe size, not decoded yet."""
-    image = Image.open(source, formats=tuple(IMAGE_FORMATS))
-    pixels = image.width * image.height
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:  # Pillow warns, up to twice the limit
-        raise Image.DecompressionBombError(f'{pixels} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS} pixels')
-    return image
+    return Image.open(source, formats=tuple(IMAGE_FORMATS))
 
 
 def _unreadable(name: str | Path, error: Exception) -> LoaderError:

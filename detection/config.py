@@ -86,14 +86,14 @@ _C.INPUT.FLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
 _C.INPUT.TRAIN_SHORT = Key(
     list(range(480, 801, 32)), 'Short side of training images, in pixels: one of these, at random', min=1
 )
-_C.INPUT.MAX_LONG = Key(1333, 'Maximum long side of an image, in pixels; overrides the short side', min=1)
+_C.INPUT.MAX_LONG = Key(1333, 'Maximum long side of an image, in pixels; overrides the short side', min=1, max=20_000)
 _C.INPUT.CROP_PROB = Key(0.5, 'Probability of a resize and a crop before the resize of training', min=0, max=1)
 _C.INPUT.CROP_RESIZE = Key(
     [400, 500, 600], 'Short side before a crop, in pixels: one of these, at random', min=1, used_with='INPUT.CROP_PROB'
 )
 _C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1, used_with='INPUT.CROP_PROB')
 _C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1, used_with='INPUT.CROP_PROB')
-_C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1)
+_C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1, max=10_000)
 
 _C.TEST = KeyGroup()
 _C.TEST.SHORTS = Key(

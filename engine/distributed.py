@@ -222,6 +222,10 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
     if launch is None or device.type == 'mps' or (launch.launcher == 'srun' and launch.world_size == 1):
         yield Process(0, 1, device)
         return
+    if launch.launcher == 'srun' and launch.rank == 0:  # whose variables a shell may have inherited
+        print(
+            f'srun: waiting for {launch.world_size} processes at {launch.master_addr}:{launch.master_port}', flush=True
+        )
     # Everything but gradients is exchanged between CPUs, so no GPU is waited for.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:

@@ -109,7 +109,7 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
 def upright_images(saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A checkpoint's config with `DATA.EXIF` on, unless it states the key.
 
-    It is for weights that say nothing of how their images were read: those without a config, and the project's own.
+    It is for weights that no run has evaluated otherwise: the project's own, and random ones.
     People's photographs are upright as EXIF says.
     """
     saved = dict(saved or {})
@@ -148,17 +148,18 @@ def load_predictor(
     saved = checkpoint.get('config')
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')
-    if not saved or args.resume in args.stored:
+    if args.resume in args.stored:
         saved = upright_images(saved)
     config = task.tree.load(args.cfg, args.opts, saved)
     check_same_network(config, checkpoint, args.resume, task.tree)
     device = choose_device(config.DEVICE, local_rank=config.LOCAL_RANK)
+    weights, description = choose_weights(checkpoint, args.resume, args.pretrained_weights)
+    _check_size(task, config, weights, args.resume)
     try:
         model = (build_network or task.build_network)(config)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no computer can hold
         raise CheckpointError(f'the network of {args.resume} cannot be built: {first_line(error)}') from error
     model = model.to(device)
-    weights, description = choose_weights(checkpoint, args.resume, args.pretrained_weights)
     weights, notes = fit_weights(model, weights, args.resume)
     load_weights(model, {'model': weights}, args.resume)
     notes += [f'ignored, as they are not what a run writes: {", ".join(x)}' for x in [checkpoint.get('ignored')] if x]
@@ -172,3 +173,22 @@ def load_predictor(
             f'take the checkpoint as its run wrote it'
         )
     return Predictor(config, model.eval(), class_names, device)
+
+
+def _check_size(task: Task, config: CfgNode, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Check that a network is about as large as the weights for it, before memory is taken for it.
+
+    Raises:
+        CheckpointError: it is much larger.
+    """
+    try:
+        with torch.device('meta'):
+            parameters = sum(parameter.numel() for parameter in task.build_network(config).parameters())
+    except Exception:  # such as networks of timm that compute values when they are built; its own errors come later
+        return
+    loaded = sum(value.numel() for value in weights.values())
+    if parameters > 2 * loaded + 10_000_000:
+        raise CheckpointError(
+            f'{path} holds {loaded:,} weights, and the network of its config has {parameters:,}: '
+            f'take the checkpoint as its run wrote it'
+        )

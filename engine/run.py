@@ -108,7 +108,8 @@ def start_run(config: CfgNode, is_training_run: bool, compiles: bool = False) ->
         Stopped: a signal came while the run waited for the folder.
     """
     stop = StopRequest()
-    with stop if is_training_run else nullcontext(), start_process(config.DEVICE, config.LOCAL_RANK) as process:
+    # A signal ends a process at once that still waits for the others to connect.
+    with start_process(config.DEVICE, config.LOCAL_RANK) as process, stop if is_training_run else nullcontext():
         threads = share_cores(os.environ)
         precision = build_precision(config, process.device, compiles)
         set_backend_flags(config.TF32, config.DETERMINISTIC)

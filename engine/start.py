@@ -216,7 +216,8 @@ def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: 
 
 def _warn_of_other_network(run: Run, path: str, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
     """Warn of weights of a network that computes something else; a head of other classes is told elsewhere."""
-    changed = [key for key in changed_network(run.config, checkpoint, tree) if key.name != 'MODEL.NUM_CLASSES']
+    changed = changed_network(run.config, checkpoint, tree, _INPUT_KEYS)
+    changed = [key for key in changed if key.name != 'MODEL.NUM_CLASSES']
     if changed:
         run.logger.warning(
             f'the config differs from that of {path} in what the network computes: {"; ".join(map(str, changed))}: '

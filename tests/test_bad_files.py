@@ -349,3 +349,16 @@ def test_compressed_checkpoints(checkpoint, tmp_path):
     with zipfile.ZipFile(file, 'a', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data/bomb', bytes(2**24))
     assert assert_bad_files_are_told(lambda: load_checkpoint(path), [file.getvalue()], path) == 1
+
+
+def test_a_checkpoint_cannot_ask_for_a_network_that_fills_the_memory(tmp_path):
+    config, weights = yaml.safe_load(load_config(TINY).dump()), build_model(load_config(TINY)).state_dict()
+    for key, value, message in (
+        ('EMBED_DIM', 8192, 'and the network of its config has'),
+        ('DEPTHS', [10**9, 1], 'MODEL.MSG.DEPTHS is .*: write'),
+    ):
+        config['MODEL']['MSG'] |= {'EMBED_DIM': 8, 'DEPTHS': [1, 1], key: value}
+        torch.save({'model': weights, 'config': config}, tmp_path / 'large.pth')
+        args = prediction_parser('').parse_intermixed_args(['images', '--resume', str(tmp_path / 'large.pth')])
+        with pytest.raises(UserError, match=message):
+            load_predictor(args, TASK)

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -6,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main as program
 from logger import MetricsLog, add_log_file, create_logger, parse_record
 from tests.helpers.damage import damaged_metrics
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import folder_of, records
 
 
@@ -66,3 +69,18 @@ def test_tensorboard_has_the_same_metrics(tiny_config, image_tree):
         written = [(event.step, event.value) for event in events.Scalars(f'{kind}/{key}')]
         expected = [(record['updates'], pytest.approx(record[key])) for record in records(config, kind)]
         assert written == expected  # each once, also those of the repeated epoch
+
+
+def test_a_log_goes_on_after_the_reader_of_the_console_has_ended(tmp_path):
+    program = f"""
+from pathlib import Path
+from logger import add_log_file, create_logger
+logger = create_logger(0)
+add_log_file(logger, Path({str(tmp_path / 'log.txt')!r}))
+for number in range(20_000):
+    logger.info(number)
+"""
+    command = f'{sys.executable} -c "$0" | head -n 1'
+    done = subprocess.run(['bash', '-c', command, program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ''
+    assert len((tmp_path / 'log.txt').read_text().splitlines()) == 20_000

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.paths import ROOT
 from utils import (
     OutputError,
     UserError,
@@ -110,3 +111,24 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch):
     assert [home_path(text) for text in ('~/runs', '~', '~.txt', 'a/~', '-')] == [
         Path('/home/me/runs'), Path('/home/me'), Path('~.txt'), Path('a/~'), Path('-')
     ]  # fmt: skip
+
+
+def test_programs_may_have_no_output(tmp_path):
+    """As under cron, and in a daemon."""
+    program = 'import startup, sys; startup.before_imports(); print(1); print(2, file=sys.stderr)'
+    done = subprocess.run(f"{sys.executable} -c '{program}' >&- 2>&-", shell=True, cwd=ROOT)
+    assert done.returncode == 0
+
+
+def test_a_terminated_program_closes_its_files(tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from utils import exit_on_user_error, orderly_termination
+with exit_on_user_error(), orderly_termination(), Path({str(tmp_path / 'table')!r}).open('w') as file:
+    file.write('a row')
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, 'terminated\n')
+    assert (tmp_path / 'table').read_text() == 'a row'

@@ -35,7 +35,7 @@ from data.shards import read_index, shard_name
 from data.workers import WorkerLoader
 from tools.duplicates import CheckedImage, content_hash, perceptual_hash, similar_pairs
 from tools.pack_dataset import verify
-from utils import exit_on_user_error, home_path, positive_int, printable, report_write_errors
+from utils import exit_on_user_error, home_path, orderly_termination, positive_int, printable, report_write_errors
 
 
 class Problem(NamedTuple):
@@ -218,7 +218,7 @@ def main() -> None:
     )
     parser.add_argument('--json', type=home_path, metavar='FILE', help='also write the counts and the list as JSON')
     args = parser.parse_args()
-    with exit_on_user_error():
+    with exit_on_user_error(), orderly_termination():
         if not os.path.isdir(args.path):
             raise DataError(f'{args.path} does not exist: give the folder of a dataset')
         problems: list[Problem] = []

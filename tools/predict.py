@@ -29,7 +29,7 @@ from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, stream_text
 from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line, with_words
-from utils import UserError, exit_on_user_error, home_path, positive_int, printable
+from utils import UserError, exit_on_user_error, home_path, orderly_termination, positive_int, printable
 
 STDOUT = Path('-')
 EPILOG = """
@@ -197,7 +197,7 @@ def main() -> None:
     args = parse_option()
     if STDOUT in (args.csv, args.json) and hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')  # as in a file: names need not be Unicode
-    with exit_on_user_error():
+    with exit_on_user_error(), orderly_termination():
         images = run(args)
     images.exit_if_unreadable()
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import DataError
-from data.images import ImageHeader, choose_images, load_image, read_header
+from data.images import ImageHeader, choose_images, existing_path, load_image, read_header
 from data.packed_lists import PackedList
 from data.sharing import Shareable
 from detection.data.annotations import clipped_boxes, decode_masks, has_area, read_annotations, select_classes
@@ -159,7 +159,7 @@ class CocoDataset(Shareable, Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         entry, objects = self.images[index], self._objects[index]
-        path = self.folder / entry['file_name']
+        path = existing_path(self.folder, entry['file_name'])
         picture = load_image(path, upright=self.upright)
         if picture.size != (entry['width'], entry['height']):
             raise self._size_error(entry, picture.size, read_header(path))
@@ -180,7 +180,7 @@ class CocoDataset(Shareable, Dataset):
     def _check_files(self) -> None:
         """Look for all images now, listing each folder once, instead of when an epoch reaches them."""
         names: dict[Path, set[str]] = {}
-        paths = [self.folder / entry['file_name'] for entry in self.images]
+        paths = [existing_path(self.folder, entry['file_name']) for entry in self.images]
         for folder in {path.parent for path in paths}:
             if not os.path.isdir(folder):  # Path.is_dir raises errors for names that are too long
                 raise DataError(f'folder {folder}, with images of {self.annotation_file}, does not exist: add it')
@@ -197,7 +197,7 @@ class CocoDataset(Shareable, Dataset):
         sampled = [self.images[i] for i in range(0, len(self), -(-len(self) // SAMPLED_HEADERS))]
         turned = 0
         for entry in sampled:
-            header = read_header(self.folder / entry['file_name'])
+            header = read_header(existing_path(self.folder, entry['file_name']))
             size = header.upright_size if self.upright else header.size
             if size != (entry['width'], entry['height']):
                 raise self._size_error(entry, size, header)

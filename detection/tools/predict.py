@@ -35,6 +35,7 @@ from utils import (
     atomic_write,
     exit_on_user_error,
     home_path,
+    orderly_termination,
     positive_int,
     printable,
     report_write_errors,
@@ -225,7 +226,7 @@ def main() -> None:
         help='batch size, in images or frames; it changes only the speed (1)',
     )
     args = parser.parse_intermixed_args()
-    with exit_on_user_error():
+    with exit_on_user_error(), orderly_termination():
         predictor = load_predictor(args, TASK)
         unreadable, count = run(args, predictor)
         if args.output:

@@ -193,12 +193,12 @@ def test_large_files_are_not_read(tmp_path):
 
 
 def test_large_images_are_not_decoded(tmp_path):
-    """Pillow only warns of them, up to twice the limit."""
-    Image.new('1', (10_000, 9_000)).save(tmp_path / 'large.png')
+    """Up to twice its limit, Pillow only warns of them."""
+    Image.new('1', (20_000, 9_000)).save(tmp_path / 'large.png')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for read in (load_image, read_header):
-            with pytest.raises(DataError, match=r'is too large \(90000000 pixels exceed the limit of 89478485'):
+            with pytest.raises(DataError, match=r'is too large \(.*180000000 pixels'):
                 read(tmp_path / 'large.png')
 
 

@@ -119,10 +119,13 @@ def test_a_config_without_the_key_was_trained_on_images_as_stored(tiny_config, t
     assert not load(['--resume', str(path)]).config.DATA.EXIF
 
 
-def test_weights_that_say_nothing_see_upright_images(tiny_config, tmp_path):
+def test_weights_without_a_config_see_images_as_evaluation_does(tiny_config, tmp_path):
     torch.save({'model': build_model(tiny_config()).state_dict()}, tmp_path / 'w.pth')
     without_config = ['--resume', str(tmp_path / 'w.pth'), '--cfg', str(TINY)]
-    assert load(without_config).config.DATA.EXIF
-    assert not load(without_config, '--opts', 'DATA.EXIF', 'False').config.DATA.EXIF
+    assert not load(without_config).config.DATA.EXIF
+    assert load(without_config, '--opts', 'DATA.EXIF', 'True').config.DATA.EXIF
+
+
+def test_the_weights_of_the_project_see_upright_images():
     assert load(['--weights', 'msg_transformer_nano']).config.DATA.EXIF
     assert random_predictor(str(TINY), []).config.DATA.EXIF

@@ -328,9 +328,3 @@ def test_control_characters_of_names_stay_in_their_line(call, image_tree, tmp_pa
     assert line.startswith(rf'{image_tree}/clear \x1b[2J\n.png')
     with (tmp_path / 'p.csv').open(newline='') as file:
         assert [row['path'] for row in csv.DictReader(file)] == [str(odd)]
-
-
-def test_a_closed_stdout_is_no_error(call, image_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr('sys.stdout', None)
-    call(image_tree / 'val', '--csv', tmp_path / 'p.csv')
-    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 13

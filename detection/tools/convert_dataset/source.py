@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from data import DataError
-from data.images import open_regular
+from data.images import existing_path, open_regular
 
 
 class Item(NamedTuple):
@@ -100,7 +100,7 @@ def find_image(name: str, folders: Sequence[Path]) -> tuple[Path, str] | None:
     """
     spellings = dict.fromkeys(x for text in (name, unquote(name)) for x in (text, text.replace('\\', '/')))
     last_parts = dict.fromkeys(PurePosixPath(x).name for x in spellings)
-    choices = ((folder / x, x) for x in (*spellings, *last_parts) if x for folder in folders)
+    choices = ((existing_path(folder, x), x) for x in (*spellings, *last_parts) if x for folder in folders)
     return next((choice for choice in choices if os.path.isfile(choice[0])), None)
 
 

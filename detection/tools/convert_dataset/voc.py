@@ -12,7 +12,8 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from data import DataError
-from data.images import is_image_file, read_header
+from data.images import existing_path, is_image_file, read_header
+from data.samples import same_letters
 from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
 
 _DECLARATION = re.compile(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)["\']')
@@ -146,11 +147,12 @@ class _ImageIndex:
             DataError: several images have the stem.
         """
         folders = [*self.folders, beside.parent]
-        exact = next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
+        exact = next((x for folder in folders if os.path.isfile(x := existing_path(folder, name))), None)
         if exact:
             return exact
         for folder in folders:
             stems = self._stems_of(folder)
+            name = same_letters(name)
             found = stems.get(name) or stems.get(Path(name).stem if is_image_file(name) else name, [])
             if len(found) > 1:
                 raise DataError(f'{beside}: image {name} may be {found[0]} or {found[1]}: remove one of them')
@@ -163,7 +165,7 @@ class _ImageIndex:
             stems = self._stems[folder] = {}
             for path in sorted(folder.rglob('*') if folder in self.folders else folder.iterdir()):
                 if is_image_file(path.name):
-                    stems.setdefault(path.stem, []).append(path)
+                    stems.setdefault(same_letters(path.stem), []).append(path)
         return self._stems[folder]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data import DataError
-from data.images import is_image_file, read_header
+from data.images import existing_path, is_image_file, read_header
 from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
 
 # Where a split's images may be named, in data.yaml and as folders.
@@ -191,7 +191,8 @@ def _first_that_exists(folders: Sequence[Path], entry: str) -> Path | None:
     """A file or folder of this name: Roboflow writes ../train where train is meant, Darknet data/train.txt."""
     entry = _posix(entry)
     names = dict.fromkeys((entry, entry.removeprefix('../'), entry.removeprefix('data/')))
-    return next((folder / name for name in names for folder in folders if os.path.exists(folder / name)), None)
+    paths = (existing_path(folder, name) for name in names for folder in folders)
+    return next(filter(os.path.exists, paths), None)
 
 
 def _images(description: Description, split: str, entries: Sequence[str]) -> Iterator[tuple[Path, Path]]:
@@ -255,7 +256,7 @@ class _Labels:
         parts, beside = list(image.with_suffix('.txt').parts), image.with_suffix('.txt')
         if 'images' in parts:
             parts[len(parts) - 1 - parts[::-1].index('images')] = 'labels'
-        path = Path(*parts)
+        path, beside = (existing_path(x.parent, x.name) for x in (Path(*parts), beside))
         return beside if beside.is_file() and not path.is_file() else path
 
     def item(self, image: Path, folder: Path) -> Item:
@@ -282,6 +283,7 @@ class _Labels:
         is_polygon = keypoints is None and len(values) >= 6 and len(values) % 2 == 0
         if not (is_polygon or len(values) == 4) or not all(-1 <= x <= 2 for x in values):  # NaN is not, either
             hint = '; keypoints need a kpt_shape in data.yaml that fits' if len(values) > 5 and not is_polygon else ''
+            hint = '; a confidence after the box is of predictions, not of labels' if len(values) == 5 else hint
             raise DataError(f'{where}: write a class and a box, or corners, between 0 and 1{hint}')
         if not is_polygon and min(values[2:]) < 0:
             raise DataError(f'{where}: a box has a negative size: write its centre, width and height')

@@ -1,10 +1,12 @@
 """Names of converted images: nothing is written outside the folder, and nothing is overwritten."""
 
 import json
+import unicodedata
 
 import pytest
 from PIL import Image
 
+from data.images import existing_path
 from detection.tools.convert_dataset.names import UniqueNames, relative_name
 from tests.helpers.coco_data import read_tree
 from tests.helpers.processes import error_line, run_here
@@ -105,3 +107,20 @@ def test_an_image_that_only_its_last_part_finds_is_not_taken_for_two(tmp_path):
     assert '2 images are found by the last part of their names, such as C:\\cam1\\1.png' in done.stderr
     file = write_export(tmp_path / 'two', ['/cam1/1.png', '/cam2/1.png'], [tmp_path / 'two' / '1.png'])
     assert 'are both found as' in error_line(*PROGRAM, file, '--output', tmp_path / 'other')
+
+
+def test_names_may_be_composed_in_the_annotations_and_decomposed_in_the_folder(tmp_path):
+    """As after a copy from a Mac."""
+    photos = tmp_path / 'export' / unicodedata.normalize('NFD', 'größe.png')
+    photos.parent.mkdir()
+    Image.new('RGB', (80, 64)).save(photos)
+    Image.new('RGB', (80, 64), 'red').save(photos.with_name('b.png'))
+    tree = {'images': [], 'annotations': [], 'categories': [{'id': 1, 'name': 'x'}]}
+    for number, name in enumerate(('größe.png', 'b.png'), start=1):
+        tree['images'].append({'id': number, 'file_name': name, 'width': 80, 'height': 64})
+        tree['annotations'].append({'id': number, 'image_id': number, 'category_id': 1, 'bbox': [5, 5, 20, 20]})
+    (tmp_path / 'export' / 'a.json').write_text(json.dumps(tree))
+    assert existing_path(photos.parent, 'größe.png') == photos
+    done = run_here(*PROGRAM, tmp_path / 'export' / 'a.json', '--output', tmp_path / 'coco')
+    assert done.returncode == 0, done.stderr
+    assert sum(len(read_tree(tmp_path / 'coco', split)['images']) for split in ('train', 'val')) == 2

@@ -145,7 +145,7 @@ def test_lists_of_darknet_are_read(tmp_path):
         ('0 0.5 0.5 nan 0.4', 'between 0 and 1'),
         ('0 0.5 0.5 -0.2 0.4', 'a box has a negative size'),
         ('nan 0.5 0.5 0.2 0.4', 'it has class nan, which names does not have'),
-        (f'{BOX} 0.9', 'write a class and a box, or corners, between 0 and 1$'),
+        (f'{BOX} 0.9', 'a confidence after the box is of predictions, not of labels$'),
         (f'{BOX} 0.9 0.9 0.9', 'keypoints need a kpt_shape in data.yaml'),
     ],
 )
