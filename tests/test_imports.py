@@ -168,7 +168,7 @@ def test_programs_end_without_a_traceback_when_interrupted_during_their_imports(
     for path, text in programs.items():
         first = next(node for node in ast.parse(text).body if not isinstance(node, ast.Expr))  # after the docstring
         assert ast.get_source_segment(text, first) == call, path
-        assert 'with exit_on_user_error():' in text, path
+        assert 'with exit_on_user_error()' in text, path
 
 
 INTERRUPTED = """
