@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import cv2
@@ -215,8 +216,18 @@ def init_worker(worker: int) -> None:
         worker: its number; the `worker_init_fn` of a loader takes one.
     """
     cv2.setNumThreads(1)
+    sys.excepthook = _report_unless_disconnected
     parent = multiprocessing.parent_process()
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught error of a worker, unless its connection is lost: the training process has ended.
+
+    Multiprocessing's thread that hands tensors over reports its errors through `sys.excepthook`.
+    """
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _exit_with(parent: BaseProcess) -> None:
