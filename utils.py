@@ -55,6 +55,21 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
+def fraction(text: str) -> float:
+    """A number above 0 and below 1, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 and below 1, such as 0.2')
+    return value
+
+
 def home_path(text: str) -> Path:
     """A path whose leading ~ is the user's home folder, as the `type` of an argument: shells leave `--output=~/x`."""
     return Path(os.path.expanduser(text))

@@ -250,6 +250,13 @@ def _clean_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
+def other_task(checkpoint: Mapping[str, Any], path: str | Path, task: str) -> CheckpointError:
+    """The error where a program for a task gets a checkpoint, from `load_checkpoint`, of another one."""
+    return CheckpointError(
+        f'{path} is a checkpoint of {checkpoint["task"]}, and this program is for {task}: give a checkpoint of {task}'
+    )
+
+
 def saved_progress(checkpoint: dict[str, Any]) -> dict[str, int]:
     """Where a checkpoint resumes: `epoch`, `step` in it, `images` of it, and `skipped` updates of the whole run.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError, load_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, other_task
 from engine.distributed import choose_device
 from engine.task import Task
 from engine.weights import check_same_network, choose_weights, fit_weights, load_weights
@@ -141,10 +141,7 @@ def load_predictor(
     if checkpoint is None:
         checkpoint = load_checkpoint(args.resume)
     if checkpoint['task'] != task.name:
-        raise CheckpointError(
-            f'{args.resume} is a checkpoint of {checkpoint["task"]}, and this program is for {task.name}: '
-            f'give a checkpoint of {task.name}'
-        )
+        raise other_task(checkpoint, args.resume, task.name)
     saved = checkpoint.get('config')
     if args.cfg is None and not saved:
         raise CheckpointError(f'{args.resume} has no config: give the one of its network with --cfg')

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from engine.checkpoint import CheckpointError, load_checkpoint
+from engine.checkpoint import CheckpointError, load_checkpoint, other_task
 from engine.config_tree import ConfigTree
 from engine.distributed import on_main_process
 from engine.experiment import (
@@ -196,10 +196,7 @@ def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: 
         CheckpointError: it is of another task or, named by --resume, of a network that computes something else.
     """
     if checkpoint['task'] != tree.task:
-        raise CheckpointError(
-            f'{path} is a checkpoint of {checkpoint["task"]}, and this program is for {tree.task}: '
-            f'give a checkpoint of {tree.task}'
-        )
+        raise other_task(checkpoint, path, tree.task)
     if run.config.MODEL.RESUME:
         otherwise = '. To take its weights for the network of this config, write --pretrained instead of --resume'
         check_same_network(run.config, checkpoint, path, tree, _INPUT_KEYS, otherwise)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import other_task
 from engine.config_tree import ConfigTree
 from engine.evaluation import EvaluateFn
 from engine.run import Run
@@ -156,7 +156,4 @@ class Task(ABC):
         Raises:
             CheckpointError: this task cannot use weights of the other one, or their names or shapes do not match.
         """
-        raise CheckpointError(
-            f'{path} is a checkpoint of {checkpoint["task"]}, and this program is for {self.name}: '
-            f'give a checkpoint of {self.name}'
-        )
+        raise other_task(checkpoint, path, self.name)

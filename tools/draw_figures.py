@@ -140,5 +140,4 @@ def frame(axes: Axes, x: tuple[float, float], y: tuple[float, float], equal: boo
 
 
 if __name__ == '__main__':
-    with exit_on_user_error():
-        main()
+    main()

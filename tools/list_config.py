@@ -90,5 +90,4 @@ def written(value: Any) -> str:
 
 
 if __name__ == '__main__':
-    with exit_on_user_error():
-        main()
+    main()

@@ -59,5 +59,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    with exit_on_user_error():
-        main()
+    main()

@@ -26,7 +26,7 @@ from data.image_folder import ClassFolders
 from data.images import DataError
 from tools.check_dataset import check_split
 from tools.duplicates import content_hash, group_copies, similar_pairs
-from utils import exit_on_user_error, home_path, non_negative_int, printable, report_write_errors
+from utils import exit_on_user_error, fraction, home_path, non_negative_int, printable, report_write_errors
 
 
 def split_classes(samples: ClassFolders, fraction: float, seed: int = 0, workers: int = 0) -> dict[str, list[int]]:
@@ -160,17 +160,6 @@ def split_dataset(folder: Path, output: Path, fraction: float, seed: int = 0, wo
     return {split: len(indices) for split, indices in splits.items()}
 
 
-def val_fraction(text: str) -> float:
-    """A number above 0 and below 1, as the `type` of an argument."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 and below 1, such as 0.2')
-    return value
-
-
 def main() -> None:
     """Read the command line and split."""
     parser = argparse.ArgumentParser(
@@ -182,7 +171,7 @@ def main() -> None:
     add = parser.add_argument
     add('folder', type=home_path, metavar='DIR', help='folder that holds a folder of images for each class')
     add('--output', type=home_path, required=True, metavar='DIR', help='new folder to write train/ and val/ in')
-    add('--val', type=val_fraction, default=0.2, metavar='F', help='fraction of each class that goes to val/ (0.2)')
+    add('--val', type=fraction, default=0.2, metavar='F', help='fraction of each class that goes to val/ (0.2)')
     add('--seed', type=int, default=0, metavar='N', help='random seed of the split (0)')
     add(
         '--workers',

@@ -27,7 +27,7 @@ from data.image_folder import ClassFolders
 from data.images import decode_image, load_image, read_file, read_header
 from data.shards import INDEX, NAMES, Shards, sha256_of
 from data.zip_archive import ZipArchive
-from tests.helpers.bad_files import VALUES
+from tests.helpers.bad_files import VALUES, bad_contents
 from tests.helpers.datasets import as_huggingface, as_shards, as_zip, encoded, photograph
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT
@@ -43,28 +43,6 @@ def tree(tmp_path_factory):
 
 def check_one_line(error):
     assert len(str(error).splitlines()) == 1
-
-
-def damaged(data, rng):
-    """Bytes of which some are changed, cut off, doubled or zero."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        start = rng.randrange(len(data))
-        stop = min(len(data), start + rng.choice([1, 1, 2, 4, 8, 100]))
-        action = rng.random()
-        if action < 0.5:
-            data[start:stop] = rng.randbytes(stop - start)
-        elif action < 0.65:
-            data[start:stop] = b'\xff' * (stop - start)
-        elif action < 0.8:
-            data[start:stop] = bytes(stop - start)
-        elif action < 0.9:
-            data[stop:stop] = data[start:stop]
-        else:
-            del data[start:stop]
-        if not data:
-            return b''
-    return bytes(data)
 
 
 # Generated files
@@ -108,7 +86,7 @@ def test_generated_rows_of_saved_datasets(tree, tmp_path):
     good = samples.read(0)
     names = ['/dev/zero', '/etc/passwd', '../tree', 'train', 'train/state.json', '', 'x\0y', 'a' * 5000, '~', None]
     rng = random.Random(0)
-    contents = [None, b'', good, damaged(good, rng), b'\xff' * 100]
+    contents = [None, b'', good, next(bad_contents(good, seed=0)), b'\xff' * 100]
     rows = [{'bytes': rng.choice(contents), 'path': rng.choice(names)} for _ in range(CASES)]
     rows = [row if row['bytes'] is not None or row['path'] is not None else None for row in rows]
     samples.rows = datasets.Dataset.from_dict({'image': rows}, datasets.Features({'image': datasets.Image()}))
@@ -129,11 +107,10 @@ def test_generated_images():
     assert set(kinds) == set(images.IMAGE_FORMATS)
     contents = [encoded(photograph(40, 30), kind) for kind in kinds]
     for seed in range(CASES):
-        rng = random.Random(seed)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             try:
-                decode_image(damaged(contents[seed % len(contents)], rng), 'image', upright=seed % 2 == 0)
+                decode_image(next(bad_contents(contents[seed % len(contents)], seed)), 'image', upright=seed % 2 == 0)
             except DataError as error:
                 check_one_line(error)
 

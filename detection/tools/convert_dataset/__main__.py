@@ -31,7 +31,7 @@ from detection.tools.convert_dataset.names import UniqueNames
 from detection.tools.convert_dataset.source import Item, Source, shown
 from detection.tools.convert_dataset.yolo import read_yolo
 from text_files import read_json
-from utils import exit_on_user_error, home_path, printable, report_write_errors
+from utils import exit_on_user_error, fraction, home_path, printable, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine
@@ -155,16 +155,6 @@ def open_converted(folder: Path, split: str, source: Path) -> CocoDataset:
         raise DataError(f'{source}, {split}: {text} (images and objects are counted from 1)') from error
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number between 0 and 1, such as 0.2')
-    return value
-
-
 def main() -> None:
     """Read the command line and convert."""
     parser = argparse.ArgumentParser(
@@ -185,7 +175,7 @@ def main() -> None:
     add('--link', action='store_true', help='make symbolic links to the images, instead of copies')
     add(
         '--val-fraction',
-        type=_fraction,
+        type=fraction,
         default=0.2,
         metavar='F',
         help='fraction of train that becomes val where there is no split (0.2)',

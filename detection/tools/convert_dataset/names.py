@@ -1,8 +1,9 @@
 """Names of written files: whatever names the data hold, none leaves its folder, and none is given twice."""
 
 import re
-import unicodedata
 from pathlib import PurePosixPath
+
+from data.samples import same_letters
 
 
 class UniqueNames:
@@ -55,4 +56,4 @@ def relative_name(name: str) -> str:
 
 
 def _key(path: PurePosixPath) -> str:
-    return unicodedata.normalize('NFC', str(path)).casefold()
+    return same_letters(str(path)).casefold()
