@@ -15,18 +15,18 @@ import cv2
 import simplejpeg
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, default_collate
 from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
 from config import load_config
 from data import ImageDataset, Preprocess, Sample
-from data.build import build_sample_transform, build_train_loader
+from data.build import build_loader, build_sample_transform, build_train_loader
 from data.dataset import NO_ERASING
 from data.images import decode_image
 from data.samplers import TrainSampler
 from data.samples import Samples
-from data.seeding import seeded
+from data.seeding import SeededDataset, seeded
 from data.shards import Shards
 from data.transforms import image_mode, train_steps
 from tools.benchmark.comparison import Result, show_progress
@@ -46,15 +46,9 @@ CPU = torch.device('cpu')
 Cases = dict[tuple[str, str], Callable[[], int]]
 
 
-def load_all(dataset: ImageDataset, preprocess: Preprocess) -> int:
+def load_all(loader: DataLoader, preprocess: Preprocess) -> int:
     """Load all images in this process, as batches ready for the network; the augmentation is always the same."""
-    for first in range(0, len(dataset), BATCH):
-        batch = []
-        for index in range(first, min(first + BATCH, len(dataset))):
-            with seeded(index):
-                batch.append(dataset[index])
-        preprocess(default_collate(batch))
-    return len(dataset)
+    return sum(len(preprocess(batch)[0]) for batch in loader)
 
 
 def decode_all(images: Mapping[str, bytes]) -> int:
@@ -104,8 +98,11 @@ def single_process_cases(configs: Mapping[str, CfgNode], sources: Mapping[str, S
     cases: Cases = {('plain decoder', 'whole images'): lambda: decode_all(encoded)}
     for split, (source, opened), (pipeline, config) in product(('train', 'eval'), sources.items(), configs.items()):
         dataset = ImageDataset(opened, build_sample_transform(config, split == 'train'))
-        preprocess = Preprocess(config, CPU)
-        cases[pipeline, f'{split}, {source}'] = lambda d=dataset, p=preprocess: load_all(d, p)
+        keys = list(range(len(opened)))
+        if split == 'train':
+            dataset, keys = SeededDataset(dataset, config.SEED), [(0, index) for index in keys]
+        loader, preprocess = build_loader(config, dataset, keys, BATCH, workers=0), Preprocess(config, CPU)
+        cases[pipeline, f'{split}, {source}'] = lambda d=loader, p=preprocess: load_all(d, p)
     for split, (pipeline, config) in product(('train', 'eval'), configs.items()):
         inputs: list[Any] = list(range(len(samples)))
         for name, stage in build_stages(config, samples, split == 'train').items():
