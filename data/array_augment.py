@@ -6,7 +6,7 @@ operation of a policy applies to the image.
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -83,14 +83,18 @@ def _look_up(pixels: Pixels, table: np.ndarray) -> Pixels:
 
 def _histograms(pixels: Pixels) -> np.ndarray:
     """Counts of the levels in each channel, (256, C)."""
-    channels = [pixels] if pixels.ndim == 2 else cv2.split(pixels)
-    return np.stack([cv2.calcHist([x], [0], None, [256], [0, 256]).ravel() for x in channels], 1).astype(int)
+    counts = [cv2.calcHist([x], [0], None, [256], [0, 256]).ravel() for x in _channels(pixels)]
+    return np.stack(counts, 1).astype(int)
+
+
+def _channels(pixels: Pixels) -> Sequence[Pixels]:
+    return [pixels] if pixels.ndim == 2 else cv2.split(pixels)
 
 
 def auto_contrast(pixels: Pixels, **_: Any) -> Pixels:
     """Stretch each channel to all levels."""
-    counts = _histograms(pixels)
-    low, high = (counts > 0).argmax(0), 255 - (counts[::-1] > 0).argmax(0)
+    extremes = [cv2.minMaxLoc(x)[:2] for x in _channels(pixels)]
+    low, high = np.array(extremes, int).T
     scale = 255 / np.maximum(high - low, 1)
     table = ((_LEVELS[:, None] - low) * scale).astype(int)
     return _look_up(pixels, np.where(high > low, table, _LEVELS[:, None]).squeeze())
@@ -113,12 +117,12 @@ def invert(pixels: Pixels, **_: Any) -> Pixels:
 
 def posterize(pixels: Pixels, bits_to_keep: int, **_: Any) -> Pixels:
     """Keep the upper bits."""
-    return pixels if bits_to_keep >= 8 else _look_up(pixels, _LEVELS & ~(2 ** (8 - bits_to_keep) - 1))
+    return pixels if bits_to_keep >= 8 else pixels & np.uint8(256 - 2 ** (8 - bits_to_keep))
 
 
 def solarize(pixels: Pixels, thresh: int, **_: Any) -> Pixels:
     """Invert the levels from `thresh` on."""
-    return _look_up(pixels, np.where(thresh > _LEVELS, _LEVELS, 255 - _LEVELS))
+    return pixels ^ np.negative((pixels >= thresh).view(np.uint8))  # with 255, where it is true
 
 
 def solarize_add(pixels: Pixels, add: int, thresh: int = 128, **_: Any) -> Pixels:

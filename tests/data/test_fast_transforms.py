@@ -16,7 +16,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from config import load_config
-from data import Preprocess, build_loaders
+from data import Preprocess, array_augment, build_loaders
 from data.array_augment import use_arrays
 from data.build import build_sample_transform
 from data.decoding import EncodedImage
@@ -72,6 +72,22 @@ def test_operations_are_pils(photographs):
         assert len(differences) == 27
         means = {name: np.mean(values) for name, values in differences.items()}
         assert max(means.values()) < 2, means
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_operations_on_levels_are_pils_within_one(mode):
+    """Of noise, of a part of the levels, and of a single one."""
+    arguments = {'auto_contrast': [()], 'equalize': [()], 'invert': [()], 'posterize': [(0,), (1,), (7,), (8,)]}
+    arguments |= {'solarize': [(0,), (1,), (100,), (256,)], 'solarize_add': [(40,)], 'brightness': [(0.3,), (1.7,)]}
+    for change in (lambda level: level, lambda level: 40 + level // 4, lambda level: 7):
+        image = noise(31, 17).convert(mode).point(change)
+        pixels = np.array(image)
+        for name, values in arguments.items():
+            for value in values:
+                theirs = np.asarray(getattr(auto_augment, name)(image, *value)).astype(int)
+                ours = getattr(array_augment, name)(pixels, *value)
+                assert np.abs(ours - theirs).max() <= 1, (name, value)
+        assert np.array_equal(pixels, np.array(image))  # unchanged
 
 
 def test_grey_images_go_through_the_same_operations(photographs):

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -40,8 +42,34 @@ def test_seeded_numbers_depend_only_on_their_seeds():
     assert is_identical(before, random_states(CPU))  # as if nothing had been drawn
     for other in ((1, 3, 2), (2, 2, 3), (1, 2, 4), (1, 2)):
         assert not is_identical(draw(1, 2, 3), draw(*other))
-    dataset = SeededDataset([lambda: 0] * 5, seed=3)
+
+
+def test_seeded_numbers_are_those_of_earlier_versions():
+    """A run of an earlier version resumes to the bit."""
+    with seeded(1, 2, 3):
+        drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    assert drawn == (0.17754431735171294, 0.9633871940611571, 0.5354775786399841)
+
+
+class Draws:
+    """A dataset of random numbers."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return index, random.random(), np.random.standard_normal(), torch.rand(1).item()
+
+
+def test_samples_of_a_batch_do_not_depend_on_one_another():
+    dataset, expected = SeededDataset(Draws(), seed=3), []
     assert len(dataset) == 5
+    for index in (4, 1, 1):
+        with seeded(3, 7, index):
+            expected.append(Draws()[index])
+    before = random_states(CPU)
+    assert dataset.__getitems__([(7, 4), (7, 1), (7, 1)]) == expected == [dataset[7, index] for index in (4, 1, 1)]
+    assert is_identical(before, random_states(CPU))
 
 
 def test_random_states_round_trip():

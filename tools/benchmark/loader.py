@@ -118,15 +118,23 @@ def run_stage(stage: Callable[[Any], Any], inputs: list[Any]) -> list[Any]:
 
 
 def worker_cases(configs: Mapping[str, CfgNode], samples: Samples, workers: int) -> Cases:
-    """Cases of the training loader with one and with several loader processes, which live until the end."""
+    """Cases of the loaders with one and with several loader processes, which live until the end.
+
+    Unlike the cases of this process, they leave to the device what `Preprocess` does.
+    """
     cases: Cases = {}
-    for number, (pipeline, config) in product(sorted({1, workers}), configs.items()):
+    numbers = sorted({1, workers})
+    for split, number, (pipeline, config) in product(('train', 'eval'), numbers, configs.items()):
         config = config.clone()
         config.defrost()
         config.DATA.NUM_WORKERS, config.DATA.BATCH_SIZE = number, min(BATCH, len(samples))
-        dataset = ConcatDataset([ImageDataset(samples, build_sample_transform(config, is_train=True))] * REPEATS)
-        loader = build_train_loader(config, dataset, TrainSampler(len(dataset)))
-        setting = f'train, {number} loader process(es)'
+        is_train = split == 'train'
+        dataset = ConcatDataset([ImageDataset(samples, build_sample_transform(config, is_train))] * REPEATS)
+        if is_train:
+            loader = build_train_loader(config, dataset, TrainSampler(len(dataset)))
+        else:
+            loader = build_loader(config, dataset, range(len(dataset)), config.DATA.BATCH_SIZE)
+        setting = f'{split}, {number} loader process(es)'
         cases[pipeline, setting] = lambda loader=loader: sum(len(batch.image) for batch in loader)
     return cases
 
@@ -156,7 +164,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add('--cfg', default=CONFIG, metavar='FILE', help=f'config file (default: {CONFIG})')
     add('--images', type=positive_int, default=128, metavar='N', help='images to load (default: 128)')
     add('--rounds', type=positive_int, default=9, metavar='N', help='times that each case is timed (default: 9)')
-    add('--workers', type=positive_int, metavar='N', help='also time the training loader with 1 and with N processes')
+    add('--workers', type=positive_int, metavar='N', help='also time the loaders with 1 and with N processes')
 
 
 def run(args: argparse.Namespace) -> None:
