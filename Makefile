@@ -32,7 +32,7 @@ help:
 	@echo "make demo-detection  the same with a detector, on digits pasted on photographs"
 	@echo "make app             a web page that shows what the network looks at (RESUME=<checkpoint>: another one)"
 	@echo "make test            install, lint, and run the tests that take seconds"
-	@echo "make test-slow       the tests that take minutes: compilation, demos, 20 kills, two nodes"
+	@echo "make test-slow       the tests that take minutes: compilation, demos, ten kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
@@ -116,9 +116,10 @@ demo-detection: $(DETECTION_RUN)/evaluation.txt $(OUTPUT)/demo_detections_seed$(
 	@grep '^|' $<
 	@echo "Look at $(OUTPUT)/demo_detection_curves_seed$(SEED).png and at the pictures in $(OUTPUT)/demo_detections_seed$(SEED)"
 
-# One thread per process: the tests are small, and two processes share the cores. Tests that share runs are a group.
+# One thread per process: the tests are small, and two processes share the cores. Each has half of the files, so that
+# what the tests of a file share is made once; who is done first takes over from the other.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist worksteal

@@ -13,8 +13,6 @@ from engine.run_folder import RunFolder
 from tests.helpers.processes import SpawnedRun
 from tests.helpers.runs import differences
 
-pytestmark = pytest.mark.xdist_group('spawned')  # they share runs
-
 
 def test_full_disk_stops_the_run_and_leaves_earlier_checkpoints(folder, undisturbed):
     run = SpawnedRun(folder, 'full')

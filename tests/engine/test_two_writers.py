@@ -42,12 +42,11 @@ def check_files(folder):
 
 
 @pytest.mark.parametrize('number', range(PAIRS))
-def test_pair_of_processes_in_one_folder(folder, number):
+def test_pair_of_processes_in_one_folder(folder, tmp_path, number):
     rng = random.Random(time.time_ns())
-    (folder / 'no_locks').mkdir(exist_ok=True)
-    (folder / 'no_locks' / 'sitecustomize.py').write_text(NO_LOCKS)
+    (tmp_path / 'sitecustomize.py').write_text(NO_LOCKS)
     # In a third of the pairs, neither has locks; in another, one of them.
-    variables = [{'PYTHONPATH': str(folder / 'no_locks')} if (number + i) % 3 == 2 else {} for i in range(2)]
+    variables = [{'PYTHONPATH': str(tmp_path)} if (number + i) % 3 == 2 else {} for i in range(2)]
     if number % 3 == 2:
         variables[1] = variables[0]
     tag, wait = f'pair_{number}', 60 if number % 4 < 2 else 1  # the second waits for the first, or gives up

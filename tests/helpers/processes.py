@@ -149,12 +149,13 @@ class SpawnedRun:
         return self.process.wait()
 
     def wait_for(self, condition, timeout=120):
-        """Busy-wait until a condition holds; False if the program ends first."""
+        """Wait until a condition holds, which is asked every millisecond; False if the program ends first."""
         end = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None:
                 return False
             assert time.monotonic() < end, self.output.read_text()
+            time.sleep(0.001)
         return True
 
     def log(self, rank=0):

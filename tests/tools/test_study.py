@@ -14,15 +14,14 @@ import pytest
 import yaml
 
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import environment
+from tests.helpers.processes import environment, run_here
+from tests.helpers.shared import shared_folder
 from tools.make_digits import make_digits
 from tools.study.__main__ import read_results
 from tools.study.plan import StudyError, read_study
 from tools.study.report import table
 from tools.study.runs import finished_run
 from tools.study.statistics import paired_difference, summarise
-
-pytestmark = pytest.mark.xdist_group('study')  # they share runs
 
 SHORT = ['--opts', 'TRAIN.EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0', 'MODEL.NUM_CLASSES', '2', 'LOCK_WAIT', '0']
 
@@ -49,15 +48,22 @@ def start_study(*arguments, **options):
 
 
 def study(*arguments):
-    process = start_study(*arguments)
-    out, errors = process.communicate(timeout=300)
-    return process.returncode, out, errors
+    """The exit code, output and errors of a study in this process, whose runs have their own processes."""
+    handler = signal.getsignal(signal.SIGTERM)  # the program sets another one
+    try:
+        done = run_here('-m', 'tools.study', *arguments)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     """Forty training and twenty validation images of two digits."""
-    folder = tmp_path_factory.mktemp('digits')
+    return shared_folder(tmp_path_factory, 'two_digits', write_digits)
+
+
+def write_digits(folder):
     make_digits(folder)
     for split, count in (('train', 20), ('val', 10)):
         for path in (folder / split).iterdir():
@@ -68,17 +74,24 @@ def digits(tmp_path_factory):
             else:
                 for file in sorted(path.iterdir())[count:]:
                     file.unlink()
-    return folder
 
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory, digits):
     """A whole study in small: two variants, two seeds, one epoch."""
-    folder = tmp_path_factory.mktemp('study')
-    flags = ['--study', write_study(folder), '--data-path', digits, '--output', folder / 'out', '--jobs', '2', *SHORT]
-    code, out, errors = study(*flags)
-    assert code == 0, errors
-    return folder / 'out', flags, out
+
+    def flags(folder):
+        paths = ['--study', folder / 'two.yaml', '--data-path', digits, '--output', folder / 'out']
+        return [*paths, '--jobs', '2', *SHORT]
+
+    def fill(folder):
+        write_study(folder)
+        code, out, errors = study(*flags(folder))
+        assert code == 0, errors
+        (folder / 'printed.txt').write_text(out)
+
+    folder = shared_folder(tmp_path_factory, 'study', fill)
+    return folder / 'out', flags(folder), (folder / 'printed.txt').read_text()
 
 
 def test_table_and_chart_are_those_of_the_runs(small):
