@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT, copy_sources
 from tests.helpers.photographs import write_photographs
+from tests.helpers.shared import shared_folder
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +26,15 @@ def make_demo(output, demo='demo'):
 
 
 @pytest.fixture(scope='module')
-def output(tmp_path_factory):
-    return tmp_path_factory.mktemp('demo')
+def demo(tmp_path_factory):
+    """What `make demo` writes; `printed.txt` is what it prints."""
+    return shared_folder(
+        tmp_path_factory, 'demo', lambda output: (output / 'printed.txt').write_text(make_demo(output))
+    )
 
 
-def test_demo_classifies_at_least_97_percent_of_the_held_out_digits(output):
-    printed = make_demo(output)
+def test_demo_classifies_at_least_97_percent_of_the_held_out_digits(demo):
+    output, printed = demo, (demo / 'printed.txt').read_text()
     run = output / 'msg_digits_p2_win7_56' / 'demo_seed0'
     accuracy = float(re.search(r' \* Acc@1 ([\d.]+)', (run / 'evaluation.txt').read_text())[1])
     assert accuracy >= 97
@@ -45,7 +50,8 @@ def test_demo_classifies_at_least_97_percent_of_the_held_out_digits(output):
     assert {path: path.stat().st_mtime_ns for path in output.rglob('*')} == before
 
 
-def test_tutorial_runs_as_written(tmp_path):
+def test_tutorial_runs_as_written(demo, tmp_path):
+    shutil.copytree(demo, tmp_path, dirs_exist_ok=True)  # so that its `make demo` has nothing left to do
     tree, tutorial = copy_sources(tmp_path / 'tree'), (ROOT / 'docs' / 'tutorial.md').read_text()
     (tree / '.venv').symlink_to(sys.prefix)
     (tree / 'output').symlink_to(tmp_path)
@@ -55,6 +61,8 @@ def test_tutorial_runs_as_written(tmp_path):
         cwd=tree, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert 'Accuracy of the network' in done.stdout
+    assert 'main.py --cfg configs/msg_digits' not in done.stdout
     for text in (tutorial, done.stdout):
         assert 'msg_transformer_nano.safetensors has other classes: the head starts from scratch' in text
     with (tmp_path / 'predictions.csv').open() as file:
@@ -72,7 +80,8 @@ def test_tutorial_runs_as_written(tmp_path):
     assert sum(exported[path] == predicted[path] for path in predicted) >= 15  # resized by Pillow alone
 
 
-def test_detection_demo_reaches_90_ap50_on_held_out_images(output):
+def test_detection_demo_reaches_90_ap50_on_held_out_images(tmp_path):
+    output = tmp_path
     printed = make_demo(output, 'demo-detection')
     run = output / 'cascade_mask_rcnn_msg_digits' / 'demo_seed0'
     table = re.findall(r'^\| (?:box|mask) \|.*', (run / 'evaluation.txt').read_text(), re.MULTILINE)
