@@ -135,7 +135,16 @@ def test_a_wrong_command_is_found(command, monkeypatch):
         check_command(command, monkeypatch)
 
 
-@pytest.mark.parametrize('document', [d for d in DOCUMENTS if code_blocks(d.read_text(), 'python')], ids=relative)
+def documents_with_code():
+    """Parameters: those whose code exports a network for any image size take half a minute."""
+    for document in DOCUMENTS:
+        code = ''.join(code_blocks(document.read_text(), 'python'))
+        if code:
+            marks = [pytest.mark.slow] if 'torch.onnx.export' in code else []
+            yield pytest.param(document, id=relative(document), marks=marks)
+
+
+@pytest.mark.parametrize('document', documents_with_code())
 def test_python_code_runs(document):
     for block in code_blocks(document.read_text(), 'python'):
         with torch.no_grad():

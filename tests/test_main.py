@@ -12,7 +12,7 @@ from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.images import damage, write_images
 from tests.helpers.paths import TINY
-from tests.helpers.processes import TORCHRUN, main_error, start
+from tests.helpers.processes import TORCHRUN, main_error, run_here, start
 from tests.helpers.runs import CPU, as_samples, build_run, folder_of, records, weights
 from utils import UserError
 
@@ -164,7 +164,7 @@ def test_checkpoint_errors(tmp_path, tiny_config, image_tree):
 
 
 def test_help_describes_every_flag():
-    done = start('main.py', '--help')
+    done = run_here('main.py', '--help')
     assert done.returncode == 0
     flags = '--cfg --opts --batch-size --data-path --resume --pretrained --accumulation-steps --use-checkpoint'
     flags += ' --amp-opt-level --device --output --tag --eval --throughput --local_rank --local-rank'
@@ -177,43 +177,48 @@ JOINT = 'AUG.MIXUP 0 AUG.CUTMIX 0 MODEL.LABEL_SMOOTHING 0 AUG.AUTO_AUGMENT none 
 JOINT += 'AUG.HFLIP 0 AUG.SCALE (1,1) TRAIN.OPTIMIZER.NAME sgd'
 
 
-def test_two_processes_equal_one_with_the_joint_batch(tmp_path, tiny_config):
-    """With torchrun and torch.distributed.launch, accumulation, and a number of images that the ranks do not divide."""
+@pytest.mark.parametrize(
+    ('launcher', 'flags'),
+    [
+        ([*TORCHRUN, '2'], ['--batch-size', '2', '--accumulation-steps', '2']),
+        pytest.param(
+            ['-m', 'torch.distributed.launch', '--nproc_per_node', '2', '--standalone'],
+            ['--batch-size', '4'],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=['torchrun', 'launch'],
+)
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path, tiny_config, launcher, flags):
+    """With accumulation, and a number of images that the ranks do not divide."""
     root = write_images(tmp_path / 'tree', val=3)  # 9: shards of 5 and 4, of 3 and 2 batches
-    launch = ['-m', 'torch.distributed.launch', '--nproc_per_node', '2', '--standalone']
-    runs = {
-        'one': ([], ['--batch-size', '8']),
-        'torchrun': ([*TORCHRUN, '2'], ['--batch-size', '4']),
-        'launch': (launch, ['--batch-size', '2', '--accumulation-steps', '2']),
-    }
-    for tag, (launcher, flags) in runs.items():
-        done = start(
-            *launcher, 'main.py', '--cfg', TINY, '--output', tmp_path / 'output', '--tag', tag,
-            '--data-path', root, *flags, '--opts', *JOINT.split(),
+    for tag, run, batch in (('one', run_here, ['--batch-size', '8']), ('two', start, flags)):
+        done = run(
+            *(launcher if tag == 'two' else []), 'main.py', '--cfg', TINY, '--output', tmp_path / 'output',
+            '--tag', tag, '--data-path', root, *batch, '--opts', *JOINT.split(),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('Train: [0/2][0/3]') == 1  # on rank 0 only
         assert 'Train:' not in done.stderr
-    one = tiny_config(TAG='one')
-    for tag in ('torchrun', 'launch'):
-        two = tiny_config(TAG=tag)
-        for name, value in weights(one).items():
-            torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-5, msg=f'{tag}: {name}')
-        for expected, measured in zip(records(one, 'epoch'), records(two, 'epoch'), strict=True):
-            assert measured['acc1'] == expected['acc1']  # every image counted once
-            assert measured['val_loss'] == pytest.approx(expected['val_loss'], rel=1e-5)
-            assert measured['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-4)
-        assert (folder_of(two) / 'log_rank1.txt').exists()
+    one, two = tiny_config(TAG='one'), tiny_config(TAG='two')
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    for expected, measured in zip(records(one, 'epoch'), records(two, 'epoch'), strict=True):
+        assert measured['acc1'] == expected['acc1']  # every image counted once
+        assert measured['val_loss'] == pytest.approx(expected['val_loss'], rel=1e-5)
+        assert measured['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-4)
+    assert (folder_of(two) / 'log_rank1.txt').exists()
 
 
+@pytest.mark.slow
 def test_evaluation_on_more_processes_than_images(tmp_path, tiny_config):
     """Shards of one image, one image and none."""
     root = write_images(tmp_path / 'tree', classes=2, val=1)
     flags = ['--data-path', root, '--opts', 'MODEL.NUM_CLASSES', '2']
     torch.save({'model': build_model(tiny_config(MODEL__NUM_CLASSES='2')).state_dict()}, tmp_path / 'w.pth')
     printed = []
-    for launcher in ([], [*TORCHRUN, '3']):
-        done = start(
+    for run, launcher in ((run_here, []), (start, [*TORCHRUN, '3'])):
+        done = run(
             *launcher, 'main.py', '--cfg', TINY, '--output', tmp_path, '--eval', '--resume', tmp_path / 'w.pth', *flags
         )
         assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from engine.checkpoint import CheckpointError
 from engine.weights import load_weights
 from tests.helpers.coco_data import read_tree, update_tree
 from tests.helpers.detectors import NO_DROP_PATH, box_masks, ground_truth, perfect_detections, tiny_detector
-from tests.helpers.processes import start
+from tests.helpers.processes import run_here
 from tests.helpers.runs import folder_of, log_of, one_thread, records
 from tools.summary.complexity import count_detector
 
@@ -78,7 +78,7 @@ def test_a_run_without_any_mask(tmp_path, coco):
     results = json.loads((folder_of(config) / 'results.json').read_text())
     assert results[0].keys() == {'image_id', 'category_id', 'bbox', 'score'}
     assert len(list((folder_of(config) / 'show').iterdir())) == 2
-    done = start(
+    done = run_here(
         '-m', 'detection.tools.predict', coco / 'val', '--resume', last, '--output', tmp_path / 'd', '--score', '0'
     )
     assert done.returncode == 0, done.stderr

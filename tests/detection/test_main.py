@@ -100,7 +100,7 @@ def test_a_resumed_run_with_bfloat16_and_accumulation_ends_with_the_same_bits(ti
     options = {'AMP_OPT_LEVEL': 'O1', 'AMP_DTYPE': 'bfloat16', 'TRAIN__ACCUMULATION_STEPS': '2'}
     whole = tiny(TAG='whole', SAVE_STEPS='1', SAVE_KEEP='0', **OPTIONS, **options)
     program.main(whole)
-    for name in ('ckpt_epoch_0_step_1.pth', 'ckpt_epoch_0.pth', 'ckpt_epoch_1_step_1.pth'):
+    for name in ('ckpt_epoch_0_step_1.pth', 'ckpt_epoch_0.pth'):
         assert_resumes_exactly(whole, tiny, folder_of(whole) / name, name, **options)
 
 

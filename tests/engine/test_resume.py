@@ -39,7 +39,8 @@ def test_resumes_bit_for_bit_from_every_update(tiny_config, steady, options):
     inside = [f'ckpt_epoch_{epoch}_step_{step}.pth' for epoch in range(3) for step in range(1, steps)]
     ends = [f'ckpt_epoch_{epoch}.pth' for epoch in range(3)]
     assert {path.name for path in folder_of(whole).glob('ckpt_epoch_*')} == {*inside, *ends}
-    for number, name in enumerate([*inside[::2], *ends[:2]]):
+    starts = [*inside[::2], *ends[:2]] if not options else [inside[0], inside[-1], ends[0]]
+    for number, name in enumerate(starts):
         workers = '2' if number == 2 else '0'  # the number of loader processes does not matter either
         start = str(folder_of(whole) / name)
         config = tiny_config(TAG=name, MODEL__RESUME=start, DATA__NUM_WORKERS=workers, **steady, **options)

@@ -10,10 +10,9 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import TORCHRUN, SpawnedRun, start, start_two_ranks
 from tests.helpers.runs import differences
 
-pytestmark = pytest.mark.xdist_group('spawned')  # they share runs
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_three_ranks_sum_gradients_in_the_same_order_after_resuming(folder):
     """Two ranks always do; three only if DDP does not rebuild its buckets after the first update."""
     ranks = [*TORCHRUN, '3']
@@ -42,7 +41,6 @@ def test_logged_losses_are_means_over_the_ranks(folder, undisturbed_pair):
     assert first == second
 
 
-@pytest.mark.slow
 def test_ema_weights_are_the_same_on_every_rank(folder):
     """The ranks start from their own seeds; what they evaluate must be what rank 0 saves."""
     options = 'TRAIN.EMA_DECAY 0.9999 TRAIN.EPOCHS 2'

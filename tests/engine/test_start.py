@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -23,7 +25,7 @@ from tests.helpers.detectors import tiny_detector
 from tests.helpers.golden import fill_
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import TORCHRUN, start
+from tests.helpers.processes import TORCHRUN, environment, start
 from tests.helpers.runs import PLAIN, folder_of, log_of, one_thread, records, weights
 
 NO_WARMUP = {'TRAIN__WARMUP_EPOCHS': '0'}
@@ -309,6 +311,7 @@ with utils.exit_on_user_error():
 """
 
 
+@pytest.mark.slow
 def test_ranks_whose_data_differ_stop_at_the_start(tmp_path):
     for rank in (0, 1):
         write_images(tmp_path / f'tree{rank}')
@@ -577,15 +580,17 @@ def test_evaluation_beside_a_live_run_changes_nothing_of_it(tiny_config, options
     folder = folder_of(config)
     before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     script = (
-        'import logging, sys, main, config, subprocess; from pathlib import Path\n'
+        'import logging; from pathlib import Path\n'
         'from engine.run_lock import RunLock\n'
         f'lock = RunLock(Path({str(folder)!r}), logging.getLogger()); lock.acquire(0)\n'
-        'sys.exit(subprocess.run([sys.executable, "main.py", *sys.argv[1:]]).returncode)\n'
+        'print("locked", flush=True); input()\n'
     )
-    flags = ['--cfg', TINY, '--data-path', options['DATA__DATA_PATH'], '--output', config.OUTPUT, '--eval']
-    done = start('-c', script, *flags, '--resume', folder / 'ckpt_epoch_1.pth')
-    assert done.returncode == 0, done.stderr
-    assert 'Accuracy of the network' in done.stdout
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+    with subprocess.Popen([sys.executable, '-c', script], cwd=ROOT, env=environment(), **pipes) as live:
+        assert live.stdout.readline() == 'locked\n'
+        program.main(tiny_config(**options, EVAL_MODE='True', MODEL__RESUME=str(folder / 'ckpt_epoch_1.pth')))
+        assert 'Accuracy of the network' in (folder / 'log_eval_rank0.txt').read_text()
+        live.communicate('\n')
     after = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert {path.name for path in after.keys() - before.keys()} == {'log_eval_rank0.txt', 'run.lock'}

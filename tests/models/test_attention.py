@@ -93,7 +93,7 @@ def test_path_of_a_call(monkeypatch, device, dtype, grad, dropout, msg_only, win
 
 
 def test_logits_in_bf16_are_within_two_percent_of_fp32():
-    model, x = fill_(MSGTransformer()).eval(), images(2, 224)
+    model, x = fill_(MSGTransformer()).eval(), images(1, 224)
     with torch.no_grad():
         exact = model(x)
         with torch.autocast('cpu', torch.bfloat16):

@@ -18,9 +18,8 @@ def test_no_operator_of_the_evaluated_network_is_random():
     assert not [node for node in calls if 'bernoulli' in node.name or 'rand' in node.name]
 
 
-@pytest.mark.parametrize(
-    'types', [VERSIONS['v1'], pytest.param(VERSIONS['v2'], marks=pytest.mark.slow)], ids=['v1', 'v2']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('types', VERSIONS.values(), ids=VERSIONS)
 def test_onnx_with_dynamic_sizes_equals_eager(types, tmp_path):
     model = MSGTransformer(
         img_size=None,

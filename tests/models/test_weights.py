@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -14,6 +12,7 @@ from models import registry
 from tests.helpers.golden import images
 from tests.helpers.paths import ROOT
 from tests.helpers.photographs import write_photographs
+from tests.helpers.processes import run_here
 
 NAME = 'msg_transformer_nano'
 FILE = ROOT / 'models' / 'weights' / f'{NAME}.safetensors'
@@ -60,8 +59,8 @@ def test_another_head_and_size_keep_the_rest(model):
 
 def test_predict_finds_it_by_name(tmp_path):
     write_photographs(tmp_path, 1)
-    command = [sys.executable, '-m', 'tools.predict', '--weights', NAME, '--json', '-', '--topk', '10', str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_here('-m', 'tools.predict', '--weights', NAME, '--json', '-', '--topk', '10', tmp_path)
+    assert done.returncode == 0, done.stderr
     for record in json.loads(done.stdout):
         assert {entry['class'] for entry in record['predictions']} == set(registry.IMAGENETTE)
         assert sum(entry['probability'] for entry in record['predictions']) == pytest.approx(1, abs=1e-3)

@@ -13,27 +13,21 @@ from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.functional import normalize, to_tensor
 
-from data.images import load_image
-from data.transforms import build_transform, mean_and_std
+from data.transforms import mean_and_std
 from detection.models import build_detector
 from engine.checkpoint import load_checkpoint, save_safetensors
 from models import build_model
 from tests.helpers.detectors import tiny_detector
-from tests.helpers.documents import code_blocks
 from tests.helpers.golden import fill_
-from tests.helpers.paths import ROOT
 from tests.helpers.processes import error_line
 from tools.export import check
 from tools.export.__main__ import main
 
 V2 = {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap'}
 VARIANTS = {
-    'v1': {},
     'v2': V2,
-    'position embedding': {'MODEL__MSG__APE': 'True'},
-    'one channel': {'MODEL__MSG__IN_CHANS': '1'},
-    'no shuffle': {'MODEL__MSG__MANIP_TYPE': 'none'},
-    'no classes': {'MODEL__NUM_CLASSES': '0'},
+    'position embedding of one channel': {'MODEL__MSG__APE': 'True', 'MODEL__MSG__IN_CHANS': '1'},
+    'no shuffle and no classes': {'MODEL__MSG__MANIP_TYPE': 'none', 'MODEL__NUM_CLASSES': '0'},
 }
 
 
@@ -112,21 +106,7 @@ def test_onnx_of_any_size_equals_eager(classifier, export):
     assert 'largest difference from eager execution: ' in out
 
 
-@torch.no_grad()
-def test_documented_code_runs_an_onnx_file(classifier, export, tmp_path, monkeypatch, capsys):
-    model, config = classifier()
-    export('onnx', 'msg.onnx')
-    photograph = Image.fromarray(load_sample_images().images[0])
-    photograph.save(tmp_path / 'photo.jpg')
-    [code] = code_blocks((ROOT / 'docs' / 'export.md').read_text(), 'py')
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    images = build_transform(config, is_train=False)(load_image('photo.jpg'))[None]
-    assert_same([torch.from_numpy(names['logits'])], [model(images)])
-    assert capsys.readouterr().out.strip() == ['ant', 'bee', 'cat'][model(images).argmax()]
-
-
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_export_of_any_size_equals_eager(classifier, export):
     model, config = classifier(**V2)

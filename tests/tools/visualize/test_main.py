@@ -58,12 +58,9 @@ def photo(tmp_path):
     'options',
     [
         {},
-        {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap'},
-        {'MODEL__MSG__MANIP_TYPE': 'none'},
-        {'MODEL__MSG__IN_CHANS': '1'},
-        {'MODEL__NUM_CLASSES': '1'},
-        {'DATA__IMG_SIZE': '14'},  # every stage is one window
-        {'MODEL__MSG__APE': 'True'},
+        {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap', 'MODEL__MSG__APE': 'True'},
+        {'MODEL__MSG__MANIP_TYPE': 'none', 'MODEL__MSG__IN_CHANS': '1'},
+        {'MODEL__NUM_CLASSES': '1', 'DATA__IMG_SIZE': '14'},  # every stage is one window
     ],
 )
 def test_any_network_and_size(checkpoint, photo, tmp_path, monkeypatch, options):
