@@ -110,7 +110,7 @@ def test_odd_sizes_run_forward_and_backward(i, size):
 def test_odd_sizes_run_at_full_width(first):
     name = ('msg_transformer_v2_tiny', 'msg_transformer_tiny')[first]
     model, features = timm.create_model(name, num_classes=5), timm.create_model(name, features_only=True)
-    for size in SIZES[first::2]:
+    for size in SIZES[first:12:3]:
         check_size(model, features, size)
 
 
