@@ -55,6 +55,21 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
+def non_negative_float(text: str) -> float:
+    """A number from 0 on, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on, such as 0.5')
+    return value
+
+
 def fraction(text: str) -> float:
     """A number above 0 and below 1, as the `type` of an argument.
 
@@ -270,8 +285,12 @@ def set_backend_flags(tf32: bool, deterministic: bool) -> None:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cuBLAS starts
 
 
+# Environment variables of this project that change the last bits of results, and the speed: docs/performance.md
+VARIABLES = ('MSG_CPU_LINEAR', 'MSG_MKL_AVX512')
+
+
 def environment(device: torch.device) -> dict[str, str]:
-    """What a run's results depend on beyond its config: revision, versions, hardware, command line."""
+    """What a run's results depend on beyond its config: revision, versions, hardware, variables, command line."""
     return {
         'revision': git_revision(Path(__file__).parent),
         'python': platform.python_version(),
@@ -283,6 +302,7 @@ def environment(device: torch.device) -> dict[str, str]:
         'cpu': torch.backends.cpu.get_cpu_capability(),
         'processor': f'{processor_name()}, {available_cores()} cores',
         'threads': str(torch.get_num_threads()),
+        'variables': ' '.join(f'{name}={os.environ[name]}' for name in VARIABLES if name in os.environ),
         'host': platform.node(),
         'system': platform.platform(),
         'command': ' '.join(sys.argv),

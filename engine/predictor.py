@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,10 @@ class Predictor(NamedTuple):
 
 
 def prediction_parser(
-    description: str, epilog: str | None = None, stored: Mapping[str, Path] | None = None
+    description: str,
+    epilog: str | None = None,
+    stored: Mapping[str, Path] | None = None,
+    backends: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """A parser of images and of a trained network; read it with `parse_intermixed_args`.
 
@@ -36,6 +39,7 @@ def prediction_parser(
         description: of the program.
         epilog: examples, kept as they are written.
         stored: see `add_network_flags`.
+        backends: see `add_network_flags`.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +47,7 @@ def prediction_parser(
     add = parser.add_argument
     images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'
     add('images', nargs='+', type=home_path, metavar='IMAGES', help=images)
-    add_network_flags(parser, stored)
+    add_network_flags(parser, stored, backends=backends)
     add('--limit', type=positive_int, metavar='N', help='use only N images, chosen at random but always the same')
     workers = min(available_cores(), 4)
     add(
@@ -57,7 +61,10 @@ def prediction_parser(
 
 
 def add_network_flags(
-    parser: argparse.ArgumentParser, stored: Mapping[str, Path] | None = None, is_required: bool = True
+    parser: argparse.ArgumentParser,
+    stored: Mapping[str, Path] | None = None,
+    is_required: bool = True,
+    backends: Sequence[str] = (),
 ) -> None:
     """Add the flags that name a trained network, for `load_predictor`.
 
@@ -65,6 +72,7 @@ def add_network_flags(
         parser: gets the flags.
         stored: files of weights that are part of the project, by name; read as `resume` too.
         is_required: whether one must be named.
+        backends: names of what runs exported files, for programs that take such a file in place of a checkpoint.
     """
     group, add = parser.add_mutually_exclusive_group(required=is_required), parser.add_argument
     group.add_argument('--resume', type=os.path.expanduser, metavar='FILE', help='checkpoint of the trained network')
@@ -83,6 +91,13 @@ def add_network_flags(
             type=file_of,
             metavar='NAME',
             help=f'pretrained weights that come with the project: {names}',
+        )
+    if backends:
+        group.add_argument(
+            '--backend',
+            nargs=2,
+            metavar=('NAME', 'FILE'),
+            help=f'in place of a checkpoint: a file of tools.export, and what runs it, {" or ".join(backends)}',
         )
     add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
     add(

@@ -38,6 +38,7 @@ from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.runs import build_run, build_trainer
 from tools.convert_checkpoint import convert as convert_checkpoint
+from tools.export.exported import BACKENDS, load_exported, report_file
 from tools.plot import plot, read_run
 from tools.study.plan import read_study
 from utils import UserError
@@ -141,6 +142,16 @@ def test_checkpoints_to_convert(checkpoint, tmp_path):
     convert_checkpoint(path, target)
     contents = damaged_files(target.read_bytes())
     assert assert_bad_files_are_told(lambda: load_checkpoint(target), contents, target) > 50
+
+
+def test_reports_of_exported_files(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, 'onnxruntime', (lambda path: lambda images: [images[:, 0, 0, :3]], ('.onnx',)))
+    path = tmp_path / 'bad.onnx'
+    path.touch()
+    report = {'network': 'classifier', 'precision': 'fp32', 'classes': ['a', 'b', 'c']}
+    report['config'] = yaml.safe_load(tiny_config().dump())
+    contents = bad_files(report, as_json)
+    assert assert_bad_files_are_told(lambda: load_exported('onnxruntime', path), contents, report_file(path)) > 50
 
 
 def read_all(name, folder, split='train'):

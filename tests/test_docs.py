@@ -21,7 +21,15 @@ from tests.helpers.processes import run_here
 from tools import list_config
 
 README = (ROOT / 'README.md').read_text()
-NOT_KEYS = {'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'OMP_NUM_THREADS', 'SLURM_CPUS_PER_TASK'}
+NOT_KEYS = {
+    'GLIBC_TUNABLES',
+    'LOCAL_RANK',
+    'MASTER_ADDR',
+    'MASTER_PORT',
+    'MSG_CPU_LINEAR',
+    'OMP_NUM_THREADS',
+    'SLURM_CPUS_PER_TASK',
+}
 CONFIGS = sorted([*ROOT.glob('configs/*.yaml'), *ROOT.glob('detection/configs/*.yaml')])
 
 

@@ -2,9 +2,10 @@
 
     python -m tools.predict --resume <checkpoint> <images>
     python -m tools.predict --resume <checkpoint> 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
+    python -m tools.predict --backend onnxruntime msg.onnx <images>
 
 IMAGES are files, folders, quoted patterns, or - for a list of them on standard input. In a tree of class folders, an
-image's folder is taken for its class.
+image's folder is taken for its class. With --backend, a file of tools.export takes the place of the checkpoint.
 """
 
 if __name__ == '__main__':
@@ -27,14 +28,16 @@ from engine.predictor import Predictor, load_predictor, prediction_parser
 from main import TASK
 from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
+from tools.export.exported import BACKENDS, backend_of, files_read, load_exported
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, stream_text
 from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line, with_words
 from utils import UserError, exit_on_user_error, home_path, orderly_termination, positive_int, printable
 
 STDOUT = Path('-')
 EPILOG = """
-example:
+examples:
   python -m tools.predict --resume ckpt_best.pth 'photos/**/*.jpg' --topk 5 --csv predictions.csv --output sheet.png
+  python -m tools.predict --backend onnxruntime msg.onnx photos
 
 exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but some images could not be read, 130 interrupted
 (Ctrl-C): the table keeps the results so far
@@ -106,7 +109,7 @@ def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
 
 def parse_option() -> argparse.Namespace:
     """Read the command line."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights())
+    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights(), tuple(BACKENDS))
     add = parser.add_argument
     add('--batch-size', type=positive_int, default=64, metavar='N', help='batch size (64)')
     add('--topk', type=positive_int, default=1, metavar='K', help='number of most likely classes to report (1)')
@@ -115,7 +118,33 @@ def parse_option() -> argparse.Namespace:
     table.add_argument('--csv', type=home_path, metavar='FILE', help='CSV to write; - for standard output')
     table.add_argument('--json', type=home_path, metavar='FILE', help='JSON to write; - for standard output')
     add('--output', type=home_path, metavar='FILE', help=f'contact sheet to draw, of at most {MAX_IMAGES} images')
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.backend:
+        name, file = args.backend
+        if name not in BACKENDS:
+            parser.error(f'argument --backend: {name!r} is not one: write {" or ".join(BACKENDS)}, then the file')
+        if args.cfg or args.pretrained_weights != 'auto':
+            flag = '--cfg' if args.cfg else '--pretrained-weights'
+            parser.error(f'{flag} is for checkpoints, and an exported file has its own: leave it out')
+        args.backend = name, home_path(file)
+    return args
+
+
+def load_network(args: argparse.Namespace) -> tuple[Predictor, list[Path]]:
+    """Load the network that the command line names, and name the files that it was read from.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if args.backend:
+        return load_exported(*args.backend, args.opts), files_read(args.backend[1])
+    backend = backend_of(args.resume)
+    if backend:
+        raise UserError(f'{args.resume} is an exported file: write --backend {backend} {args.resume}')
+    predictor = load_predictor(args, TASK)
+    if not predictor.class_names:
+        raise UserError(f'{args.resume}: the network has no classes')
+    return predictor, [Path(args.resume)]
 
 
 def prepare_outputs(args: argparse.Namespace) -> list[Path]:
@@ -145,12 +174,11 @@ def run(args: argparse.Namespace) -> InferenceLoader:
         UserError: something cannot be used or written.
     """
     outputs = prepare_outputs(args)
-    predictor = load_predictor(args, TASK)
+    predictor, network_files = load_network(args)
     names = with_words(predictor.class_names) if args.words else predictor.class_names
-    if not names:
-        raise UserError(f'{args.resume}: the network has no classes')
     paths = choose_images(find_images(args.images), args.limit)
-    refuse_overwriting(outputs, args.resume, paths)
+    for file in network_files:
+        refuse_overwriting(outputs, str(file), paths)
     report_other_files(args.images)
 
     images = image_loader(predictor, paths, args.batch_size, args.workers)

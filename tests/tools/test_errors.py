@@ -9,7 +9,7 @@ from tests.helpers.processes import run_here
     [
         ('plot', ['--run', 'nowhere'], 'error: nowhere/metrics.jsonl: No such file'),
         ('predict', ['nowhere', '--resume', 'x'], 'error: checkpoint x does not exist'),
-        ('predict', ['nowhere'], 'error: one of the arguments --resume --weights is required'),
+        ('predict', ['nowhere'], 'error: one of the arguments --resume --weights --backend is required'),
         ('make_digits', [], 'error: the following arguments are required: --output'),
         ('summary', ['nowhere'], 'error: config file nowhere: No such file'),
         ('make_digits', ['--output', 'README.md'], 'error: '),

@@ -25,6 +25,7 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import environment
 from tests.helpers.runs import CPU
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
+from tools.export.exported import BACKENDS
 from tools.output_files import stream_text
 from tools.predict import image_loader, main, predict
 from tools.prediction_formats import Prediction, csv_rows
@@ -44,17 +45,22 @@ def call(tiny_config, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / 'w.pth', tiny_config(), NAMES)
 
     def run(*arguments):
-        argv = ['predict', '--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '0', *arguments]
-        monkeypatch.setattr('sys.argv', list(map(str, argv)))
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), captured.err.splitlines()
+        flags = ['--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '0']
+        return run_program(monkeypatch, capsys, *flags, *arguments)
 
     return run
+
+
+def run_program(monkeypatch, capsys, *arguments):
+    """The exit code of the program, the lines on stdout and those on stderr."""
+    monkeypatch.setattr('sys.argv', ['predict', *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err.splitlines()
 
 
 def test_predictions(predictor, image_tree):
@@ -328,3 +334,143 @@ def test_control_characters_of_names_stay_in_their_line(call, image_tree, tmp_pa
     assert line.startswith(rf'{image_tree}/clear \x1b[2J\n.png')
     with (tmp_path / 'p.csv').open(newline='') as file:
         assert [row['path'] for row in csv.DictReader(file)] == [str(odd)]
+
+
+@pytest.fixture
+def exported(tiny_config, tmp_path, monkeypatch):
+    """An exported file with its report, which its network runs in place of onnxruntime."""
+    config = tiny_config()
+    model = fill_(build_model(config)).eval()
+    monkeypatch.setitem(BACKENDS, 'onnxruntime', (lambda path: lambda images: [model(images)], ('.onnx',)))
+    path = tmp_path / 'w.onnx'
+    path.write_bytes(b'')
+    plain = yaml.safe_load(config.dump())
+    report = {'network': 'classifier', 'precision': 'fp32', 'classes': NAMES, 'config': plain}
+    (tmp_path / 'w.onnx.json').write_text(json.dumps(report))
+    return path, report
+
+
+@pytest.fixture
+def call_exported(exported, monkeypatch, capsys):
+    """A function that runs the program on `exported`; see `call`."""
+
+    def run(*arguments):
+        return run_program(monkeypatch, capsys, '--backend', 'onnxruntime', exported[0], '--workers', '0', *arguments)
+
+    return run
+
+
+def test_an_exported_file_answers_as_its_checkpoint(call, call_exported, exported, image_tree, tmp_path):
+    flags = [image_tree / 'val', '--topk', '3', '--batch-size', '5', '--csv', '-', '--output', tmp_path / 'sheet.png']
+    code, lines, errors = call_exported(*flags)
+    assert code == 0
+    assert lines == call(*flags)[1]
+    assert errors[0] == f'{exported[0]}: fp32, run by onnxruntime'
+    assert errors[1].endswith(' of 12 right')
+    turned = call_exported(*flags, '--opts', 'TEST.CROP', 'False')[1]
+    assert turned != lines
+    assert turned == call(*flags, '--opts', 'TEST.CROP', 'False')[1]
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'config': None}, 'w.onnx.json is not a report of tools.export: export the network again'),
+        ({'config': {'MODEL': {7: 8}}, 'classes': ['a', 2, 'c']}, 'w.onnx.json is not a report of tools.export'),
+        ({'config': {'MODEL': {'NUM_CLASSES': 'x'}}}, "MODEL.NUM_CLASSES is 'x': write an integer"),
+        ({'config': {'TASK': 'detection'}}, 'w.onnx is not a classifier: predict with a checkpoint, --resume'),
+        ({'network': "detector's backbone"}, 'w.onnx is not a classifier: predict with a checkpoint, --resume'),
+        ({'classes': []}, 'w.onnx has no classes'),
+        ({'input': {'shape': ['batch', 3, 32, 28]}}, 'w.onnx takes images of 32 x 28, and DATA.IMG_SIZE is 28: export'),
+        ({'classes': ['a', 'b']}, 'w.onnx has 3 outputs, and {folder}/w.onnx.json names 2 classes: export the network'),
+        ({'precision': 'x\n' * 9, 'classes': ['\x1b[2J', '', '=cmd()']}, None),
+    ],
+)
+def test_reports_from_elsewhere(call_exported, exported, image_tree, tmp_path, change, message):
+    (tmp_path / 'w.onnx.json').write_text(json.dumps(exported[1] | change))
+    code, lines, errors = call_exported(image_tree / 'val', '--topk', '3')
+    if message:
+        assert message.format(folder=tmp_path) in code
+        assert not lines
+    else:
+        assert (code, len(lines)) == (0, 12)
+        assert '\\x1b[2J' in lines[0]
+        assert errors[0] == f'{exported[0]}: run by onnxruntime'
+
+
+@pytest.mark.parametrize('content', [None, b'', b'{', b'[]', b'null', b'"x"', b'[' * 100_000, b'\xff\xfe\x00'])
+def test_files_without_a_report(call_exported, image_tree, tmp_path, content):
+    report = tmp_path / 'w.onnx.json'
+    if content is None:
+        report.unlink()
+    else:
+        report.write_bytes(content)
+    code, *_ = call_exported(image_tree / 'val')
+    assert code.startswith(f'error: {report} ')
+    assert '\n' not in code
+
+
+@pytest.mark.parametrize(
+    ('outputs', 'message'),
+    [
+        (lambda images: images[9], 'w.onnx fails on images of 3 x 28 x 28, as its config makes them: index 9 is out'),
+        (lambda images: [images], 'w.onnx has outputs of shape (1, 3, 28, 28) for 1 images: it is not a classifier'),
+        (lambda images: [], 'w.onnx has outputs of shape  for 1 images: it is not a classifier'),
+        (lambda images: [images.new_zeros(1, 4)], 'w.onnx has 4 outputs, and '),
+        (lambda images: [images.new_full((len(images), 3), torch.nan)], 'the outputs of the network are not finite'),
+    ],
+)
+def test_other_files_than_of_the_report(call_exported, exported, image_tree, monkeypatch, outputs, message):
+    monkeypatch.setitem(BACKENDS, 'onnxruntime', (lambda path: outputs, ('.onnx',)))
+    code, lines, _ = call_exported(image_tree / 'val')
+    assert message in code
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ('backend', 'name', 'message'),
+    [
+        ('onnxruntime', 'bad.onnx', 'error: onnxruntime cannot load bad.onnx: [ONNXRuntimeError]'),
+        ('openvino', 'bad.onnx', 'error: openvino cannot load bad.onnx: '),
+        ('openvino', 'bad.xml', 'error: openvino cannot load bad.xml: '),
+        ('onnxruntime', 'bad.xml', 'error: bad.xml is not a file for onnxruntime: give a file with the suffix .onnx'),
+        ('openvino', 'alone.xml', 'error: alone.bin does not exist: give a file that tools.export has written'),
+        ('onnxruntime', 'folder.onnx', 'error: folder.onnx is a folder: give a file that tools.export has written'),
+    ],
+)
+def test_files_that_no_runtime_loads(tiny_config, image_tree, tmp_path, monkeypatch, capsys, backend, name, message):
+    monkeypatch.chdir(tmp_path)
+    report = {'network': 'classifier', 'classes': NAMES, 'config': yaml.safe_load(tiny_config().dump())}
+    for file in ('bad.onnx', 'bad.xml', 'alone.xml'):
+        (tmp_path / file).write_bytes(b'not a network' * 9)
+        (tmp_path / f'{file}.json').write_text(json.dumps(report))
+    (tmp_path / 'bad.bin').write_bytes(b'')
+    (tmp_path / 'folder.onnx').mkdir()
+    code, *_ = run_program(monkeypatch, capsys, '--backend', backend, name, 'images')
+    assert code.startswith(message)
+    assert '\n' not in code
+    assert not code.endswith(': ')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'code', 'message'),
+    [
+        (['--backend', 'tflite', 'w.onnx'], 2, "argument --backend: 'tflite' is not one: write onnxruntime or"),
+        (['--backend', 'onnxruntime'], 2, 'argument --backend: expected 2 arguments'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--resume', 'w.pth'], 2, 'not allowed with argument'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--cfg', 'x.yaml'], 2, '--cfg is for checkpoints, and an exported'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--pretrained-weights', 'ema'], 2, '--pretrained-weights is for'),
+        (['--resume', 'w.onnx'], 1, 'w.onnx is an exported file: write --backend onnxruntime w.onnx'),
+        (['--resume', 'w.xml'], 1, 'w.xml is an exported file: write --backend openvino w.xml'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--opts', 'MODEL.MSG.WINDOW_SIZE', '5'], 1, 'MODEL.MSG.WINDOW_SIZE 7'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--opts', 'DEVICE', 'cuda'], 1, 'DEVICE is cuda, and exported files'),
+        (['--backend', 'onnxruntime', 'w.onnx', '--json', 'w.onnx.json'], 1, 'and would be overwritten'),
+    ],
+)
+def test_wrong_use_of_an_exported_file(exported, image_tree, tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
+    actual, lines, errors = run_program(monkeypatch, capsys, image_tree / 'val', *flags)
+    text = actual if isinstance(actual, str) else errors[-1]
+    assert message in text
+    assert (1 if isinstance(actual, str) else actual) == code
+    assert not lines

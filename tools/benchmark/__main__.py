@@ -1,4 +1,4 @@
-"""Time networks, whole detectors, the loading of images, or the stages of a network.
+"""Time networks, exported files, whole detectors, the loading of images, or the stages of a network.
 
 Whatever a command compares is timed interleaved, in one process, so that a change of the machine's speed affects all of
 it. Results are printed, and written as a Markdown table, as JSON and as a chart. The default command is "networks".
@@ -16,14 +16,21 @@ from pathlib import Path
 
 import torch
 
-from tools.benchmark import detectors, loader, networks, stages
+from tools.benchmark import detectors, loader, networks, runtimes, stages
 from tools.output_files import prepare_output
 from utils import exit_on_user_error, home_path
 
-COMMANDS = {'networks': networks, 'detectors': detectors, 'loader': loader, 'stages': stages}
+COMMANDS = {
+    'networks': networks,
+    'runtimes': runtimes,
+    'detectors': detectors,
+    'loader': loader,
+    'stages': stages,
+}
 EPILOG = """examples:
   python -m tools.benchmark networks configs/msg_tiny_p4_win7_224.yaml swin_tiny_patch4_window7_224
   python -m tools.benchmark networks configs/msg_tiny_p4_win7_224.yaml --best --batches 8
+  python -m tools.benchmark runtimes configs/msg_tiny_p4_win7_224.yaml swin_tiny_patch4_window7_224 --int8
   python -m tools.benchmark detectors detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml \\
       torchvision:maskrcnn_resnet50_fpn --precisions fp32 bf16 --opts MODEL.BOX.DETECTIONS 50
   python -m tools.benchmark loader --data-path <imagenet> --workers 2

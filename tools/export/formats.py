@@ -6,37 +6,38 @@ general branch.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.fx.experimental._config as symbolic_shapes_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.pyramid import Size
 from tools.export.network import ExportError, Network, as_list
 from utils import first_line
 
-FORMATS = {'onnx': '.onnx', 'torch_export': '.pt2', 'safetensors': '.safetensors'}  # with the suffixes of their files
-GRAPHS = ('onnx', 'torch_export')
+# Formats with the suffixes of their files
+FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'torch_export': '.pt2', 'safetensors': '.safetensors'}
+GRAPHS = ('onnx', 'openvino', 'torch_export')
+# Packages that formats need beyond requirements.txt; OpenVINO's files are made from ONNX
+PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino')}
 OPSET = 20
 MAX_SIDE = 4096
 
 Runner = Callable[[Tensor], list[Tensor]]
 
 
-def require_onnx() -> None:
-    """Check that the packages for ONNX are installed.
+def require_packages(names: Iterable[str]) -> None:
+    """Check that packages are installed.
 
     Raises:
         ExportError: one is not.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError(f'{error.name} is not installed: pip install -r requirements-export.txt') from error
+    for name in names:
+        if find_spec(name) is None:
+            raise ExportError(f'{name} is not installed: pip install -r requirements-export.txt')
 
 
 def dynamic_axes(network: Network, size: Size | None) -> dict[int, tuple[str, int, int | None]]:
@@ -62,10 +63,25 @@ def trace(network: Network, size: Size | None) -> torch.export.ExportedProgram:
     if size is None:
         tile = network.patch_size * 2 ** (len(network.graph.layers) - 1) * network.graph.window_size
         size = Size(2 * tile, 3 * tile)  # only an example
-    example = torch.zeros(2, network.channels, *size)
+    return trace_graph(network.graph, torch.zeros(2, network.channels, *size), shapes)
+
+
+def trace_graph(
+    graph: nn.Module, images: Tensor, dynamic: Mapping[int, torch.export.Dim]
+) -> torch.export.ExportedProgram:
+    """A network as a graph.
+
+    Args:
+        graph: in evaluation mode, without gradients.
+        images: an example of its input.
+        dynamic: the dynamic axes of the images.
+
+    Raises:
+        ExportError: `torch.export` refuses.
+    """
     try:
         with torch.no_grad(), symbolic_shapes_config.patch(backed_size_oblivious=True):
-            return torch.export.export(network.graph, (example,), dynamic_shapes=(shapes,))
+            return torch.export.export(graph, (images,), dynamic_shapes=(dict(dynamic),))
     except Exception as error:  # documents no exceptions of its own
         raise ExportError(f'torch.export refuses this network: {first_line(error)}') from error
 
