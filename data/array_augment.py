@@ -117,7 +117,7 @@ def invert(pixels: Pixels, **_: Any) -> Pixels:
 
 def posterize(pixels: Pixels, bits_to_keep: int, **_: Any) -> Pixels:
     """Keep the upper bits."""
-    return pixels if bits_to_keep >= 8 else pixels & np.uint8(256 - 2 ** (8 - bits_to_keep))
+    return pixels if bits_to_keep >= 8 else pixels & np.uint8(256 - 2 ** (8 - max(bits_to_keep, 0)))
 
 
 def solarize(pixels: Pixels, thresh: int, **_: Any) -> Pixels:

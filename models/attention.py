@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .linear import apply_linear
 from .resize import resize_bias_table
 from .windows import add_msg_token, relative_position_index
 
@@ -153,7 +154,7 @@ class WindowAttention(nn.Module):
             (..., N, C), or (..., 1, C) with `msg_only`.
         """
         *windows, N, C = x.shape
-        qkv = self.qkv(x).view(-1, N, 3 * C)
+        qkv = apply_linear(self.qkv, x).view(-1, N, 3 * C)
         dropout = self.attn_drop.p if self.training else 0.0
         x = attend(qkv, self.position_bias(), self.scale, dropout, msg_only)
-        return self.proj_drop(self.proj(x.view(*windows, -1, C)))
+        return self.proj_drop(apply_linear(self.proj, x.view(*windows, -1, C)))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .linear import apply_linear
 from .pyramid import ceil_div
 from .symbolic import is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 
@@ -37,13 +38,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (..., C)."""
-        x = self.fc1(x)
+        x = apply_linear(self.fc1, x)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._project, x, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
         return self._project(x)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(hidden))))
+        return self.drop(apply_linear(self.fc2, self.drop(self.act(hidden))))
 
 
 class RegionDropPath(nn.Module):
@@ -142,7 +143,7 @@ class PatchMerging(nn.Module):
         B, H, W, C = x.shape
         x = x.view(B, H // 2, 2, W // 2, 2, C)  # (B, H/2, row, W/2, column, C)
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(B, H // 2, W // 2, 4 * C)  # neighbours (0,0), (1,0), (0,1), (1,1)
-        return self.reduction(self.norm(x))
+        return apply_linear(self.reduction, self.norm(x))
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Multiply-adds for a token grid (H, W), by the authors' formula."""

@@ -109,8 +109,9 @@ def test_models_import_relatively():
     assert not [name for name in absolute if name.split('.')[0] == 'models']
 
 
-# Switches of the compiler that have no public name.
+# Switches of the compiler that have no public name, and one operator.
 PRIVATE = {
+    'models.linear': {'torch.ops.mkldnn._linear_pointwise'},
     'tools.benchmark.cases': {'torch._dynamo.config', 'torch._inductor.config'},
     'tools.export.formats': {'torch.fx.experimental._config'},
 }

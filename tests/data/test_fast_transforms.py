@@ -77,7 +77,7 @@ def test_operations_are_pils(photographs):
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 def test_operations_on_levels_are_pils_within_one(mode):
     """Of noise, of a part of the levels, and of a single one."""
-    arguments = {'auto_contrast': [()], 'equalize': [()], 'invert': [()], 'posterize': [(0,), (1,), (7,), (8,)]}
+    arguments = {'auto_contrast': [()], 'equalize': [()], 'invert': [()], 'posterize': [(-2,), (0,), (1,), (7,), (8,)]}
     arguments |= {'solarize': [(0,), (1,), (100,), (256,)], 'solarize_add': [(40,)], 'brightness': [(0.3,), (1.7,)]}
     for change in (lambda level: level, lambda level: 40 + level // 4, lambda level: 7):
         image = noise(31, 17).convert(mode).point(change)

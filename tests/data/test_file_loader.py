@@ -43,6 +43,7 @@ def test_batches_have_the_order_of_the_files_and_bad_ones_are_reported(tiny_conf
     assert capsys.readouterr().err == 'error: 3 of 9 images cannot be read: see above\n'
 
 
+@pytest.mark.slow
 def test_names_need_not_be_unicode(tiny_config, image_tree):
     path = image_tree / os.fsdecode(b'name \xff.png')
     (image_tree / 'val' / 'class_0' / '0.png').rename(path)

@@ -148,6 +148,7 @@ def test_batches_are_in_shared_memory_when_they_are_collated():
     assert box.is_shared()
 
 
+@pytest.mark.slow
 def test_training_starts_in_a_folder_that_holds_one_named_like_a_package_of_the_project(image_tree, tmp_path):
     shutil.copytree(image_tree, tmp_path / 'data')
     command = [ROOT / 'main.py', '--cfg', TINY, '--data-path', 'data', '--output', 'output']

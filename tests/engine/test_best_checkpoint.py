@@ -62,6 +62,7 @@ def kill_at(monkeypatch, point):
     return written
 
 
+@pytest.mark.slow
 def test_best_never_falls_wherever_the_run_is_killed(scored, monkeypatch):
     """Epochs after the kill score nothing, so the best must be that of before."""
     with monkeypatch.context() as patch:

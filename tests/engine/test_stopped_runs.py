@@ -40,6 +40,7 @@ def test_stopped_run_saves_without_a_reader_of_its_output(folder):
     assert 'stopped by a signal' in run.log()
 
 
+@pytest.mark.slow
 def test_signal_during_an_evaluation_loses_no_update(folder, undisturbed):
     run = SpawnedRun(folder, 'evaluation')
     assert run.wait_for(lambda: 'EPOCH 3 training takes' in run.log())

@@ -56,6 +56,7 @@ def test_matmuls_equal_the_formula(shape):
     assert max(relative_errors(attention.attend, *shape, dtype=torch.bfloat16)) < 1.2e-2
 
 
+@pytest.mark.slow
 def test_kernel_equals_the_formula_in_the_interpreter():
     pytest.importorskip('triton')
     done = subprocess.run(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from config import load_config
-from models import MSGTransformer, build_model
+from models import MSGTransformer, build_model, linear
 from models.windows import join_windows
 from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, golden_network, images, labels
 
@@ -69,6 +69,16 @@ def test_loss_and_gradient_norms(version, size):
     assert norms.keys() == record['grad_norm'].keys()
     for name, recorded in record['grad_norm'].items():
         assert norms[name] == pytest.approx(recorded, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_the_same_with_linear_layers_by_the_other_library(version, monkeypatch):
+    if not linear.HAS_OPERATOR:
+        pytest.skip('PyTorch was built without oneDNN')
+    other = 'pytorch' if linear.LIBRARY == 'onednn' else 'onednn'
+    monkeypatch.setattr(linear, 'LIBRARY', other)
+    test_logits_and_the_tokens_of_every_stage(version, 'tiny')
+    test_loss_and_gradient_norms(version, 'tiny')
 
 
 @pytest.mark.parametrize('size', ['tiny', 'small', 'base'])

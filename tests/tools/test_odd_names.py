@@ -47,6 +47,7 @@ def pictures(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_tools_for_datasets_take_any_name(pictures, tmp_path):
     split, shards = tmp_path / os.fsdecode(b'split \xe9'), tmp_path / 'shards'
     commands = [

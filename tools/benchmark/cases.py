@@ -196,28 +196,6 @@ class BenchmarkCase(ABC):
         return self.resident_bytes() + peak_allocation(self, self.device)
 
 
-class MatmulReference:
-    """One plain matmul: how fast a device multiplies and adds.
-
-    Args:
-        precision: precision of the matrices.
-        device: device to run on.
-        multiply_adds: approximate number; the attribute has the exact one.
-    """
-
-    def __init__(self, precision: str, device: torch.device, multiply_adds: int):
-        size = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
-        rows = max(1, round(multiply_adds / size**2))
-        self.precision, self.multiply_adds = precision, rows * size**2
-        self.left = torch.randn(rows, size, device=device, dtype=PRECISIONS[precision])
-        self.right = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
-
-    def __call__(self) -> Tensor:
-        """Multiply once."""
-        with tf32(self.precision == 'tf32'):
-            return self.left @ self.right
-
-
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
     """Context in which GPUs round fp32 matmuls and convolutions to TensorFloat-32, or do not."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from config import load_config
 from engine.config_tree import ConfigError, task_of_file
-from models import build_model
+from models import MSGTransformer, build_model, linear
 from models.pyramid import Size
 from tools.benchmark.cases import BenchmarkCase, Setting
-from tools.benchmark.comparison import FUSED, is_config
+from tools.benchmark.comparison import FORMS, FUSED, ONEDNN_LINEAR, is_config
 from tools.flops import count_multiply_adds
 
 
@@ -67,7 +67,8 @@ def build_network(name: str, size: int) -> nn.Module:
     """Build a network with random weights, from a config file or by timm's or torchvision's name.
 
     Args:
-        name: a config file, `NAME`, `timm:NAME` or `torchvision:NAME`; after one of timm's, `+fused`.
+        name: a config file, `NAME`, `timm:NAME` or `torchvision:NAME`; after the latter three, `+onednn` for linear
+            layers by oneDNN; after one of timm's, `+fused` before that, for fused attention.
         size: image size, in pixels.
 
     Raises:
@@ -77,6 +78,8 @@ def build_network(name: str, size: int) -> nn.Module:
         if task_of_file(name) != 'classification':
             raise ConfigError(f'{name} is not a classifier: time it with python -m tools.benchmark detectors')
         return build_model(load_config(name, ['DATA.IMG_SIZE', str(size)]))
+    if name.endswith(ONEDNN_LINEAR):
+        return WithOneDNNLinear(build_network(name.removesuffix(ONEDNN_LINEAR), size))
     library, _, plain = name.removesuffix(FUSED).rpartition(':')
     if library in ('', 'timm') and timm.is_model(plain):
         with fused_attention(name.endswith(FUSED)):
@@ -100,18 +103,41 @@ def fused_attention(everywhere: bool) -> Iterator[None]:
         set_fused_attn(*before)
 
 
-def with_fused_attention(names: Sequence[str]) -> list[str]:
-    """The names, each of a timm network whose fused attention is off by default followed by that with `+fused`."""
+def with_other_forms(names: Sequence[str]) -> list[str]:
+    """The names, each followed by the other forms that its network can have, so that peers lack no setting of ours.
+
+    A network of timm whose fused attention is off by default has a form with fused attention. Where the layers of this
+    project's networks are computed by oneDNN, every other network has each of its forms with such layers too.
+    """
     result = []
     for name in names:
-        result.append(name)
-        if is_config(name) or name.endswith(FUSED) or not timm.is_model(name.removeprefix('timm:')):
-            continue
-        with torch.device('meta'):
-            network = build_network(name, 224)
-        if any(getattr(module, 'fused_attn', True) is False for module in network.modules()):
-            result.append(name + FUSED)
+        forms = [name]
+        if not is_config(name) and not name.endswith(FORMS):
+            with torch.device('meta'):
+                network = build_network(name, 224)
+            if any(getattr(module, 'fused_attn', True) is False for module in network.modules()):
+                forms.append(name + FUSED)
+            if linear.LIBRARY == 'onednn' and not isinstance(network, MSGTransformer):
+                forms += [form + ONEDNN_LINEAR for form in forms]
+        result += forms
     return result
+
+
+class WithOneDNNLinear(nn.Module):
+    """A network whose fp32 linear layers are computed by oneDNN, as those of this project on some processors.
+
+    Args:
+        network: any network.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the network."""
+        with linear.OneDNNLinear():
+            return self.network(images)
 
 
 def image_channels(network: nn.Module) -> int:

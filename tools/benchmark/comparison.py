@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from engine.config_tree import ConfigError
-from tools.benchmark.cases import BenchmarkCase, MatmulReference, Setting, unavailable
+from tools.benchmark.cases import BenchmarkCase, Setting, unavailable
+from tools.benchmark.matmul import MatmulReference, Peak, measure_peak
 from tools.benchmark.timing import Quartiles, time_interleaved
 
-# After the name of a timm network: with fused attention, also where timm's default is not to use it
-FUSED = '+fused'
+# After the name of a network that is not ours: with fused attention, where timm's default is not to use it; with linear
+# layers by oneDNN, as ours have them on some processors (see models/linear.py)
+FUSED, ONEDNN_LINEAR = FORMS = ('+fused', '+onednn')
 
 BuildCase = Callable[[str, Setting], BenchmarkCase]
 
@@ -28,9 +30,11 @@ class Result(NamedTuple):
         times: seconds per call, in each round.
         images: images per call.
         pixels: of the images of a call, where results differ in them.
-        peer_times: the peer's times under the same setting, in the same rounds; None without a peer.
+        peer_times: times of the peer's fastest form under the same setting, in the same rounds; None without a peer.
+        default_peer_times: the same of the peer as its library makes it, where it has other forms too.
         matmul_times: seconds of a plain matmul of as many multiply-adds, in the same rounds; None where they are not
             counted.
+        peak: rates of plain matmuls when the measurement began.
         memory: peak bytes, if measured.
         multiply_adds: multiply-adds of a call over the real operators, if counted.
     """
@@ -41,7 +45,9 @@ class Result(NamedTuple):
     images: int = 1
     pixels: int | None = None
     peer_times: list[float] | None = None
+    default_peer_times: list[float] | None = None
     matmul_times: list[float] | None = None
+    peak: Peak | None = None
     memory: int | None = None
     multiply_adds: int | None = None
 
@@ -56,6 +62,11 @@ class Result(NamedTuple):
         return self.peer_times and Quartiles.of_ratios(self.peer_times, self.times)
 
     @property
+    def default_speedup(self) -> Quartiles | None:
+        """The default peer's time divided by this one's, within a round."""
+        return self.default_peer_times and Quartiles.of_ratios(self.default_peer_times, self.times)
+
+    @property
     def matmul_fraction(self) -> Quartiles | None:
         """The matmul's time divided by this one's, within a round: the fraction of the matmul peak."""
         return self.matmul_times and Quartiles.of_ratios(self.matmul_times, self.times)
@@ -64,10 +75,19 @@ class Result(NamedTuple):
         """The result as plain data."""
         setting = self.setting if isinstance(self.setting, str) else self.setting._asdict()
         entry: dict[str, Any] = {'name': self.name, 'setting': setting, 'images': self.images}
-        quartiles = {'seconds': self.seconds, 'speedup': self.speedup, 'matmul_fraction': self.matmul_fraction}
+        quartiles = {
+            'seconds': self.seconds,
+            'speedup': self.speedup,
+            'default_speedup': self.default_speedup,
+            'matmul_fraction': self.matmul_fraction,
+        }
         entry |= {name: value._asdict() for name, value in quartiles.items() if value is not None}
-        counts = {'memory': self.memory, 'multiply_adds': self.multiply_adds}
-        return entry | {name: value for name, value in counts.items() if value is not None}
+        others = {
+            'matmul_rates': self.peak and self.peak.rates,
+            'memory': self.memory,
+            'multiply_adds': self.multiply_adds,
+        }
+        return entry | {name: value for name, value in others.items() if value is not None}
 
 
 def short_name(name: str) -> str:
@@ -80,9 +100,9 @@ def is_config(name: str) -> bool:
     return name.endswith(('.yaml', '.yml'))
 
 
-def without_fused(name: str) -> str:
-    """A network's name in either form of its attention."""
-    return name.removesuffix(FUSED)
+def without_form(name: str) -> str:
+    """A network's name in any of its forms."""
+    return name.removesuffix(ONEDNN_LINEAR).removesuffix(FUSED)
 
 
 def require_distinct_names(names: Sequence[str]) -> None:
@@ -118,7 +138,7 @@ def compare(
     """Measure all networks, interleaved, under settings that differ in `compile_mode` only; then under the next ones.
 
     Args:
-        names: networks to compare; the last one is the peer, with its form without `+fused` before it, if it has two.
+        names: networks to compare; the last one is the peer; its other forms may come before it.
         settings: how to run them.
         build_case: builds the case of a network under a setting.
         rounds: how often each is timed.
@@ -148,17 +168,24 @@ def _measure_together(
     """Results of cases, by network and setting, interleaved with a matmul for each network."""
     case_of_network = {name: case for (name, _), case in cases.items()}  # in any compile mode
     counts = {name: case.multiply_adds() for name, case in case_of_network.items()}
-    precision = case_of_network[names[0]].setting.precision
-    matmuls = {name: MatmulReference(precision, device, count) for name, count in counts.items() if count is not None}
+    counted = {name: count for name, count in counts.items() if count is not None}
+    precision, peak, matmuls = case_of_network[names[0]].setting.precision, None, {}
+    if counted:
+        peak = measure_peak(precision, device, max(counted.values()))
+        show_progress(str(peak))
+        matmuls = {name: MatmulReference(precision, device, count, peak.library) for name, count in counted.items()}
     for matmul in matmuls.values():
         matmul()
     times = time_interleaved({**cases, **matmuls}, rounds, device)
-    peers = [name for name in names if without_fused(name) == without_fused(names[-1])]
+    peers = [name for name in names if without_form(name) == without_form(names[-1])]
     has_others = len(peers) < len(names)
     results = []
     for (name, setting), case in cases.items():
-        peer_times = min((times[peer, setting] for peer in peers), key=np.median) if has_others else None
-        matmul_times = None
+        peer_times = default_times = matmul_times = None
+        if has_others:
+            peer_times = min((times[peer, setting] for peer in peers), key=np.median)
+            if len(peers) > 1 and without_form(names[-1]) in peers:
+                default_times = times[without_form(names[-1]), setting]
         if name in matmuls:
             matmul_times = [seconds * counts[name] / matmuls[name].multiply_adds for seconds in times[name]]
         results.append(
@@ -169,7 +196,9 @@ def _measure_together(
                 images=setting.batch,
                 pixels=setting.pixels,
                 peer_times=peer_times,
+                default_peer_times=default_times,
                 matmul_times=matmul_times,
+                peak=peak,
                 memory=case.peak_memory(),
                 multiply_adds=counts[name],
             )

@@ -1,7 +1,9 @@
 """Time classifiers with random weights, interleaved in one process.
 
-The last network is the peer that the others are compared with. A network of timm whose fused attention is off by
-default is measured in both forms, and counts with the faster. The word "networks" may be left out.
+The last network is the peer that the others are compared with, in its fastest form and as its library makes it ("out of
+the box"). A network of timm whose fused attention is off by default is measured in both forms. Where the linear layers
+of this project's networks are computed by oneDNN, so are those of the other networks, in a further form, "+onednn". The
+word "networks" may be left out.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from engine.config_tree import ConfigError
 from engine.distributed import choose_device
 from tools.benchmark.best import find_fastest, variants_table
 from tools.benchmark.cases import COMPILE_MODES, MODES, PRECISIONS, Setting, add_timing_flags
-from tools.benchmark.classifiers import ClassifierCase, build_network, image_channels, with_fused_attention
+from tools.benchmark.classifiers import ClassifierCase, build_network, image_channels, with_other_forms
 from tools.benchmark.comparison import available_settings, compare, require_distinct_names
 from tools.benchmark.report import write_groups
 from utils import positive_int
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.best:
         print_fastest(args, device)
         return
-    names = with_fused_attention(args.networks)
+    names = with_other_forms(args.networks)
     require_distinct_names(names)
     settings = [
         Setting(mode, precision, compile_mode, batch, size, threads)

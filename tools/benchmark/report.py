@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tools.benchmark.chart import chart
-from tools.benchmark.comparison import Result, without_fused
+from tools.benchmark.comparison import Result, without_form
 from tools.benchmark.timing import Quartiles
 from tools.output_files import save_figure, write_text
 from utils import environment, printable
@@ -28,6 +28,7 @@ def _cells(result: Result) -> dict[str, str]:
         'ms (quartiles)': milliseconds(result.seconds),
         'images/s': f'{result.images / result.seconds.median:.1f}',
         'x peer': '' if result.speedup is None else f'{result.speedup:.2f}',
+        'x peer out of the box': '' if result.default_speedup is None else f'{result.default_speedup:.2f}',
         '% of matmul peak': '' if result.matmul_fraction is None else f'{100 * result.matmul_fraction.median:.0f}',
         'memory, MB': '' if result.memory is None else f'{result.memory / 2**20:.0f}',
         'multiply-adds': '' if result.multiply_adds is None else f'{result.multiply_adds / 1e9:.2f}G',
@@ -44,7 +45,7 @@ def compare_fastest(results: Sequence[Result]) -> str:
     """Each network's fastest compile mode against the peer's fastest, among results measured together; a line each."""
     fastest: dict[str, Result] = {}
     for result in results:
-        name = without_fused(result.name)
+        name = without_form(result.name)
         if name not in fastest or result.seconds.median < fastest[name].seconds.median:
             fastest[name] = result
     *others, peer = fastest.values()
@@ -74,7 +75,7 @@ def write_groups(groups: Iterable[list[Result]], output: Path, device: torch.dev
     for group in groups:
         results += group
         has_settings = not isinstance(group[0].setting, str)
-        if has_settings and len({without_fused(result.name) for result in group}) > 1:
+        if has_settings and len({without_form(result.name) for result in group}) > 1:
             summary.append(compare_fastest(group))
         text = write(results, summary, output, device)
     print(text, printable(f'wrote {output}.md, {output}.json, {output}.png'), sep='\n')
@@ -97,7 +98,8 @@ def write(results: Sequence[Result], summary: Sequence[str], output: Path, devic
     """
     hardware = environment(device)
     footer = ' | '.join(f'{name} {value}' for name, value in hardware.items())
-    text = '\n\n'.join([table(results), *filter(None, ['\n'.join(summary)]), footer]) + '\n'
+    peaks = dict.fromkeys(str(result.peak) for result in results if result.peak)
+    text = '\n\n'.join([table(results), *filter(None, ['\n'.join(summary)]), *peaks, footer]) + '\n'
     records = {'environment': hardware, 'results': [result.as_dict() for result in results]}
     write_text(Path(f'{output}.md'), [text])
     write_text(Path(f'{output}.json'), [json.dumps(records, indent=1), '\n'])

@@ -5,7 +5,7 @@ from torch import nn
 from engine.config_tree import ConfigError
 from tests.helpers.paths import TINY
 from tests.helpers.runs import CPU
-from tools.benchmark.cases import LEARNING_RATE, MatmulReference, Setting, unavailable
+from tools.benchmark.cases import LEARNING_RATE, Setting, unavailable
 from tools.benchmark.classifiers import ClassifierCase, build_network
 from tools.flops import count_multiply_adds
 
@@ -98,13 +98,6 @@ def test_multiply_adds_of_gradients_of_grouped_convolutions(groups):
     assert count_multiply_adds(lambda: convolution(x).sum().backward()) == 3 * forward
 
 
-@pytest.mark.parametrize(('multiply_adds', 'side'), [(3 * 1024**3, 1024), (30**3, 30), (1, 1)])
-def test_matmul_is_as_square_as_its_size_allows(multiply_adds, side):
-    matmul = MatmulReference('fp32', CPU, multiply_adds)
-    assert matmul.multiply_adds == matmul.left.numel() * matmul.right.shape[1] == multiply_adds
-    assert matmul.right.shape == (side, side)
-
-
 def test_peak_memory_is_resident_and_allocated_memory():
     class Greedy(nn.Module):
         def __init__(self):
@@ -144,9 +137,3 @@ def test_unavailable_settings(monkeypatch):
     for capability, reason in (((7, 0), 'this GPU has no bf16'), ((9, 0), '')):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)
         assert unavailable(Setting(precision='bf16', compile_mode='graphs'), GPU) == reason
-
-
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_matmul_reference_multiplies(precision):
-    matmul = MatmulReference(precision, CPU, 2 * 1024**2)
-    torch.testing.assert_close(matmul(), matmul.left @ matmul.right)

@@ -13,6 +13,7 @@ from tools.sample_images import FileSamples, find_samples, make_jpegs
 PROGRAM = ['-m', 'tools.benchmark', 'loader', '--images', '6', '--rounds', '1']
 
 
+@pytest.mark.slow
 def test_both_pipelines_their_stages_and_loaders_are_timed(tmp_path):
     done = run_here(*PROGRAM, '--workers', '1', '--output', tmp_path / 'loading')
     assert done.returncode == 0, done.stderr

@@ -6,12 +6,13 @@ import torch
 from tests.helpers.paths import DETECTION_CONFIGS, TINY
 from tests.helpers.runs import CPU
 from tools.benchmark import __main__ as program
-from tools.benchmark import best, comparison, networks
+from tools.benchmark import best, classifiers, comparison, networks
 from tools.benchmark.best import Variant, find_fastest, with_int8_linears
 from tools.benchmark.cases import Setting
 from tools.benchmark.chart import chart
-from tools.benchmark.classifiers import ClassifierCase, build_network
+from tools.benchmark.classifiers import ClassifierCase, build_network, with_other_forms
 from tools.benchmark.comparison import Result, compare
+from tools.benchmark.matmul import Peak
 from tools.benchmark.report import compare_fastest, table
 from tools.benchmark.timing import Quartiles
 
@@ -29,7 +30,8 @@ def result(name, compile_mode, seconds):
     """Three rounds, of which the last takes twice as long; the peer takes twice as long, the matmul half."""
     times = [seconds, seconds, 2 * seconds]
     twice, halves = [2 * x for x in times], [x / 2 for x in times]
-    return Result(name, Setting(compile_mode=compile_mode), times, 8, None, twice, halves, 3 * 2**20, 10**9)
+    setting = Setting(compile_mode=compile_mode)
+    return Result(name, setting, times, 8, None, twice, None, halves, Peak({'oneDNN': 8e9}), 3 * 2**20, 10**9)
 
 
 def test_fastest_compile_modes_are_compared():
@@ -55,6 +57,39 @@ def test_ratios_are_within_rounds(monkeypatch):
     assert ours.matmul_fraction.median == pytest.approx(0.5, rel=0.05)  # of 0.5, 1 and 0.25; a matmul of nearly as many
     assert peer.matmul_fraction.median == pytest.approx(1 / 8, rel=0.05)
     assert ours.seconds.median == 2.0
+    assert ours.default_speedup is None
+
+
+def test_the_peer_is_compared_in_its_fastest_form_and_out_of_the_box(monkeypatch):
+    seconds = {str(TINY): 1.0, 'peer': 3.0, 'peer+fused': 4.0, 'peer+onednn': 2.0, 'peer+fused+onednn': 2.5}
+    monkeypatch.setattr(comparison, 'time_interleaved', lambda cases, *_: {c: [seconds.get(c[0], 1.0)] for c in cases})
+    settings = [Setting(batch=2, size=28)]
+    (results,) = compare(list(seconds), settings, lambda name, setting: build_case(str(TINY), setting), 1, CPU)
+    assert [result.speedup.median for result in results] == [2.0, 2 / 3, 0.5, 1.0, 0.8]
+    assert [result.default_speedup.median for result in results] == [3.0, 1.0, 0.75, 1.5, 1.2]
+    header, _, first, *_ = table(results).splitlines()
+    cells = dict(zip(header.split(' | '), first.split(' | '), strict=True))
+    assert cells['x peer'] == '2.00 (2.00 to 2.00)'
+    assert cells['x peer out of the box'] == '3.00 (3.00 to 3.00)'
+
+
+def test_peers_have_the_forms_that_ours_has(monkeypatch):
+    monkeypatch.setattr(classifiers.linear, 'LIBRARY', 'pytorch')
+    assert with_other_forms([str(TINY), 'test_convnext']) == [str(TINY), 'test_convnext']
+    monkeypatch.setattr(classifiers.linear, 'LIBRARY', 'onednn')
+    names = with_other_forms([str(TINY), 'msg_transformer_nano', 'test_convnext', 'swin_tiny_patch4_window7_224'])
+    assert names[:4] == [str(TINY), 'msg_transformer_nano', 'test_convnext', 'test_convnext+onednn']
+    assert [name.removeprefix('swin_tiny_patch4_window7_224') for name in names[4:]] == [
+        '',
+        '+fused',
+        '+onednn',
+        '+fused+onednn',
+    ]
+    monkeypatch.setattr(classifiers.linear, 'MIN_MULTIPLY_ADDS', 1)
+    network = build_network('test_convnext+onednn', 32)
+    with torch.profiler.profile(acc_events=True) as profile:
+        network(torch.zeros(1, 3, 32, 32))
+    assert 'mkldnn::_linear_pointwise' in {event.key for event in profile.key_averages()}
 
 
 def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
