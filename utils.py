@@ -61,13 +61,7 @@ def non_negative_float(text: str) -> float:
     Raises:
         ArgumentTypeError: the text is not one.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on, such as 0.5')
-    return value
+    return _number(text, lambda value: 0 <= value < float('inf'), 'number from 0 on, such as 0.5')
 
 
 def fraction(text: str) -> float:
@@ -76,13 +70,15 @@ def fraction(text: str) -> float:
     Raises:
         ArgumentTypeError: the text is not one.
     """
-    try:
+    return _number(text, lambda value: 0 < value < 1, 'number above 0 and below 1, such as 0.2')
+
+
+def _number(text: str, fits: Callable[[float], bool], kind: str) -> float:
+    with contextlib.suppress(ValueError):
         value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 and below 1, such as 0.2')
-    return value
+        if fits(value):
+            return value
+    raise argparse.ArgumentTypeError(f'{text!r} is not a {kind}')
 
 
 def home_path(text: str) -> Path:

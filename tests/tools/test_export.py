@@ -27,10 +27,11 @@ from tests.helpers.processes import error_line, run_here, start
 from tools.benchmark.timing import Quartiles
 from tools.export import check, quantization
 from tools.export.__main__ import main
+from tools.export.check import Latency
 from tools.export.exported import backend_of
 from tools.export.network import ExportError, Network
 from tools.export.openvino_files import run_openvino
-from tools.export.quantization import Latency, Scores, check_gain
+from tools.export.quantization import Scores, check_gain
 
 CLASSES = ['ant', 'bee', 'cat']
 V2 = {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap'}
@@ -241,7 +242,7 @@ def faster_int8(monkeypatch):
     def times(callables, rounds, device):
         return {name: [0.001 if name == 'int8' else 0.002] * rounds for name in callables}
 
-    monkeypatch.setattr(quantization, 'time_interleaved', times)
+    monkeypatch.setattr(check, 'time_interleaved', times)
 
 
 @pytest.fixture
@@ -350,8 +351,9 @@ SCORES = Scores(images=200, eager=90, file=89.5, agreement=98)
 def latencies(ratio):
     """Of two batch sizes; the second takes this part of the time of the unquantized file."""
     part = Quartiles(0.5, 0.5, 0.5)
-    first = Latency(1, {'int8': 0.001, 'unquantized': 0.002}, {'unquantized': part})
-    return [first, Latency(8, {'int8': 0.01 * ratio, 'unquantized': 0.01}, {'unquantized': Quartiles(ratio, 0, 2)})]
+    first = Latency({'int8': 0.001, 'unquantized': 0.002}, {'unquantized': part})
+    eighth = Latency({'int8': 0.01 * ratio, 'unquantized': 0.01}, {'unquantized': Quartiles(ratio, 0, 2)})
+    return {1: first, 8: eighth}
 
 
 def test_int8_files_that_are_accurate_and_faster_are_kept():

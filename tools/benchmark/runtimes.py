@@ -100,11 +100,8 @@ def write_file(case: FileCase, size: int, folder: Path) -> Path:
     graph = rewrite_for_runtimes(network, for_onnxruntime=case.runtime == 'onnxruntime')
     images = torch.zeros(2, image_channels(network), size, size)
     program = formats.trace_graph(graph, images, {0: torch.export.Dim('batch', min=1)})
-    onnx = path.with_suffix('.onnx')
-    formats.write_onnx(program, onnx, ['logits'], {0: 'batch'})
-    if format_ == 'openvino':
-        write_openvino(onnx, path)
-        onnx.unlink()
+    write = {'onnx': formats.write_onnx, 'openvino': write_openvino}[format_]
+    write(program, path, ['logits'], {0: 'batch'})
     return path
 
 

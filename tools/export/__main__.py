@@ -291,10 +291,8 @@ def trace_and_write(network: Network, args: argparse.Namespace, size: Size | Non
         formats.write_torch_export(program, file)
     else:
         axes = {axis: name for axis, (name, _, _) in formats.dynamic_axes(network, size).items()}
-        onnx = file.with_suffix(FORMATS['onnx'])
-        formats.write_onnx(program, onnx, network.outputs, axes)
-        if args.format == 'openvino':
-            openvino_files.write_openvino(onnx, file)
+        write = {'onnx': formats.write_onnx, 'openvino': openvino_files.write_openvino}[args.format]
+        write(program, file, network.outputs, axes)
     return runner_of(args.format)(file)
 
 

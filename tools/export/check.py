@@ -1,6 +1,6 @@
 """The proof of an exported file: its outputs against eager ones on real images, and its latency."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,18 @@ class Comparison(NamedTuple):
     size: Size
     batch: int
     difference: float
+
+
+class Latency(NamedTuple):
+    """Median seconds of calls by name, and quartiles of the time of one of them relative to each other one."""
+
+    median_seconds: dict[str, float]
+    time_relative_to: dict[str, Quartiles]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The latency as plain data."""
+        relative = {name: ratio._asdict() for name, ratio in self.time_relative_to.items()}
+        return {'median_seconds': self.median_seconds, 'time_relative_to': relative}
 
 
 def check_sizes(network: Network, asked: Sequence[Size], any_size: bool) -> list[Size]:
@@ -141,6 +153,24 @@ def largest_difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) ->
 
 
 @torch.inference_mode()
+def time_against_others(name: str, callables: Mapping[str, Callable[[], object]], rounds: int) -> Latency:
+    """Time calls on the CPU, interleaved, after two calls of each.
+
+    Args:
+        name: of the call that is compared with all others.
+        callables: by name.
+        rounds: how often each is timed.
+    """
+    for function in callables.values():
+        function()
+        function()
+    times = time_interleaved(callables, rounds, torch.device('cpu'))
+    return Latency(
+        {other: Quartiles.from_values(values).median for other, values in times.items()},
+        {other: Quartiles.of_ratios(times[name], values) for other, values in times.items() if other != name},
+    )
+
+
 def measure_latency(network: Network, run: Runner, inputs: Tensor, rounds: int) -> dict[str, Any]:
     """Seconds of the file, of eager and of compiled execution, interleaved, and the file's time relative to both.
 
@@ -156,10 +186,5 @@ def measure_latency(network: Network, run: Runner, inputs: Tensor, rounds: int) 
         'eager': lambda: network.run(inputs),
         'compiled': lambda: compiled(inputs),
     }
-    for function in callables.values():
-        function()
-        function()
-    times = time_interleaved(callables, rounds, inputs.device)
-    seconds = {name: Quartiles.from_values(values).median for name, values in times.items()}
-    relative = {name: Quartiles.of_ratios(times['exported'], times[name])._asdict() for name in ('eager', 'compiled')}
-    return {'shape': list(inputs.shape), 'rounds': rounds, 'median_seconds': seconds, 'time_relative_to': relative}
+    latency = time_against_others('exported', callables, rounds)
+    return {'shape': list(inputs.shape), 'rounds': rounds, **latency.as_dict()}

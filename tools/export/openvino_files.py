@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.export.formats import Runner
+from tools.export.formats import Runner, write_onnx
 from tools.export.openvino_imports import import_openvino
 
 
@@ -30,9 +30,12 @@ def openvino_core() -> Any:
     return import_openvino().Core()
 
 
-def write_openvino(onnx: Path, path: Path) -> None:
-    """Write an ONNX file as OpenVINO's .xml and .bin, in fp32."""
+def write_openvino(program: torch.export.ExportedProgram, path: Path, outputs: list[str], axes: dict[int, str]) -> None:
+    """Write a graph as OpenVINO's .xml and .bin, in fp32, by way of an ONNX file; see `write_onnx`."""
+    onnx = path.with_suffix('.onnx')
+    write_onnx(program, onnx, outputs, axes)
     import_openvino().save_model(openvino_core().read_model(onnx), path, compress_to_fp16=False)
+    onnx.unlink()
 
 
 def run_openvino(path: Path) -> Runner:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from data.build import EvalTransform
 from data.file_loader import InferenceLoader
 from data.images import choose_images, find_images
 from data.preprocess import Preprocess
-from tools.benchmark.timing import Quartiles, time_interleaved
+from tools.export.check import Latency, time_against_others
 from tools.export.formats import Runner
 from tools.export.network import ExportError, Network
 from tools.export.openvino_files import quantize_openvino
@@ -50,14 +51,6 @@ class Scores(NamedTuple):
     def drop(self) -> float:
         """Points of accuracy that the file loses."""
         return self.eager - self.file
-
-
-class Latency(NamedTuple):
-    """Median seconds of a call by name, and quartiles of the time of `int8` relative to each of the others."""
-
-    batch: int
-    median_seconds: dict[str, float]
-    time_relative_to: dict[str, Quartiles]
 
 
 class Int8Images(NamedTuple):
@@ -237,29 +230,13 @@ def run_file(run: Runner, inputs: Tensor) -> list[Tensor]:
     return outputs
 
 
-@torch.inference_mode()
-def measure(runners: Mapping[str, Runner], inputs: Tensor, rounds: int) -> Latency:
-    """Time runners of a network on the same images, interleaved.
+def check_gain(scores: Scores, latencies: Mapping[int, Latency], max_drop: float) -> None:
+    """Check that an int8 file is accurate and fast enough to be kept.
 
     Args:
-        runners: by name, among them `int8`.
-        inputs: images (B, C, H, W).
-        rounds: how often each is timed.
-    """
-    callables = {name: lambda run=run: run(inputs) for name, run in runners.items()}
-    for function in callables.values():
-        function()
-        function()
-    times = time_interleaved(callables, rounds, inputs.device)
-    return Latency(
-        len(inputs),
-        {name: Quartiles.from_values(values).median for name, values in times.items()},
-        {name: Quartiles.of_ratios(times['int8'], values) for name, values in times.items() if name != 'int8'},
-    )
-
-
-def check_gain(scores: Scores, latencies: Sequence[Latency], max_drop: float) -> None:
-    """Check that an int8 file is accurate and fast enough to be kept.
+        scores: of the file.
+        latencies: by batch size, of `int8` against the others.
+        max_drop: points of accuracy that it may lose.
 
     Raises:
         ExportError: it loses more than `max_drop` points of accuracy, or is not faster than the unquantized file at a
@@ -271,13 +248,11 @@ def check_gain(scores: Scores, latencies: Sequence[Latency], max_drop: float) ->
             f'its top-1 accuracy on {scores.images} images is {scores.file:.2f} %, {scores.drop:.2f} points below '
             f'eager execution, more than --max-drop {max_drop:g}'
         )
-    for latency in latencies:
+    for batch, latency in latencies.items():
         relative = latency.time_relative_to['unquantized'].median
         if relative >= 1:
             int8, unquantized = (1e3 * latency.median_seconds[name] for name in ('int8', 'unquantized'))
-            problems.append(
-                f'at batch size {latency.batch} it takes {int8:.1f} ms, the unquantized file {unquantized:.1f} ms'
-            )
+            problems.append(f'at batch size {batch} it takes {int8:.1f} ms, the unquantized file {unquantized:.1f} ms')
     if problems:
         raise ExportError(f'the int8 file is not kept: {"; ".join(problems)}')
 
@@ -308,7 +283,10 @@ def prove(
     """
     scores = score(network, runners['int8'], labelled)
     runners = {**runners, 'eager': network.run}
-    latencies = [measure(runners, inputs[:batch], rounds) for batch in LATENCY_BATCHES]
+    latencies = {}
+    for batch in LATENCY_BATCHES:
+        calls = {name: partial(run, inputs[:batch]) for name, run in runners.items()}
+        latencies[batch] = time_against_others('int8', calls, rounds)
     check_gain(scores, latencies, max_drop)
     return {
         'scored_images': scores.images,
@@ -316,9 +294,5 @@ def prove(
         'agreement': scores.agreement,
         'max_drop': max_drop,
         'rounds': rounds,
-        'latency': [
-            latency._asdict()
-            | {'time_relative_to': {name: ratio._asdict() for name, ratio in latency.time_relative_to.items()}}
-            for latency in latencies
-        ],
+        'latency': [{'batch': batch, **latency.as_dict()} for batch, latency in latencies.items()],
     }
