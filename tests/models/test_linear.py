@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import MSGTransformer, linear
@@ -98,6 +99,8 @@ def test_compiled_networks_are_left_to_pytorch(networks):
     assert torch.equal(compiled(X), theirs(X))
     assert sum('linear' in target for target in targets) == 2
     assert not any('mkldnn' in target for target in targets)
+    recomputed = torch.compile(lambda x: checkpoint(ours, x, use_reentrant=False), backend=backend, fullgraph=True)
+    assert torch.equal(recomputed(X), theirs(X))
     strict = torch.export.export(ours, (X,), strict=True)
     assert not any('mkldnn' in str(node.target) for node in strict.graph.nodes)
 
