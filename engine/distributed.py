@@ -242,13 +242,24 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
             f'the processes cannot connect at {launch.master_addr}:{launch.master_port} ({reason}): set MASTER_ADDR to '
             f'the host of rank 0, and MASTER_PORT to a free port there'
         ) from error
-    try:
-        with _report_lost_process():
+    with _report_lost_process():
+        try:
             yield Process(launch.rank, launch.world_size, device)
-    except Stopped:  # in every process
-        dist.destroy_process_group()
-        raise
-    # Not after an error: the other processes are busy, and destroying the group would wait for them.
+        except Stopped:  # in every process
+            _leave_process_group()
+            raise
+        # Not after an error: the other processes are busy, and destroying the group would wait for them.
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Destroy the process group; every process calls this at the same point.
+
+    Gloo's threads need the GIL to free the tensors of the last collective. DDP's destructor frees the group, for which
+    it waits for these threads, without releasing the GIL (https://github.com/pytorch/pytorch/issues/56297). The barrier
+    releases it, so the threads are done before.
+    """
+    dist.barrier()
     dist.destroy_process_group()
 
 

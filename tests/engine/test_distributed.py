@@ -125,6 +125,7 @@ def test_timeout_is_the_documented_one(monkeypatch):
     options = {}
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *_, **x: options.update(x))
     monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: None)
+    monkeypatch.setattr(torch.distributed, 'barrier', lambda: None)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with start_process('cpu', 0):
@@ -206,6 +207,7 @@ def test_gpu_is_chosen_before_joining_the_process_group(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.distributed, 'barrier', lambda: chosen.append('barrier'))
     monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: chosen.append('left'))
     monkeypatch.setattr(
         torch.distributed, 'init_process_group', lambda backend, **options: chosen.append((backend, options))
@@ -215,7 +217,7 @@ def test_gpu_is_chosen_before_joining_the_process_group(monkeypatch):
     with start_process('cuda', 0) as process:
         assert process == (3, 8, torch.device('cuda', 1))
     joined = ('cpu:gloo,cuda:nccl', {'init_method': 'env://', 'rank': 3, 'world_size': 8, 'timeout': TIMEOUT})
-    assert chosen == [torch.device('cuda', 1), joined, 'left']
+    assert chosen == [torch.device('cuda', 1), joined, 'barrier', 'left']
     with pytest.raises(Stopped), start_process('cuda', 0):  # all ranks stop together
         raise Stopped
     with pytest.raises(RuntimeError), start_process('cuda', 0):  # a rank that fails does not wait for the others
