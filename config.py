@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
-from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MANIP_TYPES, MERGE_TYPES
+from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
 from models.timm_networks import shaping_args
 
@@ -199,7 +199,13 @@ def shared_keys(task: str) -> KeyGroup:
     c.MODEL.MSG.SHUF_SIZE = Key(
         [4, 4, 2, 1], 'Size of a shuffle region per stage, in windows', min=1, affects='network'
     )
-    c.MODEL.MSG.MANIP_TYPE = Key('shuf', 'Exchange of MSG tokens: shuf or none', choices=MANIP_TYPES, affects='network')
+    c.MODEL.MSG.MANIP_TYPE = Key(
+        'shuf',
+        'Exchange of MSG tokens: shuf (published), none, mean, shift, attention, global or mix (docs/exchange.md); '
+        'or a list with one for each stage',
+        or_list=True,
+        affects='network',
+    )
     c.MODEL.MSG.MSG_TOKENS = Key(
         True, 'MSG tokens in every window; without them, the head reads patches', affects='network'
     )

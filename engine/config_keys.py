@@ -15,6 +15,7 @@ class Key:
         choices: its values, where they are few; `timm:<name>` is any text that starts so.
         min, max: bounds of a number, or of every number in a list; None for none.
         optional: type of its values where None is one of them.
+        or_list: whether a list of such values is one of its values too; names are separated by commas.
         flag: its command-line flag, if any; several spellings are separated by spaces.
         metavar: what `--help` shows as the flag's value.
         is_path: whether it is a path, in which a leading ~ is the user's home folder.
@@ -33,6 +34,7 @@ class Key:
     min: float | None = None
     max: float | None = None
     optional: type | None = None
+    or_list: bool = False
     flag: str = ''
     metavar: str | None = None
     is_path: bool = False

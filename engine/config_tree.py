@@ -322,6 +322,8 @@ def _read_value(key: Key, value: Any) -> Any:
     """
     if key.optional and (value is None or (value == 'None' and key.optional is not str)):  # which YAML calls null
         return None
+    if key.or_list and (items := _split(value)):
+        return [_read_scalar(key.type, item) for item in items]
     if key.type not in (list, tuple):
         return _read_scalar(key.type, value)
     values = _parse(value)
@@ -329,6 +331,13 @@ def _read_value(key: Key, value: Any) -> Any:
         raise ValueError
     item = type(key.default[0]) if key.default else float
     return key.type(_read_scalar(item, x) for x in values)
+
+
+def _split(value: Any) -> list[Any] | None:
+    """The items of a list, or of text such as `[shuf, none]` or `shuf,none`; None for a single value."""
+    if isinstance(value, str) and (value.strip().startswith('[') or ',' in value):
+        value = [item.strip(' "\'') for item in value.strip(' []').split(',')]
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _read_scalar(kind: type, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The network: `build_model(config)`, `MSGTransformer`, and by name: `timm.create_model('msg_transformer_tiny')`."""
 
 from .build import build_model
+from .exchange import Exchange, register_exchange
 from .msg_transformer import MSGTransformer
 from .registry import (
     msg_transformer_base,
@@ -13,6 +14,7 @@ from .registry import (
 )
 
 __all__ = [
+    'Exchange',
     'MSGTransformer',
     'build_model',
     'msg_transformer_base',
@@ -22,4 +24,5 @@ __all__ = [
     'msg_transformer_v2_base',
     'msg_transformer_v2_small',
     'msg_transformer_v2_tiny',
+    'register_exchange',
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .exchange import stage_exchanges
 from .msg_transformer import MSGTransformer
 from .pyramid import Size, plan_pyramid
 from .timm_networks import PREFIX, build_timm_network, check_timm_network
@@ -95,6 +96,7 @@ def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL
         raise ValueError(f'MODEL.TIMM_ARGS is for networks of timm: write {key} timm:<name>, or no arguments')
     msg = config.MODEL.MSG
     try:
+        exchanges = stage_exchanges(msg.MANIP_TYPE, len(msg.DEPTHS))
         plan_pyramid(
             None if img_size is None else Size(img_size, img_size),
             msg.PATCH_SIZE,
@@ -103,7 +105,7 @@ def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL
             msg.DEPTHS,
             msg.NUM_HEADS,
             msg.SHUF_SIZE,
-            msg.MANIP_TYPE == 'shuf' and msg.MSG_TOKENS,
+            [exchange.channel_multiple for exchange in exchanges] if msg.MSG_TOKENS else None,
         )
     except ValueError as error:
         raise ValueError(f'MODEL.MSG: {error}') from error

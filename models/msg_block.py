@@ -1,4 +1,4 @@
-"""A stage and its blocks: window attention, the shuffle of MSG tokens, MLP.
+"""A stage and its blocks: window attention, the exchange of MSG tokens, MLP.
 
 Letters: B images, H x W the patch grid, nH x nW the window grid, w window size, N = w^2 + 1 tokens in a window (the MSG
 token first), C channels, h heads, d = C/h channels per head, s size of a shuffle region in windows.
@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttention
+from .exchange import Exchange, NoExchange, Shuffle
 from .layers import Mlp, NormLayer, RegionDropPath
 from .pyramid import Size, ceil_div
 from .windows import (
     WindowPadding,
     join_windows,
-    shuffle_windows,
+    split_msg_tokens,
     split_windows,
     window_padding,
 )
 
 
 class MSGBlock(nn.Module):
-    """Attention within windows, shuffle of the MSG tokens of each region, MLP.
+    """Attention within windows, exchange of MSG tokens, MLP.
 
     Args:
         dim: channels C.
@@ -37,9 +38,9 @@ class MSGBlock(nn.Module):
         drop: dropout rate after the attention's projection and in the MLP.
         drop_path: stochastic-depth rate of both branches.
         norm_layer: called with C.
-        shuffle: whether MSG tokens exchange channel chunks (`manip_type` 'shuf') or not ('none').
+        exchange: class of the exchange of MSG tokens.
         recompute_mlp: see `Mlp`.
-        use_msg_tokens: whether windows have an MSG token; without MSG tokens, there is nothing to shuffle.
+        use_msg_tokens: whether windows have an MSG token; without MSG tokens, there is nothing to exchange.
     """
 
     def __init__(
@@ -55,16 +56,16 @@ class MSGBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
-        shuffle: bool = True,
+        exchange: type[Exchange] = Shuffle,
         recompute_mlp: bool = False,
         use_msg_tokens: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
-        self.shuffle = shuffle and use_msg_tokens
         self.shuffle_size = shuffle_size
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, use_msg_tokens)
+        self.exchange = (exchange if use_msg_tokens else NoExchange)(dim, shuffle_size)
         self.drop_path = RegionDropPath(drop_path, shuffle_size)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
@@ -75,10 +76,11 @@ class MSGBlock(nn.Module):
             self.attn.set_window_size(window_size)
         self.window_size = window_size
         self.shuffle_size = shuffle_size
+        self.exchange.region_size = shuffle_size
         self.drop_path.shuffle_size = shuffle_size
 
     def forward(self, x: Tensor, padding: WindowPadding | None = None, msg_only: bool = False) -> Tensor:
-        """Run attention, shuffle and MLP.
+        """Run attention, exchange and MLP.
 
         Args:
             x: windows (B, nH, nW, N, C).
@@ -89,8 +91,7 @@ class MSGBlock(nn.Module):
             Windows (B, nH, nW, N, C), or their MSG tokens (B, nH, nW, 1, C) with `msg_only`.
         """
         x = (x[:, :, :, :1] if msg_only else x) + self.drop_path(self._attend(x, padding, msg_only))
-        if self.shuffle and self.shuffle_size > 1:
-            x = shuffle_windows(x, self.shuffle_size)
+        x = self._exchange(x)
         return x + self.drop_path(self._transform(x, None if msg_only else padding))
 
     def _attend(self, x: Tensor, padding: WindowPadding | None, msg_only: bool) -> Tensor:
@@ -99,19 +100,29 @@ class MSGBlock(nn.Module):
             x = padding.zero(x)
         return self.attn(x, msg_only)
 
+    def _exchange(self, x: Tensor) -> Tensor:
+        msg, patches = split_msg_tokens(x)
+        exchanged = self.exchange(msg)
+        return x if exchanged is msg else torch.cat((exchanged.unsqueeze(3), patches), dim=3)
+
     def _transform(self, x: Tensor, padding: WindowPadding | None) -> Tensor:
         if padding is None:
             return self.mlp(self.norm2(x))
         return padding.restore(self.mlp(self.norm2(padding.remove(x))))
 
     def flops(self, grid: tuple[int, int]) -> int:
-        """Multiply-adds for a patch grid (H, W), by the authors' formula: norms, attention with its linears, MLP."""
+        """Multiply-adds for a patch grid (H, W), by the authors' formula: norms, attention with its linears, MLP.
+
+        Those of an exchange are added; the published one has none.
+        """
         (H, W), w = grid, self.window_size
-        windows = ceil_div(H, w) * ceil_div(W, w)
+        nH, nW = ceil_div(H, w), ceil_div(W, w)
+        windows = nH * nW
         tokens = H * W + windows * self.attn.use_msg_tokens
         C, N = self.mlp.fc1.in_features, w**2 + self.attn.use_msg_tokens
         attention = windows * (3 * N * C**2 + 2 * N**2 * C + N * C**2)
-        return 2 * C * tokens + attention + 2 * tokens * C * self.mlp.fc1.out_features
+        mlp = 2 * tokens * C * self.mlp.fc1.out_features
+        return 2 * C * tokens + attention + self.exchange.flops((nH, nW)) + mlp
 
 
 class MSGStage(nn.Module):

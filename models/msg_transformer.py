@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .exchange import ManipType, stage_exchanges
 from .finetune import FineTuneMethods
 from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, init_linear, make_head
 from .msg_block import MSGBlock, MSGStage
@@ -28,7 +29,6 @@ from .resize import resize_grid
 from .symbolic import crop
 from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
 
-MANIP_TYPES = ('shuf', 'none')
 HEAD_TOKENS = ('msg', 'patches')
 EMBED_TYPES = ('patch', 'overlap')
 MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
@@ -58,7 +58,8 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         ape: add a learned absolute position embedding to the patches.
         patch_norm: norm after the patch embedding.
         shuffle_size: size of a shuffle region per stage, in windows.
-        manip_type: 'shuf' shuffles the MSG tokens in every block; with 'none', a stage's windows exchange nothing.
+        manip_type: exchange of MSG tokens in every block: 'shuf' (published), 'none', another name or class of
+            `models.exchange`, or a list with one for each stage.
         embed_type: 'patch' (v1) or 'overlap' (v2).
         merge_type: 'patch' (v1) or 'overlap' (v2).
         use_checkpoint: recompute blocks in the backward pass, which trades time for memory.
@@ -94,7 +95,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         ape: bool = False,
         patch_norm: bool = True,
         shuffle_size: Sequence[int] = (4, 4, 2, 1),
-        manip_type: str = 'shuf',
+        manip_type: ManipType | Sequence[ManipType] = 'shuf',
         embed_type: str = 'patch',
         merge_type: str = 'patch',
         use_checkpoint: bool = False,
@@ -105,7 +106,6 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
     ):
         super().__init__()
         for name, value, choices in (
-            ('manip_type', manip_type, MANIP_TYPES),
             ('embed_type', embed_type, EMBED_TYPES),
             ('merge_type', merge_type, tuple(MERGE_TYPES)),
             ('global_pool', global_pool, GLOBAL_POOLS),
@@ -117,6 +117,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             raise ValueError('an absolute position embedding needs an img_size')
         self.img_size = None if img_size is None else Size.of(img_size)
         self.window_size = window_size
+        exchanges = stage_exchanges(manip_type, len(depths))
         self.plan = partial(  # called again by `set_input_size`
             plan_pyramid,
             patch_size=patch_size,
@@ -124,7 +125,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             depths=depths,
             num_heads=num_heads,
             shuffle_size=shuffle_size,
-            shuffle=manip_type == 'shuf' and use_msg_tokens,
+            channel_multiples=[exchange.channel_multiple for exchange in exchanges] if use_msg_tokens else None,
         )
         layouts = self.plan(self.img_size, window_size=window_size)
         self.in_chans = in_chans
@@ -153,7 +154,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
 
         drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())  # not on meta
         self.layers = nn.ModuleList()
-        for layout in layouts:
+        for layout, exchange in zip(layouts, exchanges, strict=True):
             blocks = [
                 MSGBlock(
                     dim=layout.dim,
@@ -167,7 +168,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
                     attn_drop=attn_drop_rate,
                     drop_path=next(drop_path),
                     norm_layer=norm_layer,
-                    shuffle=manip_type == 'shuf',
+                    exchange=exchange,
                     recompute_mlp=recompute_mlp and not use_checkpoint,
                     use_msg_tokens=use_msg_tokens,
                 )
@@ -176,9 +177,19 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             downsample = MERGE_TYPES[merge_type](layout.dim, norm_layer) if layout is not layouts[-1] else None
             self.layers.append(MSGStage(blocks, downsample, use_checkpoint))
 
+        if not self.head_reads_msg:
+            self.freeze_last_exchange()
+
         self.norm = norm_layer(self.num_features)
         self.head = make_head(self.num_features, num_classes)
         self.apply(init_linear)
+
+    def freeze_last_exchange(self) -> None:
+        """Exclude the last block's exchange from training, for a network whose output does not depend on it.
+
+        Its parameters have no gradient where nothing reads the MSG tokens of the last block, and DDP would wait for it.
+        """
+        self.layers[-1].blocks[-1].exchange.requires_grad_(False)
 
     @property
     def patch_grid(self) -> Size | None:

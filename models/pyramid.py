@@ -3,7 +3,7 @@
 Source: Fang et al., arXiv:2105.15168, sections 3.1 to 3.3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import gcd, lcm
 from typing import NamedTuple
@@ -66,7 +66,7 @@ def plan_pyramid(
     depths: Sequence[int],
     num_heads: Sequence[int],
     shuffle_size: Sequence[int],
-    shuffle: bool = True,
+    channel_multiples: Sequence[Callable[[int], int]] | None = None,
 ) -> list[StageLayout]:
     """Choose the channels, window size and shuffle size of every stage, first to last.
 
@@ -83,11 +83,12 @@ def plan_pyramid(
         depths: blocks per stage.
         num_heads: attention heads per stage.
         shuffle_size: size of a shuffle region per stage, in windows.
-        shuffle: whether MSG tokens are shuffled.
+        channel_multiples: for each stage, `Exchange.channel_multiple`, called with the shuffle size; None without MSG
+            tokens.
 
     Raises:
         ValueError: the image is smaller than a patch, the lists differ in length, a stage has no blocks, the window
-            size is not positive, or channels do not divide into heads and chunks.
+            size is not positive, or channels do not divide into heads and as the exchanges need.
     """
     if not len(depths) == len(num_heads) == len(shuffle_size) > 0:
         raise ValueError(
@@ -107,7 +108,10 @@ def plan_pyramid(
         if _tiles(img_size, patch_size, grids, fitted, regions):
             windows = fitted
             regions = [1 if max(grid) == w else s for grid, w, s in zip(grids, windows, regions, strict=True)]
-    _check_channels(embed_dim, num_heads, regions if shuffle else [1] * len(regions))
+    multiples = [1] * len(regions)
+    if channel_multiples is not None:
+        multiples = [multiple(s) for multiple, s in zip(channel_multiples, regions, strict=True)]
+    _check_channels(embed_dim, num_heads, multiples)
     dims = [embed_dim * 2**i for i in range(len(depths))]
     return [StageLayout(*layout) for layout in zip(dims, depths, num_heads, windows, regions, strict=True)]
 
@@ -131,15 +135,15 @@ def _tiles(
     )
 
 
-def _check_channels(embed_dim: int, num_heads: Sequence[int], regions: Sequence[int]) -> None:
-    """Check that channels divide into heads and MSG chunks; the error names a factor of `embed_dim` that works."""
+def _check_channels(embed_dim: int, num_heads: Sequence[int], multiples: Sequence[int]) -> None:
+    """Check each stage's channels, multiples of heads and of what exchanges need; the error names a valid factor."""
     needed = 1
-    for i, (heads, region) in enumerate(zip(num_heads, regions, strict=True)):
-        divisor = lcm(heads, region**2)
+    for i, (heads, multiple) in enumerate(zip(num_heads, multiples, strict=True)):
+        divisor = lcm(heads, multiple)
         needed = lcm(needed, divisor // gcd(divisor, 2**i))
     if embed_dim % needed:
         raise ValueError(
-            f'embed_dim {embed_dim} does not fit: the channels of each stage must divide into num_heads '
-            f'{list(num_heads)} and into {[region**2 for region in regions]} chunks, one per window of a shuffle '
-            f'region: choose a multiple of {needed}'
+            f'embed_dim {embed_dim} does not fit: the channels of each stage must be multiples of num_heads '
+            f'{list(num_heads)} and of {list(multiples)}, which the exchange of MSG tokens needs: '
+            f'choose a multiple of {needed}'
         )

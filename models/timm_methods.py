@@ -62,11 +62,19 @@ class TimmMethods:
             window_size: window size, in patches; None to keep the present size.
 
         Raises:
-            ValueError: the image is smaller than one patch, or channels do not divide.
+            ValueError: the image is smaller than one patch, channels do not divide, or an exchange has weights for
+                regions of another size.
         """
         size = self.img_size if img_size is None else Size.of(img_size)
         window_size = self.window_size if window_size is None else window_size
         layouts = self.plan(size, window_size=window_size)
+        for stage, layout in zip(self.layers, layouts):  # noqa: B905 (a pruned network has fewer stages)
+            exchange = stage.blocks[0].exchange
+            if not exchange.is_resizable and exchange.region_size != layout.shuffle_size:
+                raise ValueError(
+                    f'{type(exchange).__name__} exchanges MSG tokens in regions of {exchange.region_size} windows, and '
+                    f'this size needs regions of {layout.shuffle_size}: choose another size, or another manip_type'
+                )
         for stage, layout in zip(self.layers, layouts):  # noqa: B905 (a pruned network has fewer stages)
             stage.set_windows(layout.window_size, layout.shuffle_size)
         if self.msg_tokens is not None:

@@ -1,8 +1,7 @@
-"""Windows, the padding of windows, and the shuffle of MSG tokens: pure functions on shapes.
+"""Windows and their padding: pure functions on shapes.
 
 Letters: B images, H x W the patch grid, w window size in patches, nH x nW = ceil(H/w) x ceil(W/w) the window grid (also
-the grid of MSG tokens: one per window), s size of a shuffle region in windows, G = s^2 windows in a region,
-N = w^2 + 1 tokens in a window, C channels.
+the grid of MSG tokens: one per window), N = w^2 + 1 tokens in a window, C channels.
 
 Source: Fang et al., arXiv:2105.15168, section 3.
 """
@@ -132,46 +131,6 @@ def _real_index(grid: tuple[int, int], window_size: int, device: torch.device, u
     if use_msg_tokens:
         real_index = torch.cat((torch.arange(nH * nW, device=device) * N, real_index))
     return real_index
-
-
-def shuffle_windows(windows: Tensor, shuffle_size: int) -> Tensor:
-    """Exchange channel chunks among the MSG tokens of windows (B, nH, nW, N, C): see `shuffle_msg_tokens`."""
-    msg, patches = split_msg_tokens(windows)
-    return torch.cat((shuffle_msg_tokens(msg, shuffle_size).unsqueeze(3), patches), dim=3)
-
-
-def shuffle_msg_tokens(msg: Tensor, shuffle_size: int) -> Tensor:
-    """Exchange channel chunks among the MSG tokens of each shuffle region.
-
-    Each token of a region is cut into G chunks of C/G channels; new token g is chunk g of token 0, chunk g of token 1,
-    and so on: a G x G transpose of chunks, which is its own inverse. In a region that extends beyond the grid, a token
-    keeps its own chunk where its partner is padding. This is our choice: the published one is not known.
-
-    Args:
-        msg: MSG tokens (B, nH, nW, C); C is a multiple of G.
-        shuffle_size: size s of a shuffle region, in windows; 1 leaves the tokens as they are.
-
-    Returns:
-        Shuffled MSG tokens (B, nH, nW, C).
-    """
-    if shuffle_size == 1:
-        return msg
-    padded = pad_to_multiple(msg, shuffle_size)
-    shuffled = _transpose_chunks(padded, shuffle_size)
-    if padded is msg:
-        return shuffled
-    nH, nW, C = msg.shape[1:]
-    is_token = pad_to_multiple(torch.ones(1, nH, nW, C, dtype=torch.bool, device=msg.device), shuffle_size)
-    from_token = _transpose_chunks(is_token, shuffle_size)
-    return crop(torch.where(from_token, shuffled, padded), (nH, nW))
-
-
-def _transpose_chunks(msg: Tensor, shuffle_size: int) -> Tensor:
-    B, nH, nW, C = msg.shape
-    s = shuffle_size
-    x = msg.view(B, nH // s, s, nW // s, s, s, s, C // s**2)  # in a region: token's row, column; chunk's row, column
-    x = x.permute(0, 1, 5, 3, 6, 2, 4, 7)  # token and chunk exchanged
-    return contiguous_copy(x).view(B, nH, nW, C)
 
 
 def relative_position_index(window_size: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from models.attention import WindowAttention
 from models.msg_block import MSGBlock
-from models.windows import WindowPadding, join_windows, shuffle_msg_tokens, split_windows, window_padding
+from models.windows import WindowPadding, join_windows, split_windows, window_padding
 from tests.helpers import numpy_block
 from tests.helpers.golden import fill_, normal
 
@@ -105,7 +105,7 @@ def test_padding_is_added_after_the_first_norm_and_removed_before_the_mlp():
             window = torch.cat((block.norm1(msg)[:, row, column, None], grid[square].flatten(1, 2)), dim=1)
             x = block.attn(window)  # (1, N, C)
             msg_update[:, row, column], patch_update[square] = x[:, 0], x[:, 1:].view(1, 7, 7, 16)
-    patches, msg = patches + patch_update[:, :10, :15], shuffle_msg_tokens(msg + msg_update, 2)
+    patches, msg = patches + patch_update[:, :10, :15], block.exchange(msg + msg_update)
     expected = patches + block.mlp(block.norm2(patches)), msg + block.mlp(block.norm2(msg))
     torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-5)
 

@@ -5,9 +5,10 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import nn
 
+from models.exchange import Shuffle
 from models.layers import OverlapPatchMerging, PatchEmbed, PatchMerging
 from models.symbolic import crop, is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
-from models.windows import join_windows, shuffle_msg_tokens, split_windows, window_padding
+from models.windows import join_windows, split_windows, window_padding
 from tests.helpers.golden import fill_
 from tests.helpers.paths import ROOT
 
@@ -24,7 +25,7 @@ class IncrementedWindows(nn.Module):
         if padding is not None:
             windows = padding.restore(padding.remove(padding.zero(windows)))
         patches, msg = split_windows(windows, 3, grid)
-        return patches, shuffle_msg_tokens(msg, 2)
+        return patches, Shuffle(8, 2)(msg)
 
 
 def export_any_size(module, example, height_axis, smallest=1):

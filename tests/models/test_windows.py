@@ -5,7 +5,6 @@ from models.windows import (
     add_msg_token,
     join_windows,
     relative_position_index,
-    shuffle_msg_tokens,
     split_windows,
     window_padding,
 )
@@ -52,34 +51,6 @@ def test_window_padding_marks_what_join_windows_adds(grid):
 
 def test_a_grid_that_tiles_has_no_padding():
     assert window_padding((4, 6), 2, CPU) is None
-
-
-def test_shuffle_transposes_chunks_within_a_region():
-    # Channel k of the token at (row, column) holds 100 * row + 10 * column + k.
-    row, column, k = torch.meshgrid(torch.arange(4), torch.arange(2), torch.arange(8), indexing='ij')
-    msg = (100 * row + 10 * column + k).unsqueeze(0)
-    shuffled = shuffle_msg_tokens(msg, 2)
-    # New token 1 (row 0, column 1) of the first region: chunk 1 of tokens 0, 1, 2 and 3.
-    assert shuffled[0, 0, 1].tolist() == [2, 3, 12, 13, 102, 103, 112, 113]
-    # New token 2 (row 3, column 0) of the second: chunk 2 of each.
-    assert shuffled[0, 3, 0].tolist() == [204, 205, 214, 215, 304, 305, 314, 315]
-    assert torch.equal(shuffle_msg_tokens(shuffled, 2), msg)  # its own inverse
-    assert shuffle_msg_tokens(msg, 1) is msg
-
-
-def test_a_token_keeps_its_chunk_where_its_partner_is_padding():
-    msg = torch.arange(3 * 5 * 8.0).view(1, 3, 5, 8)
-    shuffled = shuffle_msg_tokens(msg, 2)
-    assert torch.equal(shuffled[:, :2, :4], shuffle_msg_tokens(msg[:, :2, :4], 2))
-    for row, column in [(2, 0), (2, 3), (0, 4), (1, 4), (2, 4)]:  # in regions cut by the border
-        top, left = row - row % 2, column - column % 2
-        chunks = []
-        for i in range(4):  # the region's positions in row-major order
-            y, x = top + i // 2, left + i % 2
-            own, position = msg[0, row, column].view(4, 2), 2 * (row - top) + column - left
-            chunks.append(msg[0, y, x].view(4, 2)[position] if y < 3 and x < 5 else own[i])
-        assert torch.equal(shuffled[0, row, column], torch.cat(chunks))
-    assert torch.equal(shuffled.flatten().sort()[0], msg.flatten())  # nothing is lost
 
 
 def test_relative_position_index_is_the_offset_of_query_from_key():

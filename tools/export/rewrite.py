@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.attention import WindowAttention
 from models.msg_block import MSGBlock
 from models.symbolic import SymbolicPadding, contiguous_copy
-from models.windows import WindowPadding, shuffle_msg_tokens
+from models.windows import WindowPadding
 
 Padding = WindowPadding | SymbolicPadding
 
@@ -112,11 +112,11 @@ class RuntimeBlock(nn.Module):
     def __init__(self, block: MSGBlock):
         super().__init__()
         self.norm1, self.attn = block.norm1, RuntimeAttention(block.attn)
-        self.shuffle_size = block.shuffle_size if block.shuffle else 1
+        self.exchange = block.exchange
         self.norm2, self.mlp = block.norm2, block.mlp
 
     def forward(self, windows: Tensor, padding: Padding | None = None, msg_only: bool = False) -> Tensor:
-        """Run attention, shuffle and MLP: see `MSGBlock.forward`."""
+        """Run attention, exchange and MLP: see `MSGBlock.forward`."""
         B, nH, nW, N, C = windows.shape
         x = windows.view(-1, N, C)
         normed = self.norm1(x)
@@ -126,10 +126,11 @@ class RuntimeBlock(nn.Module):
         if msg_only:
             x, N, padding = msg_tokens(x), 1, None
         x = x + attended
-        if self.shuffle_size > 1:
-            msg, patches = x.split((1, N - 1), dim=1)
-            msg = shuffle_msg_tokens(msg.view(B, nH, nW, C), self.shuffle_size)
-            x = torch.cat((msg.reshape(-1, 1, C), patches), dim=1)
+        msg, patches = x.split((1, N - 1), dim=1)
+        msg = msg.view(B, nH, nW, C)
+        exchanged = self.exchange(msg)
+        if exchanged is not msg:
+            x = torch.cat((exchanged.reshape(-1, 1, C), patches), dim=1)
         if padding is None:
             x = x + self.mlp(self.norm2(x))
             return x.view(B, nH, nW, N, C)

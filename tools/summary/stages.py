@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from models import MSGTransformer
+from models.exchange import NoExchange
 from models.pyramid import Size, patch_grids
 from tools.benchmark.timing import Quartiles
 
@@ -20,7 +21,7 @@ class Part(NamedTuple):
         patches: the patch grid; None where the part has no tokens of its own, as for what follows.
         windows: the window grid, which is also that of the MSG tokens.
         window: window size, in patches.
-        region: size of a shuffle region, in windows; 1 where nothing is shuffled.
+        region: size of a shuffle region, in windows; 1 where nothing is exchanged.
         channels: of a token that goes into the blocks, or of what the head reads.
         heads: attention heads.
         blocks: number of them.
@@ -61,7 +62,7 @@ def summarise(model: MSGTransformer) -> list[Part]:
     parts, has_msg = [], model.msg_tokens is not None
     for i, (stage, grid) in enumerate(zip(model.layers, grids, strict=True)):
         block, w = stage.blocks[0], stage.window_size
-        layout = grid, grid.divided_by(w), w, block.shuffle_size if block.shuffle else 1
+        layout = grid, grid.divided_by(w), w, 1 if isinstance(block.exchange, NoExchange) else block.shuffle_size
         sizes = model.feature_info[i]['num_chs'], block.attn.num_heads, len(stage.blocks)
         parts.append(Part(f'stage {i + 1}', *layout, *sizes, parameters[i + 1], stage.flops(grid), has_msg))
     first, total = parts[0], model.flops()
