@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -7,7 +8,10 @@ from detection.data import CocoDataset, build_loaders
 from detection.tools.make_digits_coco import DIGITS, make_digits_coco, paste
 from tests.helpers.coco_data import read_tree
 from tests.helpers.paths import DETECTION_CONFIGS
-from tests.helpers.processes import error_line
+from tests.helpers.processes import error_line, run_here
+from utils import UserError
+
+BOXES = [[56.0, 25.0, 24.0, 37.0], [27.0, 71.0, 21.0, 41.0], [54.0, 31.0, 17.0, 33.0]]
 
 
 @pytest.fixture(scope='module')
@@ -57,6 +61,39 @@ def test_the_digits_are_always_the_same(digits, tmp_path):
     make_digits_coco(tmp_path, train=8, val=4)
     for path in digits.rglob('*.*'):
         assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes()
+    first = [annotation['bbox'] for annotation in read_tree(digits, 'val')['annotations'][:3]]
+    assert first == BOXES  # published results were trained on these images
+
+
+def test_images_and_digits_of_other_sizes(tmp_path):
+    done = run_here(
+        *('-m', 'detection.tools.make_digits_coco', '--output', tmp_path, '--train', 3, '--val', 6),
+        *('--size', 256, 192, '--digit-size', 60, 80),
+    )
+    assert done.returncode == 0, done.stderr
+    tree = read_tree(tmp_path, 'val')
+    assert {(image['width'], image['height']) for image in tree['images']} == {(256, 192), (192, 256)}
+    for image in tree['images']:
+        written = cv2.imread(str(tmp_path / 'val' / image['file_name']))
+        assert written.shape == (image['height'], image['width'], 3)
+    sizes = [max(annotation['bbox'][2:]) for annotation in tree['annotations']]
+    assert len(sizes) >= 6
+    assert 45 < min(sizes) <= max(sizes) <= 80  # a digit may leave a margin
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'message'),
+    [
+        ({'size': (400, 192)}, 'an image of 400 x 192 pixels does not fit the photographs: write at most 320'),
+        ({'size': (64, 48)}, 'digits of 24 to 56 pixels do not fit: write .* from 8 to 48'),
+        ({'digit_size': (56, 24)}, 'digits of 56 to 24 pixels do not fit: write the smallest size and the largest'),
+        ({'digit_size': (4, 24)}, 'digits of 4 to 24 pixels do not fit'),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_digits_coco(tmp_path / 'out', train=2, val=1, **sizes)
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.slow
