@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from utils import OutputError, atomic_write
@@ -102,10 +103,15 @@ def stream_text(path: Path, parts: Iterable[str], end: str = '') -> None:
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure in the format that the suffix names.
 
+    A PDF has no date, so that the same figure gives the same file, and TrueType fonts, which publishers ask for.
+
     Raises:
         OutputError: it cannot be written.
     """
+    suffix = path.suffix[1:].lower()
+    metadata = {'CreationDate': None} if suffix == 'pdf' else None
     try:
-        atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=dpi))
+        with matplotlib.rc_context({'pdf.fonttype': 42}):
+            atomic_write(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, metadata=metadata))
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error

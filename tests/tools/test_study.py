@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import environment, run_here
 from tests.helpers.shared import shared_folder
 from tools.make_digits import make_digits
 from tools.study.__main__ import read_results
+from tools.study.chart import chart
 from tools.study.plan import StudyError, read_study
 from tools.study.report import table
 from tools.study.runs import finished_run
-from tools.study.statistics import paired_difference, summarise
+from tools.study.statistics import dunnett_differences, paired_difference, summarise
 
 SHORT = ['--opts', 'TRAIN.EPOCHS', '1', 'TRAIN.WARMUP_EPOCHS', '0', 'MODEL.NUM_CLASSES', '2', 'LOCK_WAIT', '0']
 
@@ -125,7 +127,8 @@ def test_table_and_chart_are_those_of_the_runs(small):
             mean, low, high = differences.mean(), differences.min(), differences.max()  # of two pairs, it is the range
             assert difference.strip().startswith(f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] (')
         assert int(parameters.replace(',', '')) == results['runs'][0 if name == 'msg' else 2]['parameters']
-    assert cv2.imread(str(output / 'study.png')) is not None
+    assert cv2.imread(str(output / 'study.png')).shape[1] == 1400  # 7 inches
+    assert (output / 'study.pdf').read_bytes().startswith(b'%PDF')
 
 
 def test_the_same_command_again_trains_nothing_and_results_print_the_same(small, tmp_path):
@@ -135,12 +138,14 @@ def test_the_same_command_again_trains_nothing_and_results_print_the_same(small,
     assert code == 0, errors
     assert again.count(' already') == 4
     assert {path: path.stat().st_mtime_ns for path in output.glob('*/*/*')} == files
-    code, reprinted, _ = study('--results', output / 'study.json', '--chart', tmp_path / 'chart.png')
+    charts = [tmp_path / 'chart.png', tmp_path / 'chart.pdf']
+    code, reprinted, _ = study('--results', output / 'study.json', '--chart', *charts)
     assert code == 0
     assert reprinted.strip() == (output / 'study.md').read_text().strip()
     assert reprinted.strip() in again
     assert reprinted.strip() in printed
-    assert (tmp_path / 'chart.png').read_bytes() == (output / 'study.png').read_bytes()
+    for path in charts:
+        assert path.read_bytes() == (output / f'study{path.suffix}').read_bytes()
 
 
 def test_other_settings_in_the_same_folder_are_refused(small):
@@ -223,6 +228,51 @@ def test_many_pairs_are_resampled_and_always_the_same():
     assert difference.bootstrap == pytest.approx(difference.student, abs=0.05)
 
 
+# Blood counts of Dunnett, 1955, doi:10.1080/01621459.1955.10501294, and intervals of R's multcomp::glht for them
+BLOOD_COUNTS = {
+    'control': [7.40, 8.50, 7.20, 8.24, 9.84, 8.32],
+    'A': [9.76, 8.80, 7.68, 9.36],
+    'B': [12.80, 9.68, 12.16, 9.20, 10.55],
+}
+BLOOD_INTERVALS = {'A': (0.65, -1.2564, 2.5564), 'B': (2.628, 0.8396, 4.4164)}
+
+
+def test_dunnett_differences_are_those_of_a_worked_example_with_unequal_numbers():
+    differences = dunnett_differences(BLOOD_COUNTS, 'control')
+    assert differences == {name: pytest.approx(numbers, abs=0.01) for name, numbers in BLOOD_INTERVALS.items()}
+    assert differences == dunnett_differences(BLOOD_COUNTS, 'control')  # its random numbers are fixed
+    # One seed says nothing of the spread, so that it is left out.
+    assert dunnett_differences(BLOOD_COUNTS | {'C': [9.0]}, 'control') == differences
+
+
+@pytest.mark.parametrize(
+    ('groups', 'size', 'critical'),
+    [(2, 3, 2.86), (4, 3, 2.89), (5, 3, 2.90), (2, 6, 2.44)],  # Dunnett, 1964, two-sided, 5 %
+)
+def test_dunnett_intervals_have_the_critical_values_of_his_table(groups, size, critical):
+    sample = np.linspace(-1, 1, size)
+    differences = dunnett_differences({str(group): sample + group for group in range(groups + 1)}, '0')
+    standard_error = sample.std(ddof=1) * (2 / size) ** 0.5
+    for group in range(groups):
+        mean, low, high = differences[str(group + 1)]
+        assert mean == pytest.approx(group + 1)
+        assert (high - low) / 2 / standard_error == pytest.approx(critical, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        {'a': [1.0, 2.0], 'b': [2.0, 3.0], 'c': [4.0]},
+        {'a': [1.0], 'b': [2.0, 3.0], 'c': [4.0, 5.0]},
+        {'a': [1.0, 2.0], 'b': [2.0, 3.0], 'c': [4.0, np.nan]},
+        {'a': [100.0, 100.0], 'b': [100.0, 100.0], 'c': [100.0, 100.0]},
+        {'b': [2.0, 3.0], 'c': [4.0, 5.0]},
+    ],
+)
+def test_there_is_no_dunnett_test_without_a_spread_of_three_variants(values):
+    assert dunnett_differences(values, 'a') == {}
+
+
 def results_of(accuracies):
     runs = [
         {'variant': name, 'seed': seed, 'parameters': 1, 'multiply_adds': 2, 'epochs': [{'acc1': 1.0}, epoch]}
@@ -254,7 +304,8 @@ def test_tables_have_both_intervals_and_the_comparisons():
     about = {'train_seconds': 3600.0, 'data': {'train': {'images': 1200}, 'val': {'images': 300}}}
     environment = {'processor': 'P', 'device': 'D', 'torch': '2', 'revision': '0123456789'}
     runs = [run | about | {'environment': environment} for run in results['runs']]
-    lines = table(results | {'runs': runs, 'comparisons': [['b', 'c'], ['c', 'missing']]}).splitlines()
+    results |= {'runs': runs, 'comparisons': [['b', 'c'], ['c', 'missing']], 'further_references': ['c']}
+    lines = table(results).splitlines()
     for line, pairs in ((lines[3], ('b', 'a')), (lines[8], ('b', 'c'))):
         differences = np.subtract(*(accuracies[name] for name in pairs))
         means = np.array(np.meshgrid(*[differences] * 3)).reshape(3, -1).mean(axis=0)
@@ -264,9 +315,55 @@ def test_tables_have_both_intervals_and_the_comparisons():
         expected = f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({mean - margin:+.1f} to {mean + margin:+.1f}) |'
         assert line.endswith(expected), (line, expected)
     assert lines[8].startswith('| B, against C | +2.0, +3.5, +0.5 | ')
-    assert len(lines) == 11
-    assert lines[10].startswith('9 runs; 1,200 training and 300 validation images; epochs: 2, ')
-    assert '9.0 run-hours' in lines[10]
+    assert lines[10:12] == ['| Dunnett\'s test | difference to "A" | difference to "C" |', '|---|---:|---:|']
+    cells = {
+        (name, other): '{:+.1f} [{:+.1f}, {:+.1f}]'.format(*dunnett_differences(accuracies, other)[name])
+        for name in 'abc'
+        for other in 'ac'
+        if name != other
+    }
+    assert lines[12:15] == [
+        f'| A |  | {cells["a", "c"]} |',
+        f'| B | {cells["b", "a"]} | {cells["b", "c"]} |',
+        f'| C | {cells["c", "a"]} |  |',
+    ]
+    assert len(lines) == 17
+    assert lines[16].startswith('9 runs; 1,200 training and 300 validation images; epochs: 2, ')
+    assert '9.0 run-hours' in lines[16]
+    assert "Dunnett's test: [simultaneous 95 % intervals" in lines[16]
+    del results['further_references']  # as in older files
+    assert table(results).splitlines()[10] == '| Dunnett\'s test | difference to "A" |'
+
+
+def drawn_texts(axes):
+    """The texts of axes, without those of ticks outside their limits, which are not drawn."""
+    texts = [*axes.texts, axes.title]
+    if axes.axison:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [axis.label, *(tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)]
+    return [text for text in texts if text.get_text()]
+
+
+@pytest.mark.parametrize('width', [3.3, 6.0, 7.0])
+def test_texts_of_a_chart_lie_inside_it_and_apart(width):
+    """Variants differ little, and their labels are long."""
+    names = [f'v{i}' for i in range(10)]
+    results = results_of({name: {j: {'acc1': 70 + i / 50 + j / 9} for j in (0, 1)} for i, name in enumerate(names)})
+    labels = {name: f'the variant {name} of the network; head reads the tokens of all patches' for name in names}
+    figure = chart(results | {'reference': 'v0', 'labels': labels}, width)
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in drawn_texts(axes)]
+    assert sum('variant' in text.get_text() for text in texts) == (20 if width < 6 else 10)
+    boxes = [text.get_window_extent() for text in texts]
+    for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, text
+        assert not [other for other, at in zip(texts[:i], boxes, strict=False) if box.overlaps(at)], text
+        assert text.get_fontsize() == 8
+    for axes in figure.axes:
+        looks = [(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != 'None']
+        assert len(looks) == len(set(looks))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +376,9 @@ def test_tables_have_both_intervals_and_the_comparisons():
         ({'comparisons': [['msg', 'none']]}, 'write a list of pairs of variants'),
         ({'comparisons': [['msg', {}]]}, 'write a list of pairs of variants'),
         ({'comparisons': 7}, 'write a list of pairs of variants'),
+        ({'further_references': ['none']}, 'write a list of variants, without the reference'),
+        ({'further_references': ['msg']}, 'write a list of variants, without the reference'),
+        ({'further_references': 'bare'}, 'write a list of variants, without the reference'),
         ({'variants': {'msg': {'label': 'x'}, '../b': {'label': 'y'}}}, 'write a name of letters, digits'),
         ({'variants': {'msg': {'options': {}}}}, 'variant msg: write its label'),
         ({'task': 'segmentation'}, 'task is segmentation: write classification or detection'),
@@ -291,11 +391,12 @@ def test_a_study_file_that_cannot_work_says_what_to_write(tmp_path, changes, mes
 
 
 def test_a_study_takes_from_its_base_what_it_does_not_have(tmp_path):
-    base = read_study(write_study(tmp_path, options={'TRAIN.EPOCHS': 4}))
+    base = read_study(write_study(tmp_path, options={'TRAIN.EPOCHS': 4}, further_references=['bare']))
     (tmp_path / 'own.yaml').write_text('base: two.yaml\nseeds: [7]\nvariants: {msg: {label: other}}\n')
     own = read_study(tmp_path / 'own.yaml')
     assert (own.name, own.seeds, list(own.variants)) == ('own', [7], ['msg', 'bare'])
     assert own.variants['bare'] == base.variants['bare']
+    assert own.further_references == base.further_references == ['bare']
     assert own.variants['msg'].label == 'other'
     assert own.config('bare', 7).TRAIN.EPOCHS == 4
     assert own.config('bare', 7, ['TRAIN.EPOCHS', '5']).TRAIN.EPOCHS == 5
@@ -314,6 +415,15 @@ def test_studies_of_the_project_can_run(path):
         assert variant == project.config(variant, 0).MODEL.NAME
     with pytest.raises(StudyError, match='no variant nothing in the study: write one of '):
         project.select_variants(['nothing'])
+
+
+def test_the_study_file_of_the_documents_can_run(tmp_path):
+    (content,) = code_blocks((ROOT / 'docs' / 'study.md').read_text(), 'yaml')
+    path = tmp_path / 'my_study.yaml'
+    path.write_text(content.replace('config: ..', f'config: {ROOT}/configs'))
+    project = read_study(path)
+    assert (project.further_references, project.comparisons) == (['none'], [('mean', 'none')])
+    assert project.config('mean', 0).MODEL.MSG.MANIP_TYPE == 'mean'
 
 
 def test_a_file_without_results_is_refused(tmp_path):

@@ -3,9 +3,10 @@
     python -m tools.study --data-path <imagenette>
     python -m tools.study --results docs/study.json
 
-A study file names the config, the variants, the seeds, and pairs of variants to compare. The same command again goes on
-where it stopped. Results go to `<output>/study.json` (every run: config, revision, hardware, time, metrics), `study.md`
-and `study.png` as runs end; `--results` prints the tables and draws the chart of such a JSON file. See docs/study.md.
+A study file names the config, the variants, the seeds, pairs of variants to compare, and references of Dunnett's test.
+Run the same command again to resume. After each run, the results are written to `<output>/study.json` (every run:
+config, revision, hardware, time, metrics), `study.md`, `study.png` and `study.pdf`. `--results` prints the tables and
+draws the chart of such a JSON file. See docs/study.md.
 """
 
 if __name__ == '__main__':
@@ -23,8 +24,9 @@ from typing import Any, NoReturn
 
 from text_files import read_json
 from tools.output_files import prepare_figure, prepare_output, save_figure
+from tools.study.chart import MAX_WIDTH, MIN_WIDTH, TWO_COLUMNS, chart
 from tools.study.plan import Study, StudyError, read_study
-from tools.study.report import chart, table, write_results
+from tools.study.report import DPI, table, write_results
 from tools.study.runs import StudyRuns, collect, finished_run
 from tools.study.statistics import metric_curve
 from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int
@@ -34,6 +36,7 @@ EPILOG = """examples:
   python -m tools.study --data-path imagenette --jobs 2
   python -m tools.study --data-path imagenette --variants msg no_shuffle --seeds 0 --opts TRAIN.EPOCHS 5
   python -m tools.study --results docs/study.json --chart docs/study.png
+  python -m tools.study --results docs/study.json --chart study.pdf --width 3.3
 """
 
 
@@ -58,17 +61,41 @@ def parse_args() -> argparse.Namespace:
     add('--seeds', nargs='+', type=non_negative_int, metavar='N', help="seeds to train (the study file's)")
     add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share cores and GPU (1)')
     add('--output', type=home_path, metavar='DIR', help='folder of runs and results (output/studies/<study>)')
-    add('--chart', type=home_path, metavar='FILE', help='with --results: chart to draw')
+    add(
+        '--chart',
+        nargs='+',
+        type=home_path,
+        default=[],
+        metavar='FILE',
+        help='with --results: draw the chart to these files, as .png, .pdf or .svg',
+    )
+    add(
+        '--width',
+        type=_width,
+        default=TWO_COLUMNS,
+        metavar='INCHES',
+        help=f'with --chart: width of the chart; 3.3 for a column of a paper ({TWO_COLUMNS:g}, a page)',
+    )
     add(
         '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values of all runs'
     )
     args = parser.parse_args()
     if args.chart and not args.results:
-        parser.error('--chart goes with --results; a study draws study.png')
+        parser.error('--chart goes with --results; a study draws study.png and study.pdf')
+    if args.width != TWO_COLUMNS and not args.chart:
+        parser.error('--width goes with --chart: name the file to draw')
     for name in ('study', 'variants', 'seeds', 'jobs', 'output', 'opts'):
         if args.results and getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name} is for training, --results prints what has been trained')
     return args
+
+
+def _width(text: str) -> float:
+    """A width of a chart, for argparse."""
+    width = float(text)
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        raise argparse.ArgumentTypeError(f'{text} is not from {MIN_WIDTH:g} to {MAX_WIDTH:g} inches')
+    return width
 
 
 def train(study: Study, runs: StudyRuns, variants: list[str], seeds: list[int], jobs: int) -> None:
@@ -137,9 +164,10 @@ def main() -> None:
         if args.results:
             results = read_results(args.results)
             print(table(results))
-            if args.chart:
-                prepare_figure(args.chart)
-                save_figure(chart(results), args.chart, dpi=100)
+            for path in args.chart:
+                prepare_figure(path)
+            for path in args.chart:
+                save_figure(chart(results, args.width), path, DPI)
             return
         study = read_study(args.study)
         variants, seeds = study.select_variants(args.variants), list(dict.fromkeys(args.seeds or study.seeds))

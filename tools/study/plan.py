@@ -15,7 +15,7 @@ from tools.tasks import TASKS
 from utils import UserError, shortened
 
 KEYS = {'config', 'reference', 'seeds', 'variants'}
-OPTIONAL = {'comparisons', 'options', 'task'}
+OPTIONAL = {'comparisons', 'further_references', 'options', 'task'}
 MAX_BASES = 20  # of a study, one the base of the next
 
 
@@ -47,6 +47,7 @@ class Study:
         seeds: those of the file.
         variants: by name, in the order of tables.
         comparisons: pairs of variants, whose difference is reported.
+        further_references: variants that Dunnett's test takes as references, next to `reference`.
         task: what is trained.
     """
 
@@ -56,6 +57,7 @@ class Study:
     seeds: list[int]
     variants: dict[str, Variant]
     comparisons: list[tuple[str, str]]
+    further_references: list[str]
     task: Task
 
     @property
@@ -90,7 +92,10 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file: `config`, `reference`, `seeds`, `variants`; perhaps `comparisons`, `options` of all, a `task`.
+    """Read a study file.
+
+    It has the keys `config`, `reference`, `seeds` and `variants`, and may have `comparisons`, `further_references`,
+    `options` of all variants, and a `task`.
 
     With `base`, what the file does not have is another file's; both are beside each other. Variants are merged by name.
 
@@ -116,12 +121,25 @@ def read_study(path: Path) -> Study:
     comparisons = content.get('comparisons') or []
     if not isinstance(comparisons, list) or not all(_is_pair(pair, variants) for pair in comparisons):
         raise StudyError(f'study {path}: comparisons is {shortened(comparisons)}: write a list of pairs of variants')
+    further = content.get('further_references') or []
+    if not isinstance(further, list) or not {*map(str, further)} <= variants.keys() - {reference}:
+        raise StudyError(
+            f'study {path}: further_references is {shortened(further)}: write a list of variants, without the reference'
+        )
     task = content.get('task', 'classification')
     if not isinstance(task, str) or task not in TASKS:
         raise StudyError(f'study {path}: task is {shortened(task)}: write {" or ".join(TASKS)}')
-    pairs = [(str(name), str(other)) for name, other in comparisons]
     cfg_file = path.parent / os.path.expanduser(str(content['config']))
-    return Study(path.stem, cfg_file, reference, [int(seed) for seed in seeds], variants, pairs, TASKS[task])
+    return Study(
+        name=path.stem,
+        cfg_file=cfg_file,
+        reference=reference,
+        seeds=[int(seed) for seed in seeds],
+        variants=variants,
+        comparisons=[(str(name), str(other)) for name, other in comparisons],
+        further_references=[*dict.fromkeys(map(str, further))],
+        task=TASKS[task],
+    )
 
 
 def _is_pair(pair: Any, variants: Mapping[str, Variant]) -> bool:

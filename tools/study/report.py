@@ -1,24 +1,26 @@
-"""Results of a study: Markdown tables, a chart, JSON."""
+"""Results of a study: Markdown tables and files."""
 
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from data.drawn_text import fit_font
 from tools.output_files import save_figure, write_text
-from tools.study.statistics import Difference, Summary, compare_pairs, summarise
+from tools.study.chart import chart
+from tools.study.statistics import (
+    Difference,
+    DunnettDifference,
+    compare_pairs,
+    compare_with_references,
+    summarise,
+)
+
+DPI = 200  # of charts in pixels
 
 
 def write_results(results: dict[str, Any], output: Path) -> None:
-    """Write `study.json`, with a line for each run, and `study.md` and `study.png`.
+    """Write `study.json`, with a line for each run, `study.md`, and the chart as `study.png` and `study.pdf`.
 
     Args:
         results: see `tools.study.runs.collect`.
@@ -29,11 +31,12 @@ def write_results(results: dict[str, Any], output: Path) -> None:
     write_text(output / 'study.json', [head, ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
     if runs:
         write_text(output / 'study.md', [table(results), '\n'])
-        save_figure(chart(results), output / 'study.png', dpi=100)
+        for suffix in ('png', 'pdf'):
+            save_figure(chart(results), output / f'study.{suffix}', DPI)
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown tables of variants and of the study's comparisons, and below them how the runs came about.
+    """Write Markdown tables of the variants, the study's comparisons and Dunnett's test, and how the runs came about.
 
     Args:
         results: see `tools.study.runs.collect`.
@@ -58,7 +61,22 @@ def table(results: dict[str, Any]) -> str:
     for label, other, difference in compared:
         seeds = ', '.join(f'{value:+.1f}' for value in difference.values.values())
         lines.append(f'| {label}, against {other} | {seeds} | {_with_intervals(difference)} |')
-    return '\n'.join([*lines, '', provenance(results['runs'], metric)])
+    tests = compare_with_references(results)
+    if tests:
+        lines += ['', *_dunnett_table(tests, results['labels'])]
+    return '\n'.join([*lines, '', provenance(results['runs'], metric, bool(tests))])
+
+
+def _dunnett_table(tests: dict[str, dict[str, DunnettDifference]], labels: dict[str, str]) -> list[str]:
+    """Write a row for each variant, and a column for each reference."""
+    heads = [f'difference to "{labels[reference]}"' for reference in tests]
+    lines = [f"| Dunnett's test | {' | '.join(heads)} |", f'|---|{"---:|" * len(heads)}']
+    for variant, label in labels.items():
+        found = [differences.get(variant) for differences in tests.values()]
+        if any(found):
+            cells = ['' if x is None else f'{x.mean:+.1f} [{x.low:+.1f}, {x.high:+.1f}]' for x in found]
+            lines.append(f'| {label} | {" | ".join(cells)} |')
+    return lines
 
 
 def _with_intervals(difference: Difference) -> str:
@@ -69,8 +87,14 @@ def _with_intervals(difference: Difference) -> str:
     return text
 
 
-def provenance(runs: Sequence[dict[str, Any]], metric: str) -> str:
-    """Data, epochs, time, hardware and revisions of the runs, in one line of text."""
+def provenance(runs: Sequence[dict[str, Any]], metric: str, has_dunnett: bool = False) -> str:
+    """Data, epochs, time, hardware and revisions of the runs, in one line of text.
+
+    Args:
+        runs: of the results.
+        metric: what the metric is called.
+        has_dunnett: whether to explain the intervals of Dunnett's test, too.
+    """
     data = runs[0]['data']
     epochs = sorted({len(run['epochs']) for run in runs})
     facts = [
@@ -80,44 +104,9 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str) -> str:
         f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} run-hours of training',
         "differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)",
     ]
+    if has_dunnett:
+        facts.append("Dunnett's test: [simultaneous 95 % intervals for all differences to a reference]")
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
         values = {run['environment'][key][: 7 if key == 'revision' else None] for run in runs}
         facts.append(f'{name} {", ".join(sorted(values))}')
     return '; '.join(facts) + '.'
-
-
-def chart(results: dict[str, Any]) -> Figure:
-    """The metric over the epochs (mean, and range over seeds) and at the end (a point per seed, a bar for the mean).
-
-    Args:
-        results: see `tools.study.runs.collect`.
-    """
-    summaries, metric = summarise(results), results['metric_name']
-    figure = Figure(figsize=(11, 2.2 + 0.42 * len(summaries)), layout='constrained')
-    curves, final = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    colors = colormaps['tab10'].colors
-    for i, s in enumerate(summaries):
-        color = colors[i % len(colors)]
-        _draw_curve(curves, s, color)
-        values = [*s.values.values()]
-        final.plot(values, [i] * len(values), 'o', color=color, markersize=4, alpha=0.7)
-        final.plot([s.mean] * 2, [i - 0.3, i + 0.3], color=color)
-        final.annotate(f'{s.mean:.1f}', (max(values), i), (6, 0), textcoords='offset points', va='center', fontsize=9)
-    curves.set(xlabel='epoch', ylabel=f'{metric}, %', title='mean and range over seeds')
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    final.set(xlabel=f'{metric} after the last epoch, %', title='seeds, and their mean')
-    labels, font = fit_font([textwrap.fill(s.label, 45, max_lines=2, placeholder='…') for s in summaries])
-    final.set_yticks(range(len(summaries)), labels, font=font, fontsize=9, parse_math=False)
-    final.invert_yaxis()
-    final.margins(x=0.12)
-    for axes in (curves, final):
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-    return figure
-
-
-def _draw_curve(axes: Any, summary: Summary, color: Any) -> None:
-    epochs = np.arange(1, summary.curves.shape[1] + 1)
-    marker = 'o' if len(epochs) == 1 else None  # a line needs two points
-    axes.plot(epochs, summary.curves.mean(axis=0), color=color, marker=marker)
-    axes.fill_between(epochs, summary.curves.min(axis=0), summary.curves.max(axis=0), color=color, alpha=0.15, lw=0)

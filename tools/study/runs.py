@@ -143,7 +143,8 @@ def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, A
             raise StudyError(f'{output}: {first} and {other} have been trained on other data: write another --output')
     labels = {name: variant.label for name, variant in study.variants.items()}
     head = {'study': study.name, 'metric': study.task.metric, 'metric_name': study.metric_name}
-    head |= {'reference': study.reference, 'labels': labels, 'comparisons': study.comparisons}
+    head |= {'reference': study.reference, 'further_references': study.further_references}
+    head |= {'labels': labels, 'comparisons': study.comparisons}
     return head | {'runs': runs}
 
 

@@ -1,7 +1,7 @@
-"""A metric of variants over seeds: mean, standard deviation, paired differences with intervals."""
+"""A metric of variants over seeds: mean, standard deviation, and differences with intervals, paired and by Dunnett."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,6 +26,20 @@ class Difference(NamedTuple):
     mean: float
     bootstrap: tuple[float, float] | None
     student: tuple[float, float] | None
+
+
+class DunnettDifference(NamedTuple):
+    """Difference of a variant's mean to that of a reference, with a simultaneous 95 % interval by Dunnett's test.
+
+    Attributes:
+        mean: the difference of the means.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
 
 
 class Summary(NamedTuple):
@@ -84,6 +98,31 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     return Difference(pairs, mean, (float(low), float(high)), (mean - margin, mean + margin))
 
 
+def dunnett_differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, DunnettDifference]:
+    """Compare every variant with a reference by Dunnett's test, two-sided.
+
+    All intervals together hold with 95 % probability. The test pools the variance of all variants, which may have
+    different numbers of seeds, and does not pair seeds. Variants with a single seed are left out.
+
+    Args:
+        values: by variant: a value for each seed.
+        reference: the variant that the others are compared with.
+
+    Returns:
+        By variant. Empty if the reference has fewer than two seeds, if fewer than two other variants have two, or if
+        the seeds of no variant differ.
+    """
+    samples = {name: list(sample) for name, sample in values.items() if len(sample) > 1 and np.isfinite(sample).all()}
+    control = samples.pop(reference, None)
+    if control is None or len(samples) < 2 or not any(map(np.ptp, [control, *samples.values()])):
+        return {}
+    test = stats.dunnett(*samples.values(), control=control, rng=np.random.default_rng(0))
+    interval = test.confidence_interval(0.95)
+    differences = [float(np.mean(sample) - np.mean(control)) for sample in samples.values()]
+    bounds = zip(differences, map(float, interval.low), map(float, interval.high), strict=True)
+    return {name: DunnettDifference(*numbers) for name, numbers in zip(samples, bounds, strict=True)}
+
+
 def metric_curve(run: dict[str, Any], metric: str) -> list[float]:
     """A metric of a run after each epoch, in percent; of the EMA weights where it has any, NaN without evaluation."""
     return [epoch.get(f'ema_{metric}', epoch.get(metric, math.nan)) for epoch in run['epochs']]
@@ -97,6 +136,20 @@ def compare_pairs(results: dict[str, Any]) -> list[tuple[str, str, Difference]]:
         if difference := paired_difference(final.get(name, {}), final.get(other, {})):
             compared.append((results['labels'][name], results['labels'][other], difference))
     return compared
+
+
+def compare_with_references(results: dict[str, Any]) -> dict[str, dict[str, DunnettDifference]]:
+    """Dunnett's test of all variants against each reference of the study: by reference, then by variant.
+
+    References that the test cannot be made for are left out; see `dunnett_differences`.
+
+    Args:
+        results: see `tools.study.runs.collect`.
+    """
+    values = {summary.variant: [*summary.values.values()] for summary in summarise(results)}
+    references = [results['reference'], *results.get('further_references', [])]
+    tests = {reference: dunnett_differences(values, reference) for reference in references}
+    return {reference: differences for reference, differences in tests.items() if differences}
 
 
 def summarise(results: dict[str, Any]) -> list[Summary]:
