@@ -18,6 +18,7 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import environment, run_here
 from tests.helpers.shared import shared_folder
 from tools.make_digits import make_digits
+from tools.output_files import save_figure
 from tools.study.__main__ import read_results
 from tools.study.chart import chart
 from tools.study.plan import StudyError, read_study
@@ -128,7 +129,9 @@ def test_table_and_chart_are_those_of_the_runs(small):
             assert difference.strip().startswith(f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] (')
         assert int(parameters.replace(',', '')) == results['runs'][0 if name == 'msg' else 2]['parameters']
     assert cv2.imread(str(output / 'study.png')).shape[1] == 1400  # 7 inches
-    assert (output / 'study.pdf').read_bytes().startswith(b'%PDF')
+    pdf = (output / 'study.pdf').read_bytes()
+    assert b'/TrueType' in pdf or b'/CIDFontType2' in pdf
+    assert b'/Type3' not in pdf  # which publishers refuse
 
 
 def test_the_same_command_again_trains_nothing_and_results_print_the_same(small, tmp_path):
@@ -415,6 +418,18 @@ def test_studies_of_the_project_can_run(path):
         assert variant == project.config(variant, 0).MODEL.NAME
     with pytest.raises(StudyError, match='no variant nothing in the study: write one of '):
         project.select_variants(['nothing'])
+
+
+def test_a_chart_is_drawn_of_a_variant_whose_metric_is_undefined(tmp_path):
+    epoch = {'acc1': np.nan}
+    for runs in ({'a': {0: epoch}}, {'a': {0: epoch}, 'b': {0: {'acc1': 5.0}}}):
+        save_figure(chart(results_of(runs)), tmp_path / 'chart.pdf', 100)
+
+
+@pytest.mark.parametrize('width', ['abc', '1', 'nan', '21'])
+def test_a_width_that_does_not_fit_a_page_is_refused(width):
+    line = f'error: argument --width: {width} is not a width from 3 to 20 inches\n'
+    assert study('--results', 'docs/study.json', '--chart', 'x.pdf', '--width', width)[2].endswith(line)
 
 
 def test_the_study_file_of_the_documents_can_run(tmp_path):

@@ -15,6 +15,7 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
+import contextlib
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -71,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     )
     add(
         '--width',
-        type=_width,
+        type=chart_width,
         default=TWO_COLUMNS,
         metavar='INCHES',
         help=f'with --chart: width of the chart; 3.3 for a column of a paper ({TWO_COLUMNS:g}, a page)',
@@ -90,12 +91,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def _width(text: str) -> float:
-    """A width of a chart, for argparse."""
-    width = float(text)
-    if not MIN_WIDTH <= width <= MAX_WIDTH:
-        raise argparse.ArgumentTypeError(f'{text} is not from {MIN_WIDTH:g} to {MAX_WIDTH:g} inches')
-    return width
+def chart_width(text: str) -> float:
+    """A width of a chart in inches, as the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: the text is not one.
+    """
+    with contextlib.suppress(ValueError):
+        width = float(text)
+        if MIN_WIDTH <= width <= MAX_WIDTH:
+            return width
+    raise argparse.ArgumentTypeError(f'{text} is not a width from {MIN_WIDTH:g} to {MAX_WIDTH:g} inches')
 
 
 def train(study: Study, runs: StudyRuns, variants: list[str], seeds: list[int], jobs: int) -> None:

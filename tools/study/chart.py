@@ -110,9 +110,10 @@ def _draw_seeds(axes: Axes, ranked: Sequence[Summary], styles: Sequence[dict[str
     axes.set(xlabel=f'{metric} after the last epoch, %', title='seeds, and their mean', yticks=[])
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    values = [value for s in ranked for value in s.values.values()]
-    extent = max(values) - min(values) or 1.0
-    axes.set_xlim(min(values) - 0.08 * extent, max(values) + 0.25 * extent)  # the numbers need room
+    values = [value for s in ranked for value in s.values.values() if not math.isnan(value)]
+    if values:
+        extent = max(values) - min(values) or 1.0
+        axes.set_xlim(min(values) - 0.08 * extent, max(values) + 0.25 * extent)  # the numbers need room
     _tidy(axes)
 
 
