@@ -165,9 +165,11 @@ def main() -> None:
     add('--output', type=home_path, required=True, metavar='DIR', help='folder to write')
     add('--train', type=int, default=800, metavar='N', help='training images')
     add('--val', type=int, default=200, metavar='N', help='evaluation images')
-    size, digit_size = ('WIDTH', 'HEIGHT'), ('MIN', 'MAX')
-    add('--size', type=positive_int, nargs=2, default=SIZE, metavar=size, help='size of the images, in pixels')
-    add('--digit-size', type=positive_int, nargs=2, default=DIGIT_SIZE, metavar=digit_size, help='size of the digits')
+    pair = {'type': positive_int, 'nargs': 2}
+    add('--size', **pair, default=SIZE, metavar=('WIDTH', 'HEIGHT'), help='size of the images, in pixels (128 96)')
+    add(
+        '--digit-size', **pair, default=DIGIT_SIZE, metavar=('MIN', 'MAX'), help='size of the digits, in pixels (24 56)'
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         try:

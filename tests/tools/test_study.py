@@ -33,6 +33,7 @@ def write_study(folder, **changes):
     content = {
         'config': str(TINY),
         'reference': 'msg',
+        'further_references': ['bare'],
         'seeds': [0, 1],
         'variants': {
             'msg': {'label': 'MSG tokens'},
@@ -103,6 +104,7 @@ def test_table_and_chart_are_those_of_the_runs(small):
     assert [(run['variant'], run['seed']) for run in results['runs']] == [
         ('msg', 0), ('msg', 1), ('bare', 0), ('bare', 1)
     ]  # fmt: skip
+    assert results['further_references'] == ['bare']
     final = {'msg': [], 'bare': []}
     for run in results['runs']:
         lines = (output / run['variant'] / f'seed{run["seed"]}' / 'metrics.jsonl').read_text().splitlines()
@@ -394,7 +396,7 @@ def test_a_study_file_that_cannot_work_says_what_to_write(tmp_path, changes, mes
 
 
 def test_a_study_takes_from_its_base_what_it_does_not_have(tmp_path):
-    base = read_study(write_study(tmp_path, options={'TRAIN.EPOCHS': 4}, further_references=['bare']))
+    base = read_study(write_study(tmp_path, options={'TRAIN.EPOCHS': 4}))
     (tmp_path / 'own.yaml').write_text('base: two.yaml\nseeds: [7]\nvariants: {msg: {label: other}}\n')
     own = read_study(tmp_path / 'own.yaml')
     assert (own.name, own.seeds, list(own.variants)) == ('own', [7], ['msg', 'bare'])
