@@ -269,8 +269,9 @@ class GlobalAttention(Exchange):
         """Compute the new MSG tokens, (B, nH, nW, C)."""
         qkv = self.qkv(self.norm(msg)).chunk(3, dim=3)
         q, k, v = (contiguous_copy(x).flatten(1, 2) for x in qkv)  # (B, nH * nW, d)
-        context = k.softmax(dim=1).transpose(1, 2) @ v  # (B, d, d)
-        attended = q.softmax(dim=2) @ context  # (B, nH * nW, d)
+        # `@` would add a guard on a symbolic number of windows.
+        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v)  # (B, d, d)
+        attended = torch.bmm(q.softmax(dim=2), context)  # (B, nH * nW, d)
         return msg + self.proj(attended).view(msg.shape)
 
     def flops(self, grid: tuple[int, int]) -> int:

@@ -5,7 +5,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import nn
 
-from models.exchange import Shuffle
+from models.exchange import EXCHANGES, Shuffle
 from models.layers import OverlapPatchMerging, PatchEmbed, PatchMerging
 from models.symbolic import crop, is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 from models.windows import join_windows, split_windows, window_padding
@@ -37,8 +37,15 @@ def export_any_size(module, example, height_axis, smallest=1):
         return torch.export.export(module.eval(), (example,), dynamic_shapes=(axes,)).module()
 
 
+GRID_MODULES = {
+    'windows': IncrementedWindows(),
+    'v1': PatchMerging(8, nn.LayerNorm),
+    **{name: exchange(8, 2) for name, exchange in EXCHANGES.items()},
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize('module', [IncrementedWindows(), PatchMerging(8, nn.LayerNorm)], ids=['windows', 'v1'])
+@pytest.mark.parametrize('module', GRID_MODULES.values(), ids=GRID_MODULES)
 def test_one_graph_gives_the_eager_bits_for_grids_of_any_size(module):
     fill_(module).eval()
     graph = export_any_size(module, torch.randn(2, 12, 18, 8), height_axis=1)

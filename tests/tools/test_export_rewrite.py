@@ -15,6 +15,9 @@ VARIANTS = {
     **VERSIONS,
     'other scale, no bias': {'qk_scale': 0.3, 'qkv_bias': False},
     'no shuffle': {'manip_type': 'none'},
+    'mean, shift': {'manip_type': ['mean', 'shift']},
+    'attention, global': {'manip_type': ['attention', 'global']},
+    'mix': {'manip_type': 'mix'},
     'no MSG tokens': {'use_msg_tokens': False, 'head_tokens': 'patches'},
     'head of patches': {'head_tokens': 'patches'},
 }
