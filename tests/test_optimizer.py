@@ -48,7 +48,8 @@ def test_options_of_adamw_and_sgd(tiny_config):
 
 
 def test_layer_decay_scales_the_rates_of_blocks_and_keeps_weight_decay(tiny_config):
-    model = MSGTransformer(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), num_classes=10)
+    layout = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 4, 8), 'num_classes': 10}
+    model = MSGTransformer(**layout, manip_type='attention')
     config = tiny_config(TRAIN__WEIGHT_DECAY='0.05')
     optimizer = build_optimizer(config, model, lr=0.1, layer_decay=0.5)
     rates, decays = {}, {}
@@ -63,6 +64,8 @@ def test_layer_decay_scales_the_rates_of_blocks_and_keeps_weight_decay(tiny_conf
     blocks = ('0.blocks.0', '1.blocks.0', '2.blocks.0', '2.blocks.1', '3.blocks.0')
     for i, block in enumerate(blocks):
         assert rates[f'layers.{block}.attn.qkv.weight'] == rates[f'layers.{block}.norm1.bias'] == 0.5 ** (5 - i)
+        assert {rates[name] for name in rates if f'{block}.exchange.' in name} == {0.5 ** (5 - i)}
+        assert decays[f'layers.{block}.exchange.qkv.weight'] == 0.05
     assert rates['layers.0.downsample.reduction.weight'] == 0.5**5  # of the stage's last block
     assert rates['head.weight'] == rates['head.bias'] == 1
     scheduler = build_scheduler(config, optimizer, steps_per_epoch=4)

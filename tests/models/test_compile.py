@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, fill_, golden_network, images, labels, micro
+from models.exchange import EXCHANGES
+from tests.helpers.golden import GOLDEN, VERSIONS, assert_close, fill_, golden_network, images, labels, micro, normal
 from tests.helpers.runs import CPU
 from tools.benchmark.cases import Setting
 from tools.benchmark.classifiers import ClassifierCase
@@ -65,6 +66,14 @@ def test_gradients_equal_eager_ones(types):
         F.cross_entropy(model(images(2, 56)), labels(2, 10)).backward()
     for (name, one), two in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@torch.inference_mode()
+def test_outputs_of_all_exchanges_equal_eager_ones():
+    for name in EXCHANGES.keys() - {'shuf', 'none'}:  # which the networks have
+        torch.compiler.reset()
+        exchange, msg = fill_(EXCHANGES[name](16, 2)), normal('msg', (2, 3, 5, 16))
+        torch.testing.assert_close(torch.compile(exchange, fullgraph=True)(msg), exchange(msg), msg=name)
 
 
 def test_freezing_gives_the_same_logits():

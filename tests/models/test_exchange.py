@@ -1,9 +1,11 @@
 """Exchanges of MSG tokens: what moves where, at any grid; parameters and multiply-adds; new ones by name."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from torch.func import functional_call, grad, vmap
 
 from models import MSGTransformer, register_exchange
 from models.exchange import (
@@ -113,6 +115,44 @@ def test_a_network_counts_its_exchanges(name):
     assert count_multiply_adds(forward(network)) - count_multiply_adds(forward(plain)) == added
 
 
+@torch.no_grad()
+def test_all_exchanges_compile_to_one_graph():
+    torch.compiler.reset()
+    exchanges = torch.nn.Sequential(*map(build, NAMES)).eval()
+    compiled, msg = torch.compile(exchanges, fullgraph=True, backend='eager'), normal('msg', (2, 3, 5, 16))
+    assert torch.equal(compiled(msg), exchanges(msg))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_pickle_meta_device_autocast_and_torch_func(name):
+    exchange, msg = build(name), normal('msg', (2, 3, 5, 16))
+    expected = exchange(msg)
+    assert torch.equal(pickle.loads(pickle.dumps(exchange))(msg), expected)
+
+    with torch.device('meta'):
+        empty = EXCHANGES[name](16, 2)
+    assert empty(msg.to('meta')).shape == msg.shape
+    empty.to_empty(device='cpu').load_state_dict(exchange.state_dict())
+    assert torch.equal(empty(msg), expected)
+
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = exchange(msg)
+    assert mixed.dtype == torch.float32  # the residual stream
+    torch.testing.assert_close(mixed, expected, rtol=0.02, atol=0.05)
+
+    parameters = dict(exchange.named_parameters())
+
+    def loss(parameters, msg):
+        return functional_call(exchange, parameters, (msg[None],)).square().sum()
+
+    torch.testing.assert_close(vmap(exchange)(msg[:, None]).squeeze(1), expected)
+    per_image = vmap(grad(loss), in_dims=(None, 0))(parameters, msg) if parameters else {}
+    if parameters:
+        exchange(msg).square().sum().backward()
+    for key, gradient in per_image.items():
+        torch.testing.assert_close(gradient.sum(dim=0), parameters[key].grad, rtol=1e-4, atol=1e-5)
+
+
 def test_regions_are_joined_as_they_were_split():
     msg = torch.rand(2, 5, 3, 4) + 1
     regions = split_regions(msg, 2)
@@ -210,8 +250,10 @@ def test_an_exchange_for_each_stage_by_name_or_class():
 
 
 def test_the_published_exchanges_have_no_parameters():
-    names = {name for name, _ in MSGTransformer(manip_type='shuf').named_parameters()}
-    assert names == {name for name, _ in MSGTransformer(manip_type='none').named_parameters()}
+    with torch.device('meta'):
+        published, plain = MSGTransformer(manip_type='shuf'), MSGTransformer(manip_type='none')
+    names = {name for name, _ in published.named_parameters()}
+    assert names == {name for name, _ in plain.named_parameters()}
     assert not any('exchange' in name for name in names)
 
 

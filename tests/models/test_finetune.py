@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from engine.checkpoint import CheckpointError
+from engine.weights import load_weights
 from models import MSGTransformer
 from tests.helpers.golden import fill_
 
@@ -36,6 +38,20 @@ def test_another_network_is_left_for_loading_to_refuse():
         MSGTransformer(**NARROW).fit_state_dict(
             {'layers.0.blocks.0.attn.relative_position_bias_table': torch.zeros(168, 1)}
         )
+
+
+def test_weights_of_a_shuffle_start_a_network_with_another_exchange():
+    source = {'model': fill_(MSGTransformer(**NARROW)).state_dict()}
+    network = MSGTransformer(**NARROW, manip_type=['attention', 'mix', 'mean', 'shuf'])
+    own = {name for name, _ in network.named_parameters() if '.exchange.' in name}
+    with pytest.raises(CheckpointError, match='missing: layers.0.blocks.0.exchange.* --pretrained-missing allow loads'):
+        load_weights(network, source, 'shuffle.pth', missing='report')
+    loaded = load_weights(network, source, 'shuffle.pth', missing='allow')
+    assert (set(loaded.missing), loaded.unexpected) == (own, [])
+    assert f'{len(own)} weights not in the file, kept as initialized: layers.0.blocks.0.exchange' in loaded.notes[0]
+    assert all(
+        torch.equal(value, source['model'][name]) for name, value in network.state_dict().items() if name not in own
+    )
 
 
 @pytest.mark.parametrize(

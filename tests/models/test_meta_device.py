@@ -12,6 +12,7 @@ NETWORKS = {
     **{version: lambda types=types: micro(**types) for version, types in VERSIONS.items()},
     'no MSG tokens': lambda: micro(use_msg_tokens=False),
     'position embedding': lambda: micro(ape=True),
+    'exchanges': lambda: micro(manip_type=['mix', 'global', 'attention']),
     'detector': lambda: build_detector(tiny_detector()),
 }
 

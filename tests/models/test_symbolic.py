@@ -40,7 +40,7 @@ def export_any_size(module, example, height_axis, smallest=1):
 GRID_MODULES = {
     'windows': IncrementedWindows(),
     'v1': PatchMerging(8, nn.LayerNorm),
-    **{name: exchange(8, 2) for name, exchange in EXCHANGES.items()},
+    'exchanges': nn.Sequential(*[exchange(8, 2) for exchange in EXCHANGES.values()]),
 }
 
 

@@ -38,6 +38,12 @@ V2 = {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap'}
 VARIANTS = {
     'v2': V2,
     'position embedding of one channel': {'MODEL__MSG__APE': 'True', 'MODEL__MSG__IN_CHANS': '1'},
+    'exchanges with weights': {
+        'MODEL__MSG__DEPTHS': '[1, 1, 1]',
+        'MODEL__MSG__NUM_HEADS': '[1, 2, 4]',
+        'MODEL__MSG__SHUF_SIZE': '[2, 2, 2]',
+        'MODEL__MSG__MANIP_TYPE': "['attention', 'global', 'mix']",
+    },
     'no shuffle and no classes': {'MODEL__MSG__MANIP_TYPE': 'none', 'MODEL__NUM_CLASSES': '0'},
 }
 

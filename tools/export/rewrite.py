@@ -127,7 +127,7 @@ class RuntimeBlock(nn.Module):
             x, N, padding = msg_tokens(x), 1, None
         x = x + attended
         msg, patches = x.split((1, N - 1), dim=1)
-        msg = msg.view(B, nH, nW, C)
+        msg = contiguous_copy(msg).view(B, nH, nW, C)  # `Flattened` would add a guard on symbolic strides
         exchanged = self.exchange(msg)
         if exchanged is not msg:
             x = torch.cat((exchanged.reshape(-1, 1, C), patches), dim=1)

@@ -52,6 +52,7 @@ def test_parameters_and_multiply_adds_sum_to_the_networks(path, size):
         {'MODEL__MSG__IN_CHANS': 1, 'MODEL__MSG__APE': True},
         {'MODEL__MSG__HEAD_TOKENS': 'patches'},
         {'MODEL__MSG__MSG_TOKENS': False},
+        {'MODEL__MSG__MANIP_TYPE': "['attention', 'global']"},
     ],
 )
 def test_other_networks_are_summarised(tiny_config, options):
