@@ -25,6 +25,7 @@ Source of the shuffle: Fang et al., arXiv:2105.15168, section 3.2. The other exc
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pyramid import ceil_div
@@ -297,7 +298,9 @@ class Mix(Shuffle):
         s = self.region_size
         tokens = split_regions(msg, s)  # (B, nH/s, nW/s, G, C)
         chunks = tokens.view(*tokens.shape[:3], s**4, self.dim // s**2)
-        mixed = (self.weight @ chunks).view(tokens.shape)
+        # `weight @ chunks` would add a guard on symbolic strides.
+        mixed = F.linear(contiguous_copy(chunks.transpose(3, 4)), self.weight)  # (B, nH/s, nW/s, C/G, G^2)
+        mixed = contiguous_copy(mixed.transpose(3, 4)).view(tokens.shape)
         return super().forward(msg) + join_regions(mixed, msg.shape[1:3])
 
     def flops(self, grid: tuple[int, int]) -> int:

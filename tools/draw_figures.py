@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, the block, and influence.
+"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, exchanges, the block, and influence.
 
 python -m tools.draw_figures --output docs
 """
@@ -13,17 +13,29 @@ import io
 from pathlib import Path
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from models.exchange import EXCHANGES, Exchange
 from tools.visualize.sheets import Choice, draw_kinds
 from tools.visualize.view import prepare, random_predictor
 from utils import exit_on_user_error, home_path, printable
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
+TOKEN_COLOURS = [
+    '#0072b2',
+    '#e69f00',
+    '#009e73',
+    '#cc79a7',
+    '#56b4e9',
+    '#d55e00',
+    '#f0e442',
+    '#7f7f7f',
+]  # Okabe and Ito
 PATCH, INK = '#e8e8e8', '#333333'
 
 
@@ -40,7 +52,7 @@ def draw_figures(folder: Path) -> None:
     """Draw all pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams.update({'svg.hashsalt': 'msg', 'font.size': 10, 'font.family': 'DejaVu Sans'})
-    for name, draw in (('windows', draw_windows), ('block', draw_block)):
+    for name, draw in (('windows', draw_windows), ('exchange', draw_exchanges), ('block', draw_block)):
         draw().savefig(folder / f'{name}.svg', metadata={'Date': None})
         print(printable(folder / f'{name}.svg'))
     png = io.BytesIO()
@@ -83,6 +95,62 @@ def draw_windows() -> Figure:
     right.set_title('Shuffle: each MSG token gives one chunk of its\nchannels to every MSG token of the region')
     frame(right, (-0.9, 9.6), (-0.3, 7.2))
     return figure
+
+
+def draw_exchanges() -> Figure:
+    """What each exchange makes of the MSG tokens of two regions of 2 x 2 windows.
+
+    The colours are the derivative of the real modules: the part of a chunk that a token's colour fills is the part of the
+    chunk's absolute derivative that is by that token. For a linear exchange, the derivative is the output for one-hot tokens.
+    """
+    figure = Figure(figsize=(11, 9), layout='constrained')
+    panels = figure.subplots(4, 2).flat
+    draw_tokens(next(panels), 'before: MSG tokens a to h, four chunks each', torch.eye(32).view(8, 4, 8, 4))
+    for panel, (name, exchange) in zip(panels, EXCHANGES.items(), strict=True):
+        draw_tokens(panel, name, token_shares(exchange))
+    return figure
+
+
+def token_shares(exchange: type[Exchange]) -> torch.Tensor:
+    """Which tokens and chunks the chunks of new MSG tokens depend on, at a grid of 2 x 4 windows and regions of 2 x 2.
+
+    Returns:
+        Parts of the absolute derivative (8, 4, 8, 4): new token, its chunk, token, its chunk; the last two sum to 1.
+    """
+    tokens, chunks, channels = 8, 4, 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, msg = exchange(chunks * channels, region_size=2), torch.randn(1, 2, 4, chunks * channels)
+        for parameter in module.parameters():
+            if not parameter.any():  # a zero would hide what the exchange can learn
+                torch.nn.init.normal_(parameter, std=0.02)
+    derivative = torch.autograd.functional.jacobian(module, msg).abs()
+    parts = derivative.reshape(tokens, chunks, channels, tokens, chunks, channels).sum(dim=(2, 5))
+    return parts / parts.sum(dim=(2, 3), keepdim=True)
+
+
+def draw_tokens(axes: Axes, title: str, shares: torch.Tensor) -> None:
+    """Draw MSG tokens at their windows, with the tokens that each chunk comes from; see `token_shares`."""
+    for token, chunk in torch.cartesian_prod(torch.arange(8), torch.arange(4)).tolist():
+        row, column = divmod(token, 4)
+        x, y = column * 4.6 + (column // 2) * 0.8 + chunk, -1.7 * row
+        part = shares[token, chunk]  # (8, 4)
+        by_token = part.sum(dim=1)
+        bottom = y
+        for source in by_token.argsort(stable=True).tolist():  # the largest on top
+            height = round(by_token[source].item(), 2)
+            if height:
+                face = TOKEN_COLOURS[source]
+                axes.add_patch(Rectangle((x, bottom), 1, height, facecolor=face, edgecolor='white', linewidth=0.5))
+                bottom += height
+        largest = part.argmax().item()
+        if part.max() > 0.5:
+            label = f'{"abcdefgh"[largest // 4]}{largest % 4}'
+            axes.text(x + 0.5, y + 0.62, label, ha='center', va='center', fontsize=8)
+    for left in (0, 2 * 4.6 + 0.8):
+        axes.add_patch(Rectangle((left - 0.25, -1.95), 9.1, 3.2, fill=False, edgecolor=INK, linewidth=1))
+    axes.set_title(title, fontsize=11)
+    frame(axes, (-0.5, 19.5), (-2.1, 1.4))
 
 
 def draw_block() -> Figure:

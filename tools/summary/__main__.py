@@ -3,13 +3,15 @@
     python -m tools.summary configs/msg_*_224.yaml
     python -m tools.summary detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml
     python -m tools.summary configs/msg_tiny_p4_win7_224.yaml --img-size 384 640 --time
+    python -m tools.summary configs/msg_tiny_p4_win7_224.yaml --exchanges
 
 Two counts of multiply-adds are printed: the authors' formula (MSG-Transformers only), and the matmuls and convolutions
 that a forward pass executes, without norms, biases, softmax and GELU. Detectors are counted as published: 1280 x 800
 pixels, 1000 proposals, 100 detections. No weights are allocated unless --time is given.
 
 With one config of an MSG-Transformer, a second table lists its stages. Patch merging is counted in the stage before it,
-the MSG tokens in the embedding, and the final norm in the head.
+the MSG tokens in the embedding, and the final norm in the head. --exchanges instead prints the counts of this network with
+each exchange of MSG tokens.
 """
 
 if __name__ == '__main__':
@@ -51,11 +53,14 @@ def parse_option() -> argparse.Namespace:
         help='image size of one MSG-Transformer in pixels, or its height and width (default: DATA.IMG_SIZE)',
     )
     add('--time', action='store_true', help="also time each stage of one MSG-Transformer, on the config's DEVICE")
+    add('--exchanges', action='store_true', help='compare the exchanges of MSG tokens in one MSG-Transformer')
     args = parser.parse_args()
     if len(args.img_size or ()) > 2:
         parser.error('argument --img-size: write one number, or height and width')
-    if len(args.configs) > 1 and (args.img_size or args.time):
-        parser.error('--img-size and --time are for one MSG-Transformer: give one config')
+    if len(args.configs) > 1 and (args.img_size or args.time or args.exchanges):
+        parser.error('--img-size, --time and --exchanges are for one MSG-Transformer: give one config')
+    if args.exchanges and (args.img_size or args.time):
+        parser.error('--exchanges counts at DATA.IMG_SIZE: leave out --img-size and --time')
     return args
 
 
@@ -67,21 +72,29 @@ def main() -> None:
         configs = [task.tree.load(path, args.opts) for task, path in zip(tasks, args.configs, strict=True)]
         if len(configs) == 1 and configs[0].MODEL.TYPE == 'msg':
             print_msg_network(configs[0], args)
-        elif args.img_size or args.time:
+        elif args.img_size or args.time or args.exchanges:
             raise ConfigError(
-                f'--img-size and --time are for MSG-Transformers, and MODEL.TYPE is {configs[0].MODEL.TYPE}: '
-                f'leave them out'
+                f'--img-size, --time and --exchanges are for MSG-Transformers, and MODEL.TYPE is '
+                f'{configs[0].MODEL.TYPE}: leave them out'
             )
         else:
             print(complexity.table([count_complexity(*pair) for pair in zip(tasks, configs, strict=True)]))
 
 
 def print_msg_network(config: CfgNode, args: argparse.Namespace) -> None:
-    """Print the counts of an MSG-Transformer, and its parts.
+    """Print the counts of an MSG-Transformer and its parts, or its counts with each exchange.
 
     Raises:
-        ConfigError: the network does not work at `--img-size`, or its device is not available.
+        ConfigError: the network does not work at `--img-size` or with an exchange, or its device is not available.
     """
+    if args.exchanges:
+        if not config.MODEL.MSG.MSG_TOKENS:
+            raise ConfigError('--exchanges: the network has no MSG tokens to exchange: write MODEL.MSG.MSG_TOKENS True')
+        try:
+            print(complexity.exchange_table(complexity.count_exchanges(config)))
+        except ValueError as error:
+            raise ConfigError(f'--exchanges: {error}') from error
+        return
     device = choose_device(config.DEVICE) if args.time else torch.device('meta')
     with device:
         model = build_model(config)

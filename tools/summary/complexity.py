@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of networks of both tasks, counted without their weights."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from yacs.config import CfgNode
 from detection.models import build_detector
 from engine.task import Task
 from models import build_model
+from models.exchange import EXCHANGES
 from models.pyramid import Size
 from tools.flops import count_multiply_adds
 
@@ -79,6 +81,36 @@ def count_detector(
         measured = count_multiply_adds(forward)
     parameters = sum(p.numel() for p in model.parameters())
     return Complexity(config.MODEL.NAME, f'{width} x {height}', parameters, None, measured)
+
+
+def count_exchanges(config: CfgNode) -> dict[str, Complexity]:
+    """Count an MSG-Transformer with each registered exchange in all stages, by the exchange's name.
+
+    Args:
+        config: the config tree; its `MODEL.MSG.MANIP_TYPE` is not read.
+
+    Raises:
+        ValueError: the channels do not fit an exchange: see `MSGTransformer`.
+    """
+    counts = {}
+    for name in EXCHANGES:
+        other = config.clone()
+        other.defrost()
+        other.MODEL.MSG.MANIP_TYPE = name
+        counts[name] = count_classifier(other)
+    return counts
+
+
+def exchange_table(counts: Mapping[str, Complexity]) -> str:
+    """The counts of `count_exchanges` as a Markdown table, with the first line of each exchange's docstring."""
+    lines = [
+        '| exchange | what it does | parameters | multiply-adds, formula | multiply-adds, measured |',
+        '|---|---|---|---|---|',
+    ]
+    for name, count in counts.items():
+        summary = inspect.cleandoc(EXCHANGES[name].__doc__ or '').partition('\n')[0]
+        lines.append(f'| `{name}` | {summary} | {count.parameters:,} | {count.formula:,} | {count.measured:,} |')
+    return '\n'.join(lines)
 
 
 COUNTERS = {'classification': count_classifier, 'detection': count_detector}

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from models.exchange import EXCHANGES
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT, TINY
 from tools.summary import __main__ as program
 
@@ -46,6 +47,17 @@ def test_one_msg_network_is_printed_stage_by_stage(monkeypatch, capsys):
     assert re.search(r'median of 10 rounds, one image of 28 x 28 pixels, fp32, not compiled, cpu, \d+ thread', note)
 
 
+def test_exchanges_are_compared(monkeypatch, capsys):
+    head, _, *rows = call(monkeypatch, capsys, TINY, '--exchanges', '--opts', 'MODEL.MSG.MANIP_TYPE', 'none')
+    assert cells(head)[0] == 'exchange'
+    names, parameters = zip(*[(cells(row)[0].strip('`'), cells(row)[2]) for row in rows], strict=True)
+    assert list(names) == list(EXCHANGES)
+    assert cells(rows[0])[1].startswith('Published exchange: ')
+    assert len(set(parameters)) == 3  # none, one head of attention, weights of chunks
+    (row,) = call(monkeypatch, capsys, TINY, '--opts', 'MODEL.MSG.MANIP_TYPE', 'mix')[2:3]
+    assert cells(row)[2:] == cells(rows[names.index('mix')])[2:]
+
+
 def test_sizes_and_other_networks(monkeypatch, capsys):
     lines = call(monkeypatch, capsys, TINY, '--img-size', '56', '30')
     assert cells(lines[2])[1] == '56 x 30'
@@ -58,10 +70,22 @@ def test_sizes_and_other_networks(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'code', 'message'),
     [
+        ([TINY, TINY, '--exchanges'], 2, 'are for one MSG-Transformer: give one config'),
+        ([TINY, '--exchanges', '--time'], 2, '--exchanges counts at DATA.IMG_SIZE: leave out --img-size and --time'),
+        ([TINY, '--exchanges', '--opts', 'MODEL.MSG.MSG_TOKENS', 'False'], 1, 'the network has no MSG tokens'),
+        ([TINY, '--exchanges', '--opts', 'MODEL.MSG.EMBED_DIM', '6'], 1, '--exchanges: embed_dim 6 does not fit'),
         (['nowhere'], 1, 'error: config file nowhere: No such file'),
-        ([DETECTOR, '--time'], 1, '--img-size and --time are for MSG-Transformers, and MODEL.TYPE is cascade_rcnn'),
+        (
+            [DETECTOR, '--time'],
+            1,
+            '--img-size, --time and --exchanges are for MSG-Transformers, and MODEL.TYPE is cascade_rcnn',
+        ),
         ([TINY, '--img-size', '30', '--opts', 'MODEL.TYPE', 'timm:resnet18'], 1, 'and MODEL.TYPE is timm:resnet18'),
-        ([TINY, DETECTOR, '--time'], 2, '--img-size and --time are for one MSG-Transformer: give one config'),
+        (
+            [TINY, DETECTOR, '--time'],
+            2,
+            '--img-size, --time and --exchanges are for one MSG-Transformer: give one config',
+        ),
         ([TINY, '--img-size', '1'], 1, 'error: --img-size: image size 1 x 1 is smaller than one patch of 2 x 2 pixels'),
         ([TINY, '--img-size', '28', '28', '3'], 2, 'argument --img-size: write one number, or height and width'),
         ([TINY, '--img-size', 'x'], 2, 'x is not a positive integer'),
