@@ -1,6 +1,7 @@
 """README and docs: links lead somewhere, commands parse, documented counts and keys are those of the code."""
 
 import argparse
+import functools
 import importlib
 import re
 import subprocess
@@ -168,28 +169,72 @@ def test_configuration_is_generated_from_the_trees():
     assert written == list_config.document(), 'stale: python -m tools.list_config > docs/configuration.md'
 
 
+@functools.cache
+def printed_counts(configs):
+    """Parameters and multiply-adds of configs, by their names, as `tools.summary` prints them."""
+    done = run_here('-m', 'tools.summary', *sorted(ROOT.glob(configs)))
+    rows = re.findall(r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$', done.stdout, re.MULTILINE)
+    return {
+        f'{name}.yaml': (parameters, formula or f'{int(measured.replace(",", "")) / 1e9:.1f}G')
+        for name, parameters, formula, measured in rows
+    }
+
+
+CLASSIFIERS, DETECTORS = 'configs/msg_*_224.yaml', 'detection/configs/*rcnn*.yaml'
+
+
 @pytest.mark.parametrize(
-    ('document', 'command', 'configs'),
+    ('document', 'shown', 'printed', 'rows'),
     [
-        ('README.md', 'python -m tools.summary configs/msg_*_224.yaml', 'configs/msg_*_224.yaml'),
-        (
-            'docs/detection.md',
-            'python -m tools.summary detection/configs/*rcnn*.yaml',
-            'detection/configs/*rcnn*.yaml',
-        ),
+        ('docs/published.md', CLASSIFIERS, CLASSIFIERS, 6),
+        ('docs/published.md', 'detection/configs/cascade_mask_rcnn_msg_*.yaml', DETECTORS, 6),
+        ('docs/detection.md', DETECTORS, DETECTORS, 11),
     ],
 )
-def test_tables_of_models_are_those_that_their_commands_print(document, command, configs):
+def test_tables_of_models_are_those_that_their_commands_print(document, shown, printed, rows):
     text = (ROOT / document).read_text()
-    assert command in commands(text)
-    done = run_here('-m', 'tools.summary', *sorted(ROOT.glob(configs)))
-    printed = re.findall(r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$', done.stdout, re.MULTILINE)
-    rows = set()
-    for name, parameters, formula, measured in printed:
-        rows.add((f'{name}.yaml', parameters, formula or f'{int(measured.replace(",", "")) / 1e9:.1f}G'))
+    assert f'python -m tools.summary {shown}' in commands(text)
+    names = [path.name for path in ROOT.glob(shown)]
     written = re.findall(r'\| `(\w+\.yaml)` \| ([\d,]+) \| ([\d,.]+G?) \|', text)
-    assert set(written) == rows
-    assert len(written) >= 6
+    assert {name: counts for name, *counts in written if name in names} == {
+        name: list(printed_counts(printed)[name]) for name in names
+    }
+    assert len(names) == rows
+
+
+def test_rounded_counts_of_readme_and_published_results():
+    exact = printed_counts(CLASSIFIERS) | printed_counts(DETECTORS)
+    counts = {
+        name: (int(parameters.replace(',', '')) / 1e6, float(multiply_adds.strip('G').replace(',', '')))
+        for name, (parameters, multiply_adds) in exact.items()
+    }
+    readme = re.findall(r'\| `(\w+\.yaml)` \| ([\d.]+) M \| ([\d.]+) G \|', README)
+    assert len(readme) == 6
+    for name, parameters, multiply_adds in readme:
+        assert (parameters, multiply_adds) == (f'{counts[name][0]:.1f}', f'{counts[name][1] / 1e9:.2f}'), name
+    published = re.findall(
+        r'`(\w+\.yaml)` \| [\d,]+ \| [\d,.]+G? \| (\d+)M \| ([\d.]+)G', (ROOT / 'docs' / 'published.md').read_text()
+    )
+    assert len(published) == 12
+    for name, parameters, multiply_adds in published:
+        scale = 1 if 'rcnn' in name else 1e9
+        assert int(parameters) == pytest.approx(counts[name][0], abs=0.5), name
+        assert float(multiply_adds) == pytest.approx(counts[name][1] / scale, rel=2e-3, abs=0.1), name
+
+
+def test_published_accuracies_are_the_same_everywhere():
+    """In README, in docs/published.md and in the head of each config."""
+    text = (ROOT / 'docs' / 'published.md').read_text()
+    tables = [
+        (r'`(msg_\w+\.yaml)`.* \| ([\d.]+ %) \|', 'configs', '# Expected: {} top-1 on ImageNet-1K, by the '),
+        (r'`(cascade\w+\.yaml)`(?: \|[^|]+){4} \| ([\d.]+) \|', 'detection/configs', '# Expected: {} box AP, '),
+    ]
+    for pattern, folder, head in tables:
+        rows = re.findall(pattern, text)
+        assert len(rows) == 6
+        for name, value in rows:
+            assert head.format(value) in (ROOT / folder / name).read_text(), name
+            assert folder != 'configs' or re.search(rf'`{name}` .* \| {value} \|', README), name
 
 
 def test_readme_is_a_front_page():

@@ -1,4 +1,4 @@
-"""Draw the pictures of README and docs: windows with their MSG tokens, the shuffle, exchanges, the block, and influence.
+"""Draw the pictures of README and docs: windows, the shuffle and other exchanges of MSG tokens, the block, influence.
 
 python -m tools.draw_figures --output docs
 """
@@ -26,16 +26,8 @@ from tools.visualize.view import prepare, random_predictor
 from utils import exit_on_user_error, home_path, printable
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
-TOKEN_COLOURS = [
-    '#0072b2',
-    '#e69f00',
-    '#009e73',
-    '#cc79a7',
-    '#56b4e9',
-    '#d55e00',
-    '#f0e442',
-    '#7f7f7f',
-]  # Okabe and Ito
+# Colours that colour-blind readers can tell apart, by Okabe and Ito: one per MSG token
+TOKEN_COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#f0e442', '#a6a6a6']
 PATCH, INK = '#e8e8e8', '#333333'
 
 
@@ -98,59 +90,67 @@ def draw_windows() -> Figure:
 
 
 def draw_exchanges() -> Figure:
-    """What each exchange makes of the MSG tokens of two regions of 2 x 2 windows.
+    """What each exchange makes of the MSG tokens of two regions of 2 x 2 windows, from the derivative of its module.
 
-    The colours are the derivative of the real modules: the part of a chunk that a token's colour fills is the part of the
-    chunk's absolute derivative that is by that token. For a linear exchange, the derivative is the output for one-hot tokens.
+    The height of a token's colour in a chunk is the token's part of the chunk's absolute derivative. Of a linear
+    exchange, the derivative is what the module gives for one-hot tokens.
     """
-    figure = Figure(figsize=(11, 9), layout='constrained')
+    figure = Figure(figsize=(11, 6.6), layout='constrained')
     panels = figure.subplots(4, 2).flat
-    draw_tokens(next(panels), 'before: MSG tokens a to h, four chunks each', torch.eye(32).view(8, 4, 8, 4))
-    for panel, (name, exchange) in zip(panels, EXCHANGES.items(), strict=True):
+    draw_tokens(next(panels), 'before the exchange: MSG tokens a to h, of four chunks each', torch.eye(32))
+    ours = {name: exchange for name, exchange in EXCHANGES.items() if exchange.__module__ == Exchange.__module__}
+    for panel, (name, exchange) in zip(panels, ours.items(), strict=True):
         draw_tokens(panel, name, token_shares(exchange))
     return figure
 
 
 def token_shares(exchange: type[Exchange]) -> torch.Tensor:
-    """Which tokens and chunks the chunks of new MSG tokens depend on, at a grid of 2 x 4 windows and regions of 2 x 2.
+    """Parts of the absolute derivative of new chunks by old ones, in two regions of 2 x 2 windows.
 
     Returns:
-        Parts of the absolute derivative (8, 4, 8, 4): new token, its chunk, token, its chunk; the last two sum to 1.
+        (32, 32): chunks of new MSG tokens, in the order of windows, and of old ones. Rows sum to 1.
     """
-    tokens, chunks, channels = 8, 4, 4
+    channels = 4  # of a chunk
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module, msg = exchange(chunks * channels, region_size=2), torch.randn(1, 2, 4, chunks * channels)
+        module, msg = exchange(4 * channels, region_size=2), torch.randn(1, 2, 4, 4 * channels)
         for parameter in module.parameters():
-            if not parameter.any():  # a zero would hide what the exchange can learn
-                torch.nn.init.normal_(parameter, std=0.02)
+            if not parameter.any():  # weights that begin as zeros hide what they can learn
+                torch.nn.init.normal_(parameter, std=0.1)
     derivative = torch.autograd.functional.jacobian(module, msg).abs()
-    parts = derivative.reshape(tokens, chunks, channels, tokens, chunks, channels).sum(dim=(2, 5))
-    return parts / parts.sum(dim=(2, 3), keepdim=True)
+    shares = derivative.reshape(32, channels, 32, channels).sum(dim=(1, 3))
+    return shares / shares.sum(dim=1, keepdim=True)
 
 
 def draw_tokens(axes: Axes, title: str, shares: torch.Tensor) -> None:
-    """Draw MSG tokens at their windows, with the tokens that each chunk comes from; see `token_shares`."""
-    for token, chunk in torch.cartesian_prod(torch.arange(8), torch.arange(4)).tolist():
-        row, column = divmod(token, 4)
-        x, y = column * 4.6 + (column // 2) * 0.8 + chunk, -1.7 * row
-        part = shares[token, chunk]  # (8, 4)
-        by_token = part.sum(dim=1)
-        bottom = y
-        for source in by_token.argsort(stable=True).tolist():  # the largest on top
-            height = round(by_token[source].item(), 2)
-            if height:
-                face = TOKEN_COLOURS[source]
-                axes.add_patch(Rectangle((x, bottom), 1, height, facecolor=face, edgecolor='white', linewidth=0.5))
-                bottom += height
-        largest = part.argmax().item()
-        if part.max() > 0.5:
-            label = f'{"abcdefgh"[largest // 4]}{largest % 4}'
-            axes.text(x + 0.5, y + 0.62, label, ha='center', va='center', fontsize=8)
-    for left in (0, 2 * 4.6 + 0.8):
-        axes.add_patch(Rectangle((left - 0.25, -1.95), 9.1, 3.2, fill=False, edgecolor=INK, linewidth=1))
+    """Draw the MSG tokens of 2 x 4 windows, each chunk in the colours of the tokens that it depends on.
+
+    Args:
+        axes: where to draw.
+        title: of the panel.
+        shares: see `token_shares`.
+    """
+    height = 1.5
+    for index, row in enumerate(shares):
+        token, chunk = divmod(index, 4)
+        x, bottom = token % 4 * 4.6 + token % 4 // 2 * 0.8 + chunk, -2.0 * (token // 4)
+        by_token = row.view(8, 4).sum(dim=1)
+        top = bottom + height
+        for source in by_token.argsort(stable=True).tolist():  # the largest part is drawn last, on top
+            part = height * round(by_token[source].item(), 2)  # the same file on any CPU
+            if part > 0:
+                axes.add_patch(Rectangle((x, bottom), 1, part, facecolor=TOKEN_COLOURS[source], linewidth=0))
+            bottom += part
+        axes.add_patch(Rectangle((x, top - height), 1, height, fill=False, edgecolor='white', linewidth=1))
+        source, own = by_token.argmax().item(), row.argmax().item()
+        if by_token[source] > 0.3:
+            label = 'abcdefgh'[source] + (str(own % 4) if row[own] > 0.5 * by_token[source] else '')
+            colour = 'white' if source in (0, 5) else 'black'
+            axes.text(x + 0.5, top - 0.3 * height, label, ha='center', va='center', fontsize=8, color=colour)
+    for left in (0, 10.0):
+        axes.add_patch(Rectangle((left - 0.25, -2.25), 9.1, 4, fill=False, edgecolor=INK, linewidth=1))
     axes.set_title(title, fontsize=11)
-    frame(axes, (-0.5, 19.5), (-2.1, 1.4))
+    frame(axes, (-0.5, 19.5), (-2.4, 1.9))
 
 
 def draw_block() -> Figure:

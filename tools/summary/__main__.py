@@ -10,8 +10,8 @@ that a forward pass executes, without norms, biases, softmax and GELU. Detectors
 pixels, 1000 proposals, 100 detections. No weights are allocated unless --time is given.
 
 With one config of an MSG-Transformer, a second table lists its stages. Patch merging is counted in the stage before it,
-the MSG tokens in the embedding, and the final norm in the head. --exchanges instead prints the counts of this network with
-each exchange of MSG tokens.
+the MSG tokens in the embedding, and the final norm in the head. --exchanges instead prints the counts of this network
+with each exchange of MSG tokens.
 """
 
 if __name__ == '__main__':

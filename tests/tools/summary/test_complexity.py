@@ -7,7 +7,13 @@ from engine.config_tree import ConfigError
 from models.pyramid import Size
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.paths import DETECTION_CONFIGS, ROOT
-from tools.summary.complexity import count_classifier, count_complexity, count_detector
+from tools.summary.complexity import (
+    count_classifier,
+    count_complexity,
+    count_detector,
+    count_exchanges,
+    exchange_table,
+)
 from tools.tasks import find_task
 
 
@@ -70,6 +76,16 @@ def test_published_counts_of_detectors(monkeypatch, name, parameters, published,
     assert counted.formula is None
     assert counted.measured == pytest.approx(published, rel=1e-3)
     assert counted.measured + 2 * added['norms'] + added['biases'] == pytest.approx(published, abs=tolerance)
+
+
+def test_the_documented_table_of_exchanges_is_the_one_that_is_printed():
+    counts = count_exchanges(load_config(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'))
+    documented = (ROOT / 'docs' / 'exchange.md').read_text()
+    rows = [row for row in exchange_table(counts).splitlines() if row in documented]
+    assert len(rows) == 2 + 7  # a test may have registered another
+    plain = counts['none']
+    for name, count in counts.items():
+        assert count.formula - plain.formula == count.measured - plain.measured, name
 
 
 def test_configs_that_inherit_their_type_from_a_base_are_counted(tmp_path):

@@ -7,6 +7,7 @@ from tests.helpers.paths import DETECTION_CONFIGS, ROOT, TINY
 from tools.summary import __main__ as program
 
 MSG_TINY = ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'
+NO_SHUFFLE = ['--opts', 'MODEL.MSG.MANIP_TYPE', 'none']
 DETECTOR = DETECTION_CONFIGS / 'digits.yaml'
 
 
@@ -48,7 +49,7 @@ def test_one_msg_network_is_printed_stage_by_stage(monkeypatch, capsys):
 
 
 def test_exchanges_are_compared(monkeypatch, capsys):
-    head, _, *rows = call(monkeypatch, capsys, TINY, '--exchanges', '--opts', 'MODEL.MSG.MANIP_TYPE', 'none')
+    head, _, *rows = call(monkeypatch, capsys, TINY, '--exchanges', *NO_SHUFFLE)
     assert cells(head)[0] == 'exchange'
     names, parameters = zip(*[(cells(row)[0].strip('`'), cells(row)[2]) for row in rows], strict=True)
     assert list(names) == list(EXCHANGES)
@@ -73,18 +74,18 @@ def test_sizes_and_other_networks(monkeypatch, capsys):
         ([TINY, TINY, '--exchanges'], 2, 'are for one MSG-Transformer: give one config'),
         ([TINY, '--exchanges', '--time'], 2, '--exchanges counts at DATA.IMG_SIZE: leave out --img-size and --time'),
         ([TINY, '--exchanges', '--opts', 'MODEL.MSG.MSG_TOKENS', 'False'], 1, 'the network has no MSG tokens'),
-        ([TINY, '--exchanges', '--opts', 'MODEL.MSG.EMBED_DIM', '6'], 1, '--exchanges: embed_dim 6 does not fit'),
+        ([TINY, '--exchanges', *NO_SHUFFLE, 'MODEL.MSG.EMBED_DIM', '6'], 1, '--exchanges: embed_dim 6 does not fit'),
         (['nowhere'], 1, 'error: config file nowhere: No such file'),
         (
             [DETECTOR, '--time'],
             1,
-            '--img-size, --time and --exchanges are for MSG-Transformers, and MODEL.TYPE is cascade_rcnn',
+            'are for MSG-Transformers, and MODEL.TYPE is cascade_rcnn',
         ),
         ([TINY, '--img-size', '30', '--opts', 'MODEL.TYPE', 'timm:resnet18'], 1, 'and MODEL.TYPE is timm:resnet18'),
         (
             [TINY, DETECTOR, '--time'],
             2,
-            '--img-size, --time and --exchanges are for one MSG-Transformer: give one config',
+            'are for one MSG-Transformer: give one config',
         ),
         ([TINY, '--img-size', '1'], 1, 'error: --img-size: image size 1 x 1 is smaller than one patch of 2 x 2 pixels'),
         ([TINY, '--img-size', '28', '28', '3'], 2, 'argument --img-size: write one number, or height and width'),
