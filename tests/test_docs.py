@@ -1,7 +1,6 @@
 """README and docs: links lead somewhere, commands parse, documented counts and keys are those of the code."""
 
 import argparse
-import functools
 import importlib
 import re
 import subprocess
@@ -169,57 +168,45 @@ def test_configuration_is_generated_from_the_trees():
     assert written == list_config.document(), 'stale: python -m tools.list_config > docs/configuration.md'
 
 
-@functools.cache
-def printed_counts(configs):
-    """Parameters and multiply-adds of configs, by their names, as `tools.summary` prints them."""
-    done = run_here('-m', 'tools.summary', *sorted(ROOT.glob(configs)))
-    rows = re.findall(r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$', done.stdout, re.MULTILINE)
-    return {
-        f'{name}.yaml': (parameters, formula or f'{int(measured.replace(",", "")) / 1e9:.1f}G')
-        for name, parameters, formula, measured in rows
-    }
-
-
 CLASSIFIERS, DETECTORS = 'configs/msg_*_224.yaml', 'detection/configs/*rcnn*.yaml'
+TABLES = [  # documents, the configs of a command in it, and their number
+    ('docs/published.md', CLASSIFIERS, 6),
+    ('docs/published.md', 'detection/configs/cascade_mask_rcnn_msg_*.yaml', 6),
+    ('docs/detection.md', DETECTORS, 11),
+]
 
 
-@pytest.mark.parametrize(
-    ('document', 'shown', 'printed', 'rows'),
-    [
-        ('docs/published.md', CLASSIFIERS, CLASSIFIERS, 6),
-        ('docs/published.md', 'detection/configs/cascade_mask_rcnn_msg_*.yaml', DETECTORS, 6),
-        ('docs/detection.md', DETECTORS, DETECTORS, 11),
-    ],
-)
-def test_tables_of_models_are_those_that_their_commands_print(document, shown, printed, rows):
-    text = (ROOT / document).read_text()
-    assert f'python -m tools.summary {shown}' in commands(text)
-    names = [path.name for path in ROOT.glob(shown)]
-    written = re.findall(r'\| `(\w+\.yaml)` \| ([\d,]+) \| ([\d,.]+G?) \|', text)
-    assert {name: counts for name, *counts in written if name in names} == {
-        name: list(printed_counts(printed)[name]) for name in names
+def test_tables_of_models_are_those_that_their_commands_print():
+    counts = {}
+    for configs in (CLASSIFIERS, DETECTORS):
+        done = run_here('-m', 'tools.summary', *sorted(ROOT.glob(configs)))
+        row = r'^\| (\S+) \| \d+ x \d+ \| ([\d,]+) \| ([\d,]*) *\| ([\d,]+) \|$'
+        for name, parameters, formula, measured in re.findall(row, done.stdout, re.MULTILINE):
+            multiply_adds = formula or f'{int(measured.replace(",", "")) / 1e9:.1f}G'
+            counts[f'{name}.yaml'] = (parameters, multiply_adds)
+    for document, configs, rows in TABLES:
+        text = (ROOT / document).read_text()
+        assert f'python -m tools.summary {configs}' in commands(text)
+        names = [path.name for path in ROOT.glob(configs)]
+        assert len(names) == rows
+        written = re.findall(r'\| `(\w+\.yaml)` \| ([\d,]+) \| ([\d,.]+G?) \|', text)
+        assert {name: tuple(row) for name, *row in written if name in names} == {name: counts[name] for name in names}
+
+    millions = {name: int(parameters.replace(',', '')) / 1e6 for name, (parameters, _) in counts.items()}
+    billions = {
+        name: float(value[:-1]) if value.endswith('G') else int(value.replace(',', '')) / 1e9
+        for name, (_, value) in counts.items()
     }
-    assert len(names) == rows
-
-
-def test_rounded_counts_of_readme_and_published_results():
-    exact = printed_counts(CLASSIFIERS) | printed_counts(DETECTORS)
-    counts = {
-        name: (int(parameters.replace(',', '')) / 1e6, float(multiply_adds.strip('G').replace(',', '')))
-        for name, (parameters, multiply_adds) in exact.items()
+    rounded = re.findall(r'\| `(\w+\.yaml)` \| ([\d.]+) M \| ([\d.]+) G \|', README)
+    assert {name: tuple(row) for name, *row in rounded} == {
+        path.name: (f'{millions[path.name]:.1f}', f'{billions[path.name]:.2f}') for path in ROOT.glob(CLASSIFIERS)
     }
-    readme = re.findall(r'\| `(\w+\.yaml)` \| ([\d.]+) M \| ([\d.]+) G \|', README)
-    assert len(readme) == 6
-    for name, parameters, multiply_adds in readme:
-        assert (parameters, multiply_adds) == (f'{counts[name][0]:.1f}', f'{counts[name][1] / 1e9:.2f}'), name
-    published = re.findall(
-        r'`(\w+\.yaml)` \| [\d,]+ \| [\d,.]+G? \| (\d+)M \| ([\d.]+)G', (ROOT / 'docs' / 'published.md').read_text()
-    )
+    published = (ROOT / 'docs' / 'published.md').read_text()
+    published = re.findall(r'`(\w+\.yaml)` \| [\d,]+ \| [\d,.]+G? \| (\d+)M \| ([\d.]+)G', published)
     assert len(published) == 12
     for name, parameters, multiply_adds in published:
-        scale = 1 if 'rcnn' in name else 1e9
-        assert int(parameters) == pytest.approx(counts[name][0], abs=0.5), name
-        assert float(multiply_adds) == pytest.approx(counts[name][1] / scale, rel=2e-3, abs=0.1), name
+        assert int(parameters) == pytest.approx(millions[name], abs=0.5), name
+        assert float(multiply_adds) == pytest.approx(billions[name], rel=2e-3, abs=0.1), name
 
 
 def test_published_accuracies_are_the_same_everywhere():
