@@ -70,6 +70,19 @@ class Exchange(nn.Module):
         """Count the multiply-adds of the matmuls, for the window grid (nH, nW) of one image."""
         return 0
 
+    def token_weights(self, msg: Tensor) -> Tensor | None:
+        """Compute how much of each new MSG token comes from each old one, for attention rollout (`tools.visualize`).
+
+        Exchanges with attention define it. For all others, `tools.visualize` measures the weights by the Jacobian.
+
+        Args:
+            msg: MSG tokens of one image, (1, nH, nW, C).
+
+        Returns:
+            (n, n) with n = nH * nW: new tokens by old ones, in row-major order, rows summing to 1; or None.
+        """
+        return None
+
     def extra_repr(self) -> str:
         """Arguments shown by `print(model)`."""
         return f'dim={self.dim}, region_size={self.region_size}'
@@ -218,13 +231,8 @@ class Shift(Exchange):
         return msg.index_select(dim, first + (within + step) % extent)
 
 
-@register_exchange('attention')
-class RegionAttention(Exchange):
-    """Attention among the tokens of a region: one head of d channels, added to the tokens.
-
-    new = msg + proj(softmax(q k^T / sqrt(d)) v), with q, k, v = qkv(norm(msg)). Where the border cuts a region, tokens
-    attend to those that exist.
-    """
+class AttentionExchange(Exchange):
+    """Base class of exchanges that add one attention head of d channels to the tokens. Subclasses define `attend`."""
 
     def __init__(self, dim: int, region_size: int):
         super().__init__(dim, region_size)
@@ -235,12 +243,38 @@ class RegionAttention(Exchange):
 
     def forward(self, msg: Tensor) -> Tensor:
         """Compute the new MSG tokens, (B, nH, nW, C)."""
-        s, grid = self.region_size, msg.shape[1:3]
-        q, k, v = (split_regions(x, s) for x in self.qkv(self.norm(msg)).chunk(3, dim=3))  # (B, nH/s, nW/s, G, d)
+        q, k, v = self.qkv(self.norm(msg)).chunk(3, dim=3)  # each (B, nH, nW, d)
+        return msg + self.proj(self.attend(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from each token to others: queries, keys (B, nH, nW, d), values and result (B, nH, nW, channels)."""
+        raise NotImplementedError
+
+    def token_weights(self, msg: Tensor) -> Tensor:
+        """Compute the mean of the attention weights and of the identity, for the residual, (n, n)."""
+        q, k, _ = self.qkv(self.norm(msg)).chunk(3, dim=3)
+        nH, nW = msg.shape[1:3]
+        identity = torch.eye(nH * nW, dtype=q.dtype, device=q.device)
+        attention = self.attend(q, k, identity.view(1, nH, nW, -1)).flatten(0, 2)  # the values tell the tokens apart
+        return (attention + identity) / 2
+
+
+@register_exchange('attention')
+class RegionAttention(AttentionExchange):
+    """Attention among the tokens of a region: one head of d channels, added to the tokens.
+
+    new = msg + proj(softmax(q k^T / sqrt(d)) v), with q, k, v = qkv(norm(msg)). Where the border cuts a region, tokens
+    attend to those that exist.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to the tokens of the region; shapes as in `AttentionExchange`."""
+        s, grid = self.region_size, q.shape[1:3]
+        is_token = split_regions(_is_token(q, s), s).transpose(3, 4)  # (1, nH/s, nW/s, 1, G)
+        q, k, v = (split_regions(x, s) for x in (q, k, v))  # (B, nH/s, nW/s, G, d)
         scores = q @ k.transpose(3, 4) * self.head_dim**-0.5  # (B, nH/s, nW/s, G, G)
-        is_token = split_regions(_is_token(msg, s), s).transpose(3, 4)  # (1, nH/s, nW/s, 1, G)
         attended = scores.masked_fill(~is_token, float('-inf')).softmax(dim=4) @ v
-        return msg + self.proj(join_regions(attended, grid))
+        return join_regions(attended, grid)
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Count the multiply-adds of the matmuls, for the window grid (nH, nW) of one image."""
@@ -250,7 +284,7 @@ class RegionAttention(Exchange):
 
 
 @register_exchange('global')
-class GlobalAttention(Exchange):
+class GlobalAttention(AttentionExchange):
     """Linear attention among the tokens of all windows: one head of d channels, added to the tokens.
 
     new = msg + proj(q (k^T v)), where q, k, v = qkv(norm(msg)), the softmax of q is over its channels, and that of k
@@ -259,21 +293,13 @@ class GlobalAttention(Exchange):
     Source: Shen et al., Efficient Attention, arXiv:1812.01243.
     """
 
-    def __init__(self, dim: int, region_size: int):
-        super().__init__(dim, region_size)
-        self.head_dim = min(HEAD_DIM, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * self.head_dim, bias=False)
-        self.proj = nn.Linear(self.head_dim, dim)
-
-    def forward(self, msg: Tensor) -> Tensor:
-        """Compute the new MSG tokens, (B, nH, nW, C)."""
-        qkv = self.qkv(self.norm(msg)).chunk(3, dim=3)
-        q, k, v = (contiguous_copy(x).flatten(1, 2) for x in qkv)  # (B, nH * nW, d)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to the tokens of all windows; shapes as in `AttentionExchange`."""
+        shape = v.shape
+        q, k, v = (contiguous_copy(x).flatten(1, 2) for x in (q, k, v))  # (B, nH * nW, d)
         # `@` would add a guard on a symbolic number of windows.
-        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v)  # (B, d, d)
-        attended = torch.bmm(q.softmax(dim=2), context)  # (B, nH * nW, d)
-        return msg + self.proj(attended).view(msg.shape)
+        context = torch.bmm(k.softmax(dim=1).transpose(1, 2), v)  # (B, d, channels)
+        return torch.bmm(q.softmax(dim=2), context).view(shape)
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Count the multiply-adds of the matmuls, for the window grid (nH, nW) of one image."""

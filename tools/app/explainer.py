@@ -18,6 +18,7 @@ from tools.visualize.overlays import (
     gradcam_overlay,
     influence_overlay,
     render_overlay,
+    rollout_overlay,
 )
 from tools.visualize.sheets import chosen_window
 from tools.visualize.view import find_class, prepare
@@ -27,12 +28,14 @@ MAX_BYTES = 64 * 2**20  # of an upload
 PREDICTED = 'the predicted one'
 KINDS = {  # the kinds of overlays, by their names in the page
     'Grad-CAM': 'gradcam',
+    'Attention rollout': 'rollout',
     'Attention of MSG tokens': 'attention',
     'Influence on the MSG token': 'msg',
     'Influence on the patches': 'patches',
 }
 NOTES = {
     'gradcam': 'Brightest where patches speak most for **{class_}**.',
+    'rollout': 'Brightest where most of what the classifier reads comes from: {peak:.1f} times the mean.',
     'attention': 'Brightest where the MSG token of each window attends most: {peak:.1f} times an even spread.',
     'msg': 'Share of each window in the influence on the MSG token of the outlined window. Grey: none at all.',
     'patches': 'Share of each window in the influence on the patches of the outlined window. Grey: none at all.',
@@ -115,6 +118,8 @@ class Explainer:
             window = chosen_window(stages, None)
         if kind == 'gradcam':
             overlay = gradcam_overlay(model, stages, class_index, stage)
+        elif kind == 'rollout':
+            overlay = rollout_overlay(model, stages, stage)
         elif kind == 'attention':
             overlay = attention_overlays(model, stages, stage, block)[0]
         else:

@@ -40,8 +40,9 @@ def build_page(gr: ModuleType, explainer: Explainer, title: str, examples: list[
 
     def show_controls(kind, stage, block):
         depth = explainer.depths[stage - 1]
+        is_by_block = KINDS[kind] not in ('gradcam', 'rollout')
         return (
-            gr.Radio(choices=list(range(1, depth + 1)), value=min(block, depth), visible=KINDS[kind] != 'gradcam'),
+            gr.Radio(choices=list(range(1, depth + 1)), value=min(block, depth), visible=is_by_block),
             gr.Dropdown(visible=KINDS[kind] == 'gradcam'),
         )
 

@@ -3,7 +3,8 @@
     python -m tools.visualize --resume <checkpoint> --output pictures <images>
 
 IMAGES are files or folders. Each gives a sheet per kind: `attention` of the MSG tokens over their windows, the
-`influence` of windows on a chosen one block by block, and `gradcam` (Grad-CAM) per stage. See docs/pictures.md.
+`influence` of windows on a chosen one block by block, attention `rollout` from the classifier to the patches of each
+stage, and `gradcam` (Grad-CAM) per stage. See docs/pictures.md.
 """
 
 if __name__ == '__main__':
@@ -110,7 +111,7 @@ def main() -> None:
             predictor = load_predictor(args, TASK, build_with_msg_tokens)
         if args.kind == 'all' and not predictor.class_names:
             print('no Grad-CAM: the network has no classes', file=sys.stderr)
-            kinds = kinds[:2]
+            kinds = tuple(kind for kind in kinds if kind != 'gradcam')
         outputs = plan_outputs(images, kinds, args.output)
         refuse_overwriting((path for sheets in outputs.values() for path in sheets.values()), args.resume, images)
         report_other_files(args.images)

@@ -91,7 +91,7 @@ def msg_attention(stages: Sequence[StageTrace]) -> list[list[Tensor]]:
     maps = []
     for stage in stages:
         weights = [
-            _msg_weights(block, windows, stage.padding)
+            attention_weights(block, windows, stage.padding, slice(0, 1)).squeeze(-2)
             for block, windows in zip(stage.blocks, stage.windows[:-1], strict=True)
         ]
         w = stage.window_size
@@ -99,15 +99,31 @@ def msg_attention(stages: Sequence[StageTrace]) -> list[list[Tensor]]:
     return maps
 
 
-def _msg_weights(block: MSGBlock, windows: Tensor, padding: WindowPadding | None) -> Tensor:
-    """Attention of MSG tokens over all N tokens of their windows, (nH, nW, h, N)."""
-    x, attn = block.norm1(windows), block.attn
-    if padding is not None:
-        x = padding.zero(x)
-    qkv = attn.qkv(x[0]).unflatten(-1, (3, attn.num_heads, -1))  # (nH, nW, N, 3, h, d)
+def attention_weights(
+    block: MSGBlock, windows: Tensor, padding: WindowPadding | None, queries: slice = slice(None)
+) -> Tensor:
+    """Attention of the tokens of each window over all tokens of their window.
+
+    Args:
+        block: whose attention.
+        windows: what enters the block, (1, nH, nW, N, C).
+        padding: which tokens are padding, if any.
+        queries: the tokens that attend; all by default.
+
+    Returns:
+        (nH, nW, h, queries, N).
+    """
+    attn = block.attn
+    qkv = attn.qkv(attention_input(block, windows, padding)[0]).unflatten(-1, (3, attn.num_heads, -1))
     q, k, _ = qkv.permute(3, 0, 1, 4, 2, 5)  # each (nH, nW, h, N, d)
-    scores = (q[..., :1, :] * attn.scale) @ k.transpose(-2, -1) + attn.position_bias()[:, :, :1]
-    return scores.softmax(dim=-1).squeeze(-2)
+    scores = (q[..., queries, :] * attn.scale) @ k.transpose(-2, -1) + attn.position_bias()[:, :, queries]
+    return scores.softmax(dim=-1)
+
+
+def attention_input(block: MSGBlock, windows: Tensor, padding: WindowPadding | None) -> Tensor:
+    """What a block's attention gets of the windows (1, nH, nW, N, C) that enter the block: normed, padding zero."""
+    x = block.norm1(windows)
+    return x if padding is None else padding.zero(x)
 
 
 def window_in_stage(window: tuple[int, int], stage: int) -> tuple[int, int]:

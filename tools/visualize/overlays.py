@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from models import MSGTransformer
 from tools.visualize.explain import StageTrace, grad_cam, msg_attention, window_in_stage, window_influence
+from tools.visualize.rollout import class_rollout
 
 CHOSEN = '#00e5ff'  # outline of the chosen window: no colour map here has this colour
 MIN_SHARE = 1e-3  # smallest share of influence with a colour of its own
@@ -25,7 +27,7 @@ class Overlay(NamedTuple):
     """Values over a picture.
 
     Attributes:
-        kind: 'attention', 'influence' or 'gradcam'.
+        kind: 'attention', 'influence', 'gradcam' or 'rollout'.
         values: (rows, columns), from the picture's upper left corner; the last may reach beyond it.
         cell: size of a value's square, in pixels.
         title: what is shown.
@@ -87,6 +89,14 @@ def gradcam_overlay(model: MSGTransformer, stages: Sequence[StageTrace], class_i
     cell = _patch(model, stage)
     title = f'stage {stage + 1}' if values.any() else f'stage {stage + 1}: nothing for the class'
     return Overlay('gradcam', values, cell, title, cell * stages[stage].window_size)
+
+
+def rollout_overlay(model: MSGTransformer, stages: Sequence[StageTrace], stage: int) -> Overlay:
+    """Attention rollout from the classifier to the patches that enter a stage, relative to their mean."""
+    shares = class_rollout(model, stages, stage)
+    cell = _patch(model, stage)
+    values = _array(shares / shares.mean().clamp_min(torch.finfo(shares.dtype).tiny))
+    return Overlay('rollout', values, cell, f'stage {stage + 1}', cell * stages[stage].window_size)
 
 
 def _patch(model: MSGTransformer, stage: int) -> int:

@@ -21,16 +21,18 @@ from tools.visualize.overlays import (
     gradcam_overlay,
     influence_overlay,
     outline_windows,
+    rollout_overlay,
 )
 from tools.visualize.view import View, VisualizeError
 from utils import printable
 
-KINDS = ('attention', 'influence', 'gradcam')
+KINDS = ('attention', 'influence', 'rollout', 'gradcam')
 COLUMNS = 6  # most overlays in a row of a sheet
 MAX_NAME = 80  # characters of a file or class in a title
 LABELS = {
     'attention': 'attention, relative to an even spread',
     'influence': 'share of the influence',
+    'rollout': 'attention rollout, relative to the mean',
     'gradcam': 'Grad-CAM, relative to maximum',
 }
 
@@ -86,7 +88,7 @@ def overlay_rows(model: MSGTransformer, stages: Sequence[StageTrace], kind: str,
     Args:
         model: the network.
         stages: from `trace_blocks`.
-        kind: 'attention', 'influence' or 'gradcam'.
+        kind: of `KINDS`.
         choice: what to draw; Grad-CAM's class is the predicted one by default.
 
     Raises:
@@ -107,12 +109,15 @@ def overlay_rows(model: MSGTransformer, stages: Sequence[StageTrace], kind: str,
             for tokens in ('msg', 'patches')
         }
         return [row for pair in zip(*map(_wrapped, rows.values()), strict=True) for row in pair]
+    chosen_stages = dict.fromkeys(i for i, _ in blocks)
+    if kind == 'rollout':
+        return _wrapped([rollout_overlay(model, stages, i) for i in chosen_stages])
     if model.num_classes == 0:
         raise VisualizeError('Grad-CAM needs classes, and the network has none: write another --kind')
     class_index = choice.class_index
     if class_index is None:
         class_index = int(traced_logits(model, stages).argmax())
-    return _wrapped([gradcam_overlay(model, stages, class_index, i) for i in dict.fromkeys(i for i, _ in blocks)])
+    return _wrapped([gradcam_overlay(model, stages, class_index, i) for i in chosen_stages])
 
 
 def _wrapped(overlays: list[Overlay]) -> list[list[Overlay]]:
@@ -187,6 +192,8 @@ def draw_kinds(
         elif kind == 'influence':
             row, column = chosen_window(stages, choice.window)
             subject = f'Influence of each window on the outlined one (row {row + 1}, column {column + 1})'
+        elif kind == 'rollout':
+            subject = 'Attention rollout from the classifier to the patches that enter each stage'
         elif choice.class_index is None:
             subject = 'Grad-CAM of the predicted class'
         else:

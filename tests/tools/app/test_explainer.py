@@ -120,7 +120,7 @@ def test_names_are_no_markdown(tiny_config, photo):
 def test_a_network_without_classes_has_no_grad_cam(tiny_config, photo):
     explainer = build(tiny_config(MODEL__NUM_CLASSES='0'), [])
     assert 'Grad-CAM' not in explainer.kinds()
-    assert len(explainer.kinds()) == 3
+    assert len(explainer.kinds()) == 4
     reply = explainer.explain(photo, 'Attention of MSG tokens', 1, 1)
     assert reply.probabilities is None
     assert reply.overlay is not None

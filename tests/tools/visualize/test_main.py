@@ -17,7 +17,7 @@ from tests.helpers.runs import CPU
 from tools.visualize.__main__ import main, plan_outputs
 from tools.visualize.explain import msg_attention, trace_blocks
 from tools.visualize.overlays import CHOSEN, attention_overlays, influence_overlay, render_overlay
-from tools.visualize.sheets import Choice, overlay_rows
+from tools.visualize.sheets import KINDS, Choice, overlay_rows
 from tools.visualize.view import VisualizeError, find_class, prepare
 
 NAMES = ['class_0', 'class_1', 'class_2']
@@ -66,7 +66,7 @@ def photo(tmp_path):
 def test_any_network_and_size(checkpoint, photo, tmp_path, monkeypatch, options):
     out = tmp_path / 'out'
     assert visualize(monkeypatch, photo, '--resume', checkpoint(**options), '--output', out, '--size', '45') == 0
-    names = [f'photo 1 é_{kind}.png' for kind in ('attention', 'influence', 'gradcam')]
+    names = [f'photo 1 é_{kind}.png' for kind in KINDS]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     for name in names:
         count, (height, width) = colours(out / name)
@@ -78,7 +78,7 @@ def test_a_network_without_classes(checkpoint, photo, tmp_path, monkeypatch, cap
     flags = [photo, '--resume', checkpoint(MODEL__NUM_CLASSES='0'), '--output', tmp_path / 'out']
     assert visualize(monkeypatch, *flags) == 0
     assert 'no Grad-CAM: the network has no classes' in capsys.readouterr().err
-    assert len(list((tmp_path / 'out').iterdir())) == 2
+    assert len(list((tmp_path / 'out').iterdir())) == 3
     message = visualize(monkeypatch, *flags, '--kind', 'gradcam')
     assert message == 'error: Grad-CAM needs classes, and the network has none: write another --kind'
 
@@ -127,7 +127,7 @@ def test_images_of_the_same_name_get_sheets_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--output', 'a.png'], '--output a.png is one file for 3 sheets: give a folder, or one image and one --kind'),
+        (['--output', 'a.png'], '--output a.png is one file for 4 sheets: give a folder, or one image and one --kind'),
         (['--output', 'a.bmpp'], '--output a.bmpp: no pictures of type .bmpp: write .png'),
         (['--output', 'Makefile'], '--output Makefile is a file without a suffix: give a folder'),
         (['--output', 'Makefile/a.png', '--kind', 'gradcam'], 'Makefile/a.png: '),
@@ -204,6 +204,7 @@ def test_classes_are_found_by_name_before_number():
 def test_rows_and_columns_of_sheets(predictor):
     stages = trace_blocks(predictor.model, prepare(predictor, encoded(noise()), 'noise.png').image)
     choices = {'attention': Choice(), 'influence': Choice([0]), 'gradcam': Choice(blocks=[0], class_index=1)}
+    choices['rollout'] = Choice([1])
     titles = {}
     for kind, choice in choices.items():
         rows = overlay_rows(predictor.model, stages, kind, choice)
@@ -212,6 +213,7 @@ def test_rows_and_columns_of_sheets(predictor):
         'attention': [['stage 1, block 1', 'stage 2, block 1']],
         'influence': [['MSG token, stage 1, block 1'], ['patches, stage 1, block 1']],
         'gradcam': [['stage 1', 'stage 2']],
+        'rollout': [['stage 2']],
     }
     [heads] = overlay_rows(predictor.model, stages, 'attention', Choice([1], [0]))
     assert [overlay.title for overlay in heads] == ['stage 2, block 1', 'head 1', 'head 2']
