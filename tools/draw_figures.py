@@ -13,21 +13,26 @@ import io
 from pathlib import Path
 
 import matplotlib
+import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from models.exchange import EXCHANGES, Exchange
-from tools.visualize.sheets import Choice, draw_kinds
+from tools.visualize.explain import trace_blocks
+from tools.visualize.overlays import colour_scale, draw_overlay, influence_overlay
+from tools.visualize.sheets import LABELS, percent
 from tools.visualize.view import prepare, random_predictor
 from utils import exit_on_user_error, home_path, printable
 
 COLOURS = ['#4c78a8', '#f58518', '#54a24b', '#b279a2']  # one per window
 # Colours that colour-blind readers can tell apart, by Okabe and Ito: one per MSG token
 TOKEN_COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#f0e442', '#a6a6a6']
+EXCHANGE_LABELS = {'none': 'none', 'shuf': 'shuf\n(as trained)', 'shift': 'shift'}
 PATCH, INK = '#e8e8e8', '#333333'
 
 
@@ -47,9 +52,7 @@ def draw_figures(folder: Path) -> None:
     for name, draw in (('windows', draw_windows), ('exchange', draw_exchanges), ('block', draw_block)):
         draw().savefig(folder / f'{name}.svg', metadata={'Date': None})
         print(printable(folder / f'{name}.svg'))
-    png = io.BytesIO()
-    draw_influence().savefig(png, dpi=90)
-    Image.open(png).convert('RGB').quantize(256).save(folder / 'influence.png')  # half as large
+    draw_influence().savefig(folder / 'influence.png', dpi=82)
     print(printable(folder / 'influence.png'))
 
 
@@ -183,13 +186,32 @@ def draw_block() -> Figure:
 
 
 def draw_influence() -> Figure:
-    """The reach of a window of msg_tiny, block by block, over a photograph that comes with scikit-learn."""
-    predictor = random_predictor('configs/msg_tiny_p4_win7_224.yaml', ['DEVICE', 'cpu'])
+    """The reach of a window's MSG token after each block, with three exchanges, over scikit-learn's photograph."""
+    predictor = random_predictor('configs/msg_nano_p4_win7_112.yaml', ['DEVICE', 'cpu'])  # for its preprocessing
     png = io.BytesIO()
     Image.fromarray(load_sample_image('china.jpg')).save(png, 'PNG')
     view = prepare(predictor, png.getvalue(), 'china.jpg')
-    choice = Choice(stages=(0, 1), window=(2, 2))
-    return draw_kinds(predictor, view, ['influence'], choice, 'china.jpg', None)['influence']
+    window, blocks = (1, 1), [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]  # stage and block; stage 3 is one window
+    rows = {}
+    for exchange in EXCHANGE_LABELS:
+        # These exchanges have no parameters, so the stored weights fit each of them.
+        model = timm.create_model('msg_transformer_nano', pretrained=True, manip_type=exchange).eval()
+        stages = trace_blocks(model, view.image)
+        rows[exchange] = [influence_overlay(model, stages, *block, window, 'msg') for block in blocks]
+    scale = colour_scale(rows['shuf'])
+    figure = Figure(figsize=(10.5, 6.2), layout='constrained')
+    grid = figure.subplots(len(rows), len(blocks))
+    for axes_row, (exchange, overlays) in zip(grid, rows.items(), strict=True):
+        for axes, overlay in zip(axes_row, overlays, strict=True):
+            draw_overlay(axes, view.picture, overlay, scale)
+        label = {'ha': 'right', 'va': 'center', 'transform': axes_row[0].transAxes}
+        axes_row[0].text(-0.06, 0.5, EXCHANGE_LABELS[exchange], **label)
+    for axes, (i, j) in zip(grid[0], blocks, strict=True):
+        axes.set_title(f'stage {i + 1}, block {j + 1}', fontsize=10)
+    bar = figure.colorbar(scale, ax=list(grid.flat), label=LABELS['influence'], fraction=0.03, pad=0.01)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(percent))
+    figure.suptitle('Influence of each window on the MSG token of the outlined one; grey: none', fontsize=11)
+    return figure
 
 
 def chunks(axes: Axes, x: float, y: float, colours: list[str]) -> None:

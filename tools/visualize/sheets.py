@@ -151,14 +151,15 @@ def draw_sheet(picture: np.ndarray, rows: Sequence[Sequence[Overlay]], title: st
             axes.set_title(overlay.title, fontsize=10)
     bar = figure.colorbar(scale, ax=list(grid.flat), label=LABELS[overlays[0].kind], fraction=0.03, pad=0.01)
     if overlays[0].kind == 'influence':
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(_percent))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(percent))
     lines = (textwrap.fill(line, round(size[0] * 11)) for line in title.split('\n'))
     [text], font = fit_font(['\n'.join(lines)])
     figure.suptitle(text, font=font, fontsize=11, parse_math=False)
     return figure
 
 
-def _percent(share: float, _position: int | None = None) -> str:
+def percent(share: float, _position: int | None = None) -> str:
+    """A tick of the scale of influence."""
     return f'≤ {share:.1%}' if share <= MIN_SHARE else f'{share:.0%}'
 
 

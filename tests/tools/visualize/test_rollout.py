@@ -32,6 +32,14 @@ class Gate(Exchange):
         return msg * msg[..., :1].roll(-1, dims=2).tanh()
 
 
+class Opposites(Exchange):
+    """A user's exchange whose channels are sums and differences, so gradients of a sum of channels cancel."""
+
+    def forward(self, msg):
+        """Add the lower neighbour's first channel to (B, nH, nW, 4)."""
+        return msg + msg[..., :1].roll(-1, dims=1) * msg.new_tensor([1.0, -1.0, 1.0, -1.0])
+
+
 class Silence(Exchange):
     """A user's exchange whose new tokens depend on no token."""
 
@@ -174,6 +182,9 @@ def test_weights_of_other_exchanges():
     assert torch.equal(rolled.sort(dim=1)[0], torch.eye(9).sort(dim=1)[0])
     jacobian = torch.autograd.functional.jacobian(Gate(4, 2), msg).view(9, 4, 9, 4).abs().sum(dim=(1, 3))
     torch.testing.assert_close(exchange_weights(Gate(4, 2), msg), jacobian / jacobian.sum(dim=1, keepdim=True))
+    identity = torch.eye(9)
+    expected = (identity + identity.roll(3, dims=1)) / 2  # three windows in a row
+    assert torch.equal(exchange_weights(Opposites(4, 2), msg), expected)
     assert not exchange_weights(Silence(4, 2), msg).any()
     model = build(manip_type=Silence)
     assert not class_rollout(model, trace(model, (32, 32))).any()
