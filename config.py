@@ -13,8 +13,12 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from data.losses import LOSSES
+from data.python_dataset import DATASET_NAMES
+from data.transforms import TRANSFORMS
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
+from logger import TRACKERS
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
@@ -27,6 +31,13 @@ def shared_keys(task: str) -> KeyGroup:
     """Keys of every task, for the task of a name."""
     c = KeyGroup()
     c.BASE = Key([''], 'Config files that this one starts from, relative to it', affects='nothing')
+    c.IMPORT = Key(
+        [''],
+        'Modules to import before the config is read: .py files, in a config file relative to it, or names on the '
+        "Python path (docs/extending.md). A checkpoint's are not imported",
+        flag='--import',
+        affects='nothing',
+    )
     c.TASK = Key(
         task, 'Task: classification (main.py) or detection (detection.main)', choices=(task,), affects='network'
     )
@@ -84,6 +95,13 @@ def shared_keys(task: str) -> KeyGroup:
         affects='nothing',
     )
     c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
+    c.TRACKER = Key(
+        'none',
+        'Your own trackers, which get the records of metrics.jsonl, one or a list (docs/extending.md); or none',
+        choices=TRACKERS,
+        or_list=True,
+        affects='nothing',
+    )
     c.TENSORBOARD = Key(True, "Write TensorBoard event files to the run's folder", affects='nothing')
     c.SEED = Key(0, 'Random seed; rank r uses SEED + r', min=0)
     c.EVAL_MODE = Key(
@@ -201,8 +219,8 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.MSG.MANIP_TYPE = Key(
         'shuf',
-        'Exchange of MSG tokens: shuf (published), none, mean, shift, attention, global or mix (docs/exchange.md); '
-        'or a list with one for each stage',
+        'Exchange of MSG tokens: shuf (published), none, mean, shift, attention, global, mix (docs/exchange.md), or '
+        'your own (docs/extending.md); or a list with one for each stage',
         or_list=True,
         affects='network',
     )
@@ -281,8 +299,8 @@ _C.COMPILE_MODE = Key(
 _C.DATA.DATASET = Key(
     'imagenet',
     'Format of DATA_PATH: imagenet, a tree of class folders; shards, of tools.pack_dataset; zip, <split>.zip with '
-    '<split>_map.txt; or huggingface, a saved DatasetDict',
-    choices=('imagenet', 'shards', 'zip', 'huggingface'),
+    '<split>_map.txt; huggingface, a saved DatasetDict; or a dataset of your own',
+    choices=DATASET_NAMES,
     affects='nothing',
 )
 _C.DATA.PIPELINE = Key(
@@ -328,6 +346,7 @@ _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0, use
 _C.TRAIN.LAYER_DECAY = Key(
     1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
 )
+_C.TRAIN.LOSS = Key('cross_entropy', 'Training loss: cross_entropy or your own (docs/extending.md)', choices=LOSSES)
 _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
@@ -350,6 +369,11 @@ _C.AUG.COLOR_JITTER = Key(
 )
 _C.AUG.AUTO_AUGMENT = Key(
     'rand-m9-mstd0.5-inc1', "Augmentation policy in timm's notation (rand-..., augmix-..., original, v0), or none"
+)
+_C.AUG.TRANSFORM = Key(
+    'none',
+    'Your own transform of training images, after AUTO_AUGMENT (docs/extending.md); or none',
+    choices=TRANSFORMS,
 )
 _C.AUG.REPROB = Key(0.25, 'Probability of random erasing', min=0, max=1)
 _C.AUG.REMODE = Key(

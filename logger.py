@@ -1,15 +1,18 @@
-"""Logs of a run: a console on rank 0, a file per rank, metrics.jsonl and TensorBoard."""
+"""Logs of a run: a console on rank 0, a file per rank, metrics.jsonl, TensorBoard and trackers."""
 
 import contextlib
 import json
 import logging
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from termcolor import colored
+from yacs.config import CfgNode
 
+from extensions import Registry
 from utils import atomic_write, discard_output, report_write_errors
 
 _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
@@ -53,6 +56,53 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
     logger.addHandler(file)
 
 
+class Tracker:
+    """Base class of what gets the records of a run's `metrics.jsonl` as they are written, on rank 0.
+
+    A run that resumes makes a new tracker, and writes the records of the updates after its checkpoint again.
+
+    Args:
+        config: the config tree.
+        folder: the run's folder.
+    """
+
+    def __init__(self, config: CfgNode, folder: Path):
+        self.config, self.folder = config, folder
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Get a record.
+
+        Args:
+            record: `kind` ('train' or 'epoch'), `updates` (of the run so far), `epoch` and the metrics by name; one
+                that is not finite is None.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End with the run's training, whether or not it has failed."""
+
+
+# Values of TRACKER
+TRACKERS = Registry('tracker', none=Tracker)
+
+
+def register_tracker(name: str) -> Callable[[Callable], Callable]:
+    """Make a tracker available as `TRACKER name`.
+
+    The decorated class or function is called with the config and the run's folder, and gives a `Tracker`.
+
+    Raises:
+        ValueError: the name belongs to another tracker.
+    """
+    return TRACKERS.register(name)
+
+
+def build_trackers(config: CfgNode, folder: Path) -> list[Tracker]:
+    """Build the trackers of `TRACKER`."""
+    names = config.TRACKER if isinstance(config.TRACKER, list) else [config.TRACKER]
+    return [TRACKERS[name](config, folder) for name in names if name != 'none']
+
+
 class MetricsLog:
     """A run's metrics for programs: `metrics.jsonl`, one JSON object per line, and TensorBoard's event files.
 
@@ -64,10 +114,19 @@ class MetricsLog:
         step: update within the epoch.
         updates: updates of the whole run before that.
         tensorboard: write event files too.
+        trackers: get the records too.
     """
 
-    def __init__(self, folder: Path | None, epoch: int = 0, step: int = 0, updates: int = 0, tensorboard: bool = False):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        epoch: int = 0,
+        step: int = 0,
+        updates: int = 0,
+        tensorboard: bool = False,
+        trackers: Sequence[Tracker] = (),
+    ):
+        self.folder, self.trackers = folder, trackers
         if folder is None:
             return
         self.path = folder / 'metrics.jsonl'
@@ -103,6 +162,13 @@ class MetricsLog:
                 for key in record.keys() - {'kind', 'updates'}:
                     self.writer.add_scalar(f'{kind}/{key}', record[key], updates)
                 self.writer.flush()
+        for tracker in self.trackers:
+            tracker.write(dict(finite))
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
 
     def _remove_from(self, epoch: int, step: int) -> None:
         """Keep the records of earlier epochs and of this epoch's first updates, and no lines that are no records."""

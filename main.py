@@ -118,13 +118,13 @@ class Classification(Task):
         return config.TRAIN.COMPILE or config.TEST.COMPILE
 
     def build_loss(self, run: Run, network: nn.Module, dataset: ImageDataset) -> LossFn:
-        """Cross entropy with label smoothing and Mixup."""
+        """The loss of `TRAIN.LOSS`, with Mixup."""
         config = run.config
         forward = maybe_compile(network, config, config.TRAIN.COMPILE)
         preprocess, mixup, criterion = (
             Preprocess(config, run.process.device),
             build_mixup(config),
-            build_criterion(config),
+            build_criterion(config).to(run.process.device),
         )
         skipped = SkippedImages(dataset, config.DATA.ERROR_LIMIT, run.logger.warning)
 

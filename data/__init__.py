@@ -3,7 +3,8 @@
 from data.build import build_eval_loader, build_loaders
 from data.dataset import IGNORED, ImageDataset, Sample
 from data.images import DataError
-from data.mixup import build_criterion, build_mixup
+from data.losses import build_criterion
+from data.mixup import build_mixup
 from data.preprocess import Preprocess
 from data.skipped import SkippedImages
 

@@ -14,8 +14,9 @@ from yacs.config import CfgNode
 from data.dataset import ImageDataset
 from data.fast_transforms import FastEvalTransform, FastTrainTransform
 from data.formats import open_samples
-from data.images import DataError, read_header
+from data.images import AnyImage, DataError, read_header
 from data.mixup import uses_mixup
+from data.python_dataset import DATASETS, PythonDataset
 from data.samplers import ShardSampler, TrainSampler
 from data.samples import Samples
 from data.seeding import SeededDataset
@@ -61,6 +62,8 @@ def build_loaders(
         )
     dataset = open_dataset(config, 'train', once_per_node)
     eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
+    if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
+        raise DataError(f'train and val of {config.DATA.DATASET} have different classes: give both the same')
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
     return build_train_loader(config, dataset, sampler), eval_loader
 
@@ -85,7 +88,7 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
     Raises:
         DataError: the data cannot be used, or have other classes than the network.
     """
-    if not config.DATA.DATA_PATH:
+    if not config.DATA.DATA_PATH and config.DATA.DATASET not in DATASETS:
         raise DataError('no data: give --data-path the folder that holds train/<class>/ and val/<class>/')
     is_train = split == 'train'
     transform = build_sample_transform(config, is_train)
@@ -93,7 +96,7 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
     samples = once_per_node(lambda: _open_samples(config, folder, split).share())
     if len(samples.classes) != config.MODEL.NUM_CLASSES:
         raise DataError(
-            f'{folder / split} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '
+            f'{samples.where} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '
             f'{config.MODEL.NUM_CLASSES}: write --opts MODEL.NUM_CLASSES {len(samples.classes)}, or give another '
             f'--data-path'
         )
@@ -101,8 +104,10 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
     return ImageDataset(samples, transform, on_error)
 
 
-def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples:
+def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:
     """A split, whose notes tell of rotated images."""
+    if config.DATA.DATASET in DATASETS:
+        return PythonDataset.open(config, split)
     samples = open_samples(config.DATA.DATASET, folder, split)
     samples.notes += rotation_notes(samples, config.DATA.EXIF)
     return samples
@@ -128,7 +133,7 @@ def rotation_notes(samples: Samples, upright: bool) -> list[str]:
     return [f'{rotated} of {len(indices)} sampled images are rotated by their EXIF tag {effect}']
 
 
-def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[bytes, str], tuple[Tensor, Tensor]]:
+def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[AnyImage, str], tuple[Tensor, Tensor]]:
     """The transform of `ImageDataset` in the config's pipeline.
 
     Raises:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import DataError
+from data.images import AnyImage, DataError
+from data.python_dataset import PythonDataset
 from data.samples import Samples
 
 # Target of an image that an evaluation leaves out
@@ -41,13 +42,16 @@ class ImageDataset(Dataset):
 
     Args:
         samples: the split.
-        transform: from an encoded image and its name to image and erasing of a `Sample`.
+        transform: from an image, encoded or decoded, and its name to image and erasing of a `Sample`.
         on_error: what to give for a bad image: 'stop' raises its error; 'replace' gives the next good sample, and
             'ignore' too, but with the target `IGNORED`.
     """
 
     def __init__(
-        self, samples: Samples, transform: Callable[[bytes, str], tuple[Tensor, Tensor]], on_error: str = 'stop'
+        self,
+        samples: Samples | PythonDataset,
+        transform: Callable[[AnyImage, str], tuple[Tensor, Tensor]],
+        on_error: str = 'stop',
     ):
         self.samples, self.transform, self.on_error = samples, transform, on_error
         self.classes, self.notes = samples.classes, samples.notes
@@ -84,5 +88,6 @@ class ImageDataset(Dataset):
         Raises:
             DataError: the image is bad.
         """
-        image, erasing = self.transform(self.samples.read(index), self.samples.describe(index))
-        return Sample(image, int(self.samples.targets[index]), erasing, skipped=-1)
+        image, target = self.samples.load(index)
+        image, erasing = self.transform(image, self.samples.describe(index))
+        return Sample(image, target, erasing, skipped=-1)

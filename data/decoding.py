@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_modes_mapping
 
-from data.images import decode_image, read_header
+from data.images import AnyImage, read_header, to_image
 
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where their crop is then still this many times as large as its
 # result. At 1.5, evaluated photographs of four megapixels differ from the published ones by 2.0 to 2.8 of 255, at 2 by
@@ -60,10 +60,10 @@ class Crop(NamedTuple):
 
 
 class EncodedImage:
-    """An image of which only the header has been read, where it is a JPEG.
+    """An image of which only the header has been read, where it is the content of a JPEG file.
 
     Args:
-        data: content of an image file.
+        data: content of an image file, or a decoded image.
         name: of the image, for errors.
         mode: PIL mode: RGB, or L for one grey channel.
         upright: turn it as its EXIF orientation says.
@@ -75,7 +75,7 @@ class EncodedImage:
         DataError: it cannot be decoded.
     """
 
-    def __init__(self, data: bytes, name: str, mode: str, upright: bool = False):
+    def __init__(self, data: AnyImage, name: str, mode: str, upright: bool = False):
         self.data, self.name, self.mode, self.upright = data, name, mode, upright
         self._pixels, self._orientation = None, 1
         size = _jpeg_size(data)
@@ -118,12 +118,12 @@ class EncodedImage:
         return pixels if self.mode == 'RGB' else pixels[:, :, 0]
 
     def _decode_with_pillow(self) -> np.ndarray:
-        return np.array(decode_image(self.data, self.name, self.mode, self.upright))
+        return np.array(to_image(self.data, self.name, self.mode, self.upright))
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _jpeg_size(data: AnyImage) -> tuple[int, int] | None:
     """Width and height of a JPEG that simplejpeg can be trusted with."""
-    if not data.startswith(_JPEG_START):
+    if not (isinstance(data, bytes) and data.startswith(_JPEG_START)):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

@@ -18,11 +18,12 @@ from yacs.config import CfgNode
 from data.array_augment import use_arrays
 from data.dataset import NO_ERASING
 from data.decoding import Box, Crop, EncodedImage
-from data.transforms import image_mode, resized_side, train_steps
+from data.images import AnyImage
+from data.transforms import UserTransform, image_mode, resized_side, train_steps
 
 
 class FastTrainTransform:
-    """Random crop, flip and augmentation of an encoded image; rectangles to erase are drawn and not yet filled.
+    """Random crop, flip and augmentation of an image; rectangles to erase are drawn and not yet filled.
 
     Args:
         config: the config tree.
@@ -35,25 +36,25 @@ class FastTrainTransform:
         self.mode, self.size, self.upright = image_mode(config), config.DATA.IMG_SIZE, config.DATA.EXIF
         (self.random_crop, *flips), policies, (_, _, *erasings) = train_steps(config)
         self.flip_probability = flips[0].p if flips else 0
-        self.policies = [use_arrays(policy) for policy in policies]
+        self.policies, self.user_transform = [use_arrays(policy) for policy in policies], UserTransform(config)
         self.random_erasing = erasings[0] if erasings else None
 
-    def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, data: AnyImage, name: str) -> tuple[Tensor, Tensor]:
         """The image (H, W, C), and what is to be erased; see `data.dataset.Sample`."""
         return _to_tensor(self.augment(self.decode(data, name))), self.draw_erasing()
 
-    def decode(self, data: bytes, name: str) -> np.ndarray:
+    def decode(self, data: AnyImage, name: str) -> np.ndarray:
         """A random crop's pixels, (H, W, 3) or (H, W)."""
         image = EncodedImage(data, name, self.mode, self.upright)
         return image.crop(self.draw_crop(image.size), self.random_crop.interpolation)
 
     def augment(self, pixels: np.ndarray) -> np.ndarray:
-        """The pixels, flipped at random, after the policy."""
+        """The pixels, flipped at random, after the policy and the transform of `AUG.TRANSFORM`."""
         if self.flip_probability and torch.rand(1) < self.flip_probability:
             pixels = cv2.flip(pixels, 1)
         for policy in self.policies:
             pixels = policy(pixels)
-        return pixels
+        return self.user_transform(pixels)
 
     def draw_crop(self, size: tuple[int, int]) -> Crop:
         """Draw the crop of an image of some width and height."""
@@ -93,7 +94,7 @@ def draw_rectangles(erasing: RandomErasing, size: int) -> list[tuple[int, int, i
 
 
 class FastEvalTransform:
-    """The resized centre crop of an encoded image, or all of it, as `TEST.CROP` says.
+    """The resized centre crop of an image, or all of it, as `TEST.CROP` says.
 
     Args:
         config: the config tree.
@@ -104,11 +105,11 @@ class FastEvalTransform:
         self.resized_side = resized_side(config) if config.TEST.CROP else None
         self.interpolation = str_to_interp_mode(config.DATA.INTERPOLATION)
 
-    def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, data: AnyImage, name: str) -> tuple[Tensor, Tensor]:
         """The image (H, W, C) and no erasing; see `data.dataset.Sample`."""
         return _to_tensor(self.decode(data, name)), NO_ERASING
 
-    def decode(self, data: bytes, name: str) -> np.ndarray:
+    def decode(self, data: AnyImage, name: str) -> np.ndarray:
         """The crop's pixels, (H, W, 3) or (H, W)."""
         image = EncodedImage(data, name, self.mode, self.upright)
         return image.crop(self.crop(image.size), self.interpolation)

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -21,6 +21,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from utils import UserError, printable
 
 Item = TypeVar('Item')
+
+# An image as a dataset gives it: the content of a file, or decoded; arrays are (H, W, 3) or (H, W), uint8
+AnyImage = bytes | Image.Image | np.ndarray
 
 # The most bytes of a file, or of a member of an archive, that are read as one encoded image. The limit of a decoded
 # image is Pillow's: twice `Image.MAX_IMAGE_PIXELS`, 179 million pixels.
@@ -56,6 +59,10 @@ class LoaderError(UserError):
 
 class DataError(LoaderError):
     """A folder or image that cannot be used; the message names it and the remedy."""
+
+
+class PartError(LoaderError):
+    """A user's dataset or transform that returns what it must not. It is no `DataError`, so it is never skipped."""
 
 
 class OpenFilesError(LoaderError):
@@ -144,6 +151,35 @@ def check_image_bytes(size: int) -> None:
         raise ValueError(f'{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}')
 
 
+def to_image(image: AnyImage, name: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
+    """An image of any form as a PIL image with 8 bits per channel; for the arguments, see `decode_image`.
+
+    Raises:
+        DataError: it cannot be decoded.
+        PartError: it has another form.
+    """
+    if isinstance(image, bytes):
+        return decode_image(image, name, mode, upright)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+            return _convert(image, mode, upright)
+        except Exception as error:  # a file is read only now; see `decode_image`
+            raise _unreadable(name, error) from error
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
+        return Image.fromarray(image).convert(mode)
+    raise PartError(
+        f'image {name} is {kind_of_value(image)}: return a PIL image, an array of uint8, (H, W, 3) or (H, W), or the '
+        f'content of a file'
+    )
+
+
+def kind_of_value(value: Any) -> str:
+    """What a user's code has returned, for messages, such as `a Tensor, float32, (3, 224, 224)`."""
+    details = f', {value.dtype}, {tuple(value.shape)}' if hasattr(value, 'dtype') else ''
+    return f'a {type(value).__name__}{details}'
+
+
 def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
     """Decode an image, with 8 bits per channel.
 
@@ -164,12 +200,18 @@ def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool
     try:
         with _open_image(io.BytesIO(data)) as file:
             file.load()
-            image = _turn_upright(file) if upright else file
-            if image.mode[0] in 'IF':  # PIL would clip it
-                image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
-            return image.convert(mode)
+            return _convert(file, mode, upright)
     except Exception as error:  # decoders raise errors of any type for damaged files
         raise _unreadable(name, error) from error
+
+
+def _convert(image: Image.Image, mode: str, upright: bool) -> Image.Image:
+    """A loaded image in another mode; see `decode_image`."""
+    if upright:
+        image = _turn_upright(image)
+    if image.mode[0] in 'IF':  # PIL would clip it
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
+    return image.convert(mode)
 
 
 class ImageHeader(NamedTuple):

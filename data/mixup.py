@@ -1,15 +1,14 @@
-"""Mixup and CutMix, and the loss that matches their targets."""
+"""Mixup and CutMix."""
 
 from collections.abc import Callable
 
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
 
 def build_mixup(config: CfgNode) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Build a function from images and class indices to images and targets for `build_criterion`."""
+    """Build a function from images and class indices to images and targets for `data.losses`."""
     aug = config.AUG
     if not uses_mixup(config):
         return lambda images, targets: (images, targets)
@@ -23,15 +22,6 @@ def build_mixup(config: CfgNode) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=config.MODEL.NUM_CLASSES,
     )
-
-
-def build_criterion(config: CfgNode) -> nn.Module:
-    """Build the training loss: for soft targets where batches are mixed, else with label smoothing, else plain."""
-    if uses_mixup(config):
-        return SoftTargetCrossEntropy()
-    if config.MODEL.LABEL_SMOOTHING > 0:
-        return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
-    return nn.CrossEntropyLoss()
 
 
 def uses_mixup(config: CfgNode) -> bool:

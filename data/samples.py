@@ -44,6 +44,14 @@ class Samples(Shareable, ABC):
             DataError: it cannot be read.
         """
 
+    def load(self, index: int) -> tuple[bytes, int]:
+        """The sample's encoded image and its target.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self.read(index), int(self.targets[index])
+
     @abstractmethod
     def describe(self, index: int) -> str:
         """Where the sample is, for errors."""

@@ -1,8 +1,8 @@
 """The published transforms: timm's augmentation for training, a resize and crop for evaluation."""
 
 from collections.abc import Callable
-from itertools import chain
 
+import numpy as np
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import str_to_interp_mode
@@ -11,7 +11,8 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from data.dataset import NO_ERASING
-from data.images import DataError, decode_image
+from data.images import AnyImage, DataError, PartError, kind_of_value, to_image
+from extensions import Registry
 
 # PIL mode, mean and standard deviation by number of channels; grey has the mean over ImageNet's channels.
 _CHANNELS = {
@@ -27,7 +28,8 @@ def build_transform(config: CfgNode, is_train: bool) -> Callable[[Image.Image], 
         DataError: a number of channels or an augmentation policy that is not supported.
     """
     if is_train:
-        return transforms.Compose(list(chain(*train_steps(config))))
+        crop_and_flip, policies, conversions = train_steps(config)
+        return transforms.Compose([*crop_and_flip, *policies, UserTransform(config).on_image, *conversions])
     size, mode = config.DATA.IMG_SIZE, str_to_interp_mode(config.DATA.INTERPOLATION)
     if config.TEST.CROP:
         resize = [transforms.Resize(resized_side(config), mode), transforms.CenterCrop(size)]
@@ -74,8 +76,58 @@ def train_steps(config: CfgNode) -> tuple[list[Callable], list[Callable], list[C
     return tuple(step.transforms for step in steps)
 
 
+# Values of AUG.TRANSFORM
+TRANSFORMS = Registry('transform', none=lambda config: None)
+
+
+def register_transform(name: str) -> Callable[[Callable], Callable]:
+    """Make a transform of training images available as `AUG.TRANSFORM name`.
+
+    The decorated class or function is called with the config and gives a function of an image, an array of uint8,
+    (H, W, 3) or (H, W), that returns such an array. It is called after crop, flip and `AUG.AUTO_AUGMENT`, before random
+    erasing. Numbers that it draws from `random`, `numpy.random` or `torch` depend on the seed, the epoch and the index
+    of the image alone.
+
+    Raises:
+        ValueError: the name belongs to another transform.
+    """
+    return TRANSFORMS.register(name)
+
+
+class UserTransform:
+    """The transform of `AUG.TRANSFORM` as a function of an array; images stay as they are where there is none.
+
+    Args:
+        config: the config tree.
+    """
+
+    def __init__(self, config: CfgNode):
+        self.name = config.AUG.TRANSFORM
+        self.transform = TRANSFORMS[self.name](config)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """The transformed image, (H, W, 3) or (H, W), uint8.
+
+        Raises:
+            PartError: the transform returns something else.
+        """
+        if self.transform is None:
+            return pixels
+        result = self.transform(pixels)
+        if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != pixels.shape:
+            raise PartError(
+                f'AUG.TRANSFORM {self.name} returns {kind_of_value(result)} for an image of {pixels.shape}: return an '
+                f'array of uint8 of the same shape'
+            )
+        return result
+
+    def on_image(self, image: Image.Image) -> Image.Image:
+        """The transformed PIL image."""
+        return image if self.transform is None else Image.fromarray(self(np.array(image)))
+
+
 class PublishedTransform:
-    """The published pipeline from an encoded image on; random erasing fills here.
+    """The published pipeline from an image of any form on; random erasing fills here.
 
     Args:
         config: the config tree.
@@ -86,9 +138,9 @@ class PublishedTransform:
         self.mode, self.upright = image_mode(config), config.DATA.EXIF
         self.transform = build_transform(config, is_train)
 
-    def __call__(self, data: bytes, name: str) -> tuple[Tensor, Tensor]:
+    def __call__(self, data: AnyImage, name: str) -> tuple[Tensor, Tensor]:
         """The image (C, H, W) and no erasing; see `data.dataset.Sample`."""
-        return self.transform(decode_image(data, name, self.mode, self.upright)), NO_ERASING
+        return self.transform(to_image(data, name, self.mode, self.upright)), NO_ERASING
 
 
 def image_mode(config: CfgNode) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -137,6 +138,14 @@ def _report_failed_start() -> Iterator[None]:
         raise DataError(
             f'the worker processes of the loader cannot be started ({reason}): check TMPDIR, /dev/shm and the limits '
             f'of processes and open files (ulimit -u, ulimit -n), or {_FEWER}'
+        ) from error
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        if 'pickle' not in str(error):
+            raise
+        raise DataError(
+            f'the dataset or its transform cannot be sent to the worker processes of the loader ({first_line(error)}): '
+            f'define classes and functions at the top of their module, open files in __getitem__, or write '
+            f'DATA.NUM_WORKERS 0'
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Keys of a config tree: each with its default, meaning, allowed values and what it affects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ class Key:
     Attributes:
         default: its default, whose type is the key's.
         help: what it means, for readers of the tree, of `--help` and of docs/configuration.md.
-        choices: its values, where they are few; `timm:<name>` is any text that starts so.
+        choices: its values, where they are few; `timm:<name>` is any text that starts so. A `Registry` of parts is read
+            when a config is loaded, so that modules of users can add to it.
         min, max: bounds of a number, or of every number in a list; None for none.
         optional: type of its values where None is one of them.
         or_list: whether a list of such values is one of its values too; names are separated by commas.
@@ -30,7 +31,7 @@ class Key:
 
     default: Any
     help: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     min: float | None = None
     max: float | None = None
     optional: type | None = None
@@ -56,13 +57,15 @@ class Key:
     def is_choice(self, value: Any) -> bool:
         """Whether a value is among the choices; any is where there are none."""
         prefixes = tuple(choice.partition('<')[0] for choice in self.choices if choice.endswith('>'))
-        return not self.choices or value in self.choices or bool(prefixes and value.startswith(prefixes))
+        values = value if isinstance(value, list) else [value]
+        return not self.choices or all(x in self.choices or bool(prefixes and x.startswith(prefixes)) for x in values)
 
     @property
     def allowed(self) -> str:
         """Its values in words; '' where any of its type will do."""
         if self.choices:
-            return 'one of ' + ', '.join(choice or "''" for choice in self.choices)
+            own = ', or another name that a module of --import registers' if isinstance(self.choices, Mapping) else ''
+            return 'one of ' + ', '.join(choice or "''" for choice in self.choices) + own
         if self.min is None and self.max is None:
             return ''
         numbers = 'numbers' if self.type in (list, tuple) else 'a number'

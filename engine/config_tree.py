@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from engine.config_keys import ChangedKey, Key, KeyGroup
+from extensions import absolute, import_modules, missing_modules
 from text_files import read_yaml
 from utils import UserError, shortened
 
@@ -51,6 +54,29 @@ class ConfigTree:
         """Every key by its dotted name, in the order of the tree."""
         return dict(leaves(self.root))
 
+    def add_key(self, name: str, key: Key) -> None:
+        """Add a key, as modules of `--import` do.
+
+        Args:
+            name: dotted name; groups that do not exist are made.
+            key: the key. Flags are for the project's own keys.
+
+        Raises:
+            ValueError: another key or a group has the name, a part of the name is a key, or the key has a flag.
+        """
+        *groups, leaf = name.split('.')
+        group = self.root
+        for part in groups:
+            group = group.setdefault(part, KeyGroup())
+            if not isinstance(group, KeyGroup):
+                raise ValueError(f'config key {name}: {part} is a key, not a group')
+        if key.flag or not re.fullmatch('[A-Z][A-Z0-9_]*', leaf):
+            raise ValueError(f'config key {name}: write the name in capital letters, and the key without a flag')
+        if group.setdefault(leaf, key) != key:
+            raise ValueError(f'config key {name} already exists: write another name')
+        with contextlib.suppress(AttributeError):  # not read yet
+            del self.__dict__['keys']
+
     def defaults(self) -> CfgNode:
         """A new config tree of the defaults."""
 
@@ -64,29 +90,53 @@ class ConfigTree:
     ) -> CfgNode:
         """Defaults, overridden by a saved config, the file's BASE files, the file and the options; checked and frozen.
 
+        Before anything else is read, the modules that the file, its BASE files and the options name as `IMPORT` are
+        imported. Modules that a saved config names are not: it may come from anyone.
+
         Args:
             cfg_file: a YAML file with part of the tree; None for none.
             opts: alternating keys and values, such as `['TRAIN.EPOCHS', '10']`. Text is read, as in files, as a value
                 of the key's type.
-            saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, and keys that are
-                unknown to another program: neither is read.
+            saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, keys that are unknown
+                to another program, and names of parts that have not been imported may not be needed: none is read.
 
         Raises:
             ConfigError: a file, key or value that cannot work.
+            ExtensionError: a module cannot be imported.
         """
+        files = _read_with_bases(Path(cfg_file)) if cfg_file is not None else []
+        pairs = _pairs(opts)
+        modules = [absolute(name, path.parent) for path, tree in files for name in _modules(tree.get('IMPORT'), path)]
+        modules += [absolute(name) for key, value in pairs if key == 'IMPORT' for name in _modules(value, '--opts')]
+        modules = list(dict.fromkeys(modules))
+        import_modules(modules)
         config = self.defaults()
         for name, value in leaves(saved or {}):
-            if name in self.keys and not self.keys[name].flag:
+            if name in self.keys and not self.keys[name].flag and not self._is_unregistered(name, value):
                 self._set(config, name, self._stored(name, value), "the checkpoint's config")
-        for path, tree in _read_with_bases(Path(cfg_file)) if cfg_file is not None else ():
+        for path, tree in files:
             self._merge_file(config, path, tree)
-        for key, value in _pairs(opts):
+        for key, value in pairs:
             if key == 'BASE':
                 raise ConfigError('BASE is for config files: write it in the file given to --cfg')
-            self._set(config, key, value, '--opts')
-        self.check(config)
+            if key != 'IMPORT':
+                self._set(config, key, value, '--opts')
+        if modules:
+            config.IMPORT = modules
+        try:
+            self.check(config)
+        except ConfigError as error:
+            missing = missing_modules((saved or {}).get('IMPORT'), modules)
+            if not missing:
+                raise
+            raise ConfigError(f'{error} (its run was given --import {shortened(" ".join(missing))})') from error
         config.freeze()
         return config
+
+    def _is_unregistered(self, name: str, value: Any) -> bool:
+        """Whether a saved value names a part, such as a loss, of a module that has not been imported."""
+        key = self.keys[name]
+        return isinstance(key.choices, Mapping) and not key.is_choice(value)
 
     def load_with_flags(self, args: argparse.Namespace) -> CfgNode:
         """`load`, overridden by the command line's flags; a flag not given (None) overrides nothing.
@@ -101,7 +151,7 @@ class ConfigTree:
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         """Add the flag of every key that has one, with None as its default."""
         for name, key in self.keys.items():
-            if not key.flag:
+            if not key.flag or name == 'IMPORT':  # see `add_options`
                 continue
             options: dict[str, Any] = {'help': f'{key.help} ({name})', 'default': None}
             if key.type is bool:
@@ -169,7 +219,7 @@ class ConfigTree:
             if name in names:  # as TRAIN.EPOCHS, and within TRAIN
                 raise ConfigError(f'config file {path} gives {shortened(name)} twice: remove one')
             names.add(name)
-            if name != 'BASE':  # merged now, so a dump stands alone
+            if name not in ('BASE', 'IMPORT'):  # merged now, so a dump stands alone; imported before
                 self._set(config, name, value, str(path))
 
     def _set(self, config: CfgNode, name: str, value: Any, source: str) -> None:
@@ -196,6 +246,42 @@ class ConfigTree:
         is_outside = any(isinstance(x, int | float) and not low <= x <= high for x in values)
         if is_outside or not key.is_choice(value):
             raise ConfigError(f'{name} is {_quoted(value)}: write {key.allowed} (in {source})')
+
+
+class _ImportOption(argparse.Action):
+    """`--import NAME` as `--opts IMPORT NAME`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, name: Any, option: Any) -> None:
+        namespace.opts = [*namespace.opts, 'IMPORT', absolute(name)]
+
+
+def add_options(parser: argparse.ArgumentParser, text: str = 'config keys and values') -> None:
+    """Add `--opts` and `--import`; both are in the attribute `opts` of the parsed command line.
+
+    Args:
+        parser: gets the flags.
+        text: help of `--opts`.
+    """
+    parser.add_argument('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help=text)
+    parser.add_argument(
+        '--import',
+        dest='opts',
+        action=_ImportOption,
+        metavar='MODULE',
+        help='.py file, or name of a module, with your own parts (docs/extending.md); may be repeated',
+    )
+
+
+def _modules(value: Any, source: str | Path) -> list[str]:
+    """The names of modules in a value of the key IMPORT.
+
+    Raises:
+        ConfigError: it is neither a name nor a list of names.
+    """
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise ConfigError(f'IMPORT is {_quoted(value)}: write a list such as [my_module.py] (in {source})')
+    return [name for name in names if name]
 
 
 def stated_task(config: Mapping[str, Any]) -> str | None:

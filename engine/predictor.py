@@ -12,6 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from engine.checkpoint import CheckpointError, load_checkpoint, other_task
+from engine.config_tree import add_options
 from engine.distributed import choose_device
 from engine.task import Task
 from engine.weights import check_same_network, choose_weights, fit_weights, load_weights
@@ -100,14 +101,7 @@ def add_network_flags(
             help=f'in place of a checkpoint: a file of tools.export, and what runs it, {" or ".join(backends)}',
         )
     add('--cfg', metavar='FILE', help="YAML config whose keys override the checkpoint's")
-    add(
-        '--opts',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='KEY VALUE',
-        help="config keys and values that override the checkpoint's, such as DATA.EXIF True",
-    )
+    add_options(parser, "config keys and values that override the checkpoint's, such as DATA.EXIF True")
     add_weights_flag(parser)
 
 

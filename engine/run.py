@@ -13,7 +13,7 @@ import yaml
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
-from engine.config_tree import ConfigTree
+from engine.config_tree import ConfigTree, add_options
 from engine.distributed import Process, on_main_process, share_cores, start_process
 from engine.precision import ApexPrecision, Precision, build_precision
 from engine.run_folder import RunFolder
@@ -81,13 +81,7 @@ def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.Arg
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument('--cfg', required=True, metavar='FILE', help=f'YAML config, such as {example}')
-    parser.add_argument(
-        '--opts',
-        nargs='+',
-        action='extend',
-        metavar='KEY VALUE',
-        help='config keys and values, such as TRAIN.EPOCHS 100 SEED 1; may be repeated',
-    )
+    add_options(parser, 'config keys and values, such as TRAIN.EPOCHS 100 SEED 1; may be repeated')
     tree.add_flags(parser)
     return parser
 

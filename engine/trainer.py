@@ -18,7 +18,7 @@ from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePo
 from engine.run import Run
 from engine.signals import COMPILED_UPDATE, UPDATE, Stopped
 from engine.state import TrainingState
-from logger import MetricsLog
+from logger import MetricsLog, build_trackers
 from utils import atomic_write, report_write_errors
 
 
@@ -104,8 +104,10 @@ class Trainer:
             with report_write_errors(run.output_dir):
                 dump = run.config.dump().encode()
                 atomic_write(run.output_dir / 'config.yaml', lambda file: file.write(dump))
+            trackers = build_trackers(run.config, run.output_dir)
+            with report_write_errors(run.output_dir):
                 self.metrics = MetricsLog(
-                    run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD
+                    run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD, trackers
                 )
         self.first_epoch = state.epoch
         start_time = timed_from = time.monotonic()
@@ -122,6 +124,8 @@ class Trainer:
             raise NonFiniteError(
                 f'{error}. The last good checkpoint is {newest}' if newest else f'{error}. There is no checkpoint'
             ) from error
+        finally:
+            self.metrics.close()
         run.logger.info(f'Training time {timedelta(seconds=int(time.monotonic() - start_time))}')
 
     def _epoch_or_save(self) -> None:

@@ -133,7 +133,10 @@ def _find(exchange: ManipType) -> type[Exchange]:
     if isinstance(exchange, type) and issubclass(exchange, Exchange):
         return exchange
     if exchange not in EXCHANGES:
-        raise ValueError(f'manip_type is {exchange!r}: write one of {", ".join(map(repr, EXCHANGES))}')
+        raise ValueError(
+            f'manip_type is {exchange!r}: write one of {", ".join(map(repr, EXCHANGES))}, or import the module that '
+            f'registers it (--import)'
+        )
     return EXCHANGES[exchange]
 
 

@@ -6,14 +6,13 @@ from yacs.config import CfgNode
 
 from detection.config import TREE
 from detection.data import with_classes_of_data
+from engine.config_tree import add_options
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add `--cfg`, `--opts` and `--data-path`."""
     parser.add_argument('--cfg', metavar='FILE', help='YAML config (the defaults)')
-    parser.add_argument(
-        '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values'
-    )
+    add_options(parser)
     parser.add_argument('--data-path', required=True, metavar='DIR', help='the dataset (DATA.DATA_PATH)')
 
 

@@ -101,7 +101,6 @@ def test_paths_take_the_home_folder(tmp_path, monkeypatch):
         ('MODEL.EMBED_DIM', 'MODEL.MSG.EMBED_DIM'),
         ('TRAIN.OPTIMISER.NAME', 'TRAIN.OPTIMIZER.NAME'),
         ('AUG.CUTMIX_MIXMAX', 'AUG.CUTMIX_MINMAX'),
-        ('TRAIN.LOSS', None),
         ('TRAIN.LR', None),
         ('FOO', None),
         ('MODEL.DROPOUT', None),

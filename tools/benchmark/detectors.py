@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from detection.config import load_config
 from detection.models import build_detector
-from engine.config_tree import ConfigError
+from engine.config_tree import ConfigError, add_options
 from engine.distributed import choose_device
 from models.pyramid import Size
 from tools.benchmark.cases import MODES, BenchmarkCase, Setting, add_timing_flags
@@ -125,7 +125,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add('--height', type=positive_int, default=800, metavar='N', help='height of the image, in pixels (default: 800)')
     add('--width', type=positive_int, default=1280, metavar='N', help='width of the image, in pixels (default: 1280)')
     add_timing_flags(parser, rounds=3)
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

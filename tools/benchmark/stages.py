@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config import load_config
+from engine.config_tree import add_options
 from engine.distributed import choose_device
 from models import MSGTransformer
 from models.msg_block import MSGStage
@@ -72,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add('--batch', type=positive_int, default=1, metavar='N', help='images per batch (default: 1)')
     add('--rounds', type=positive_int, default=10, metavar='N', help='times that each stage is timed (default: 10)')
     add('--device', choices=DEVICES, default='auto', help='auto takes a GPU if there is one (default: auto)')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:

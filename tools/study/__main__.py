@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine.config_tree import add_options
 from text_files import read_json
 from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.chart import MAX_WIDTH, MIN_WIDTH, TWO_COLUMNS, chart
@@ -77,9 +78,7 @@ def parse_args() -> argparse.Namespace:
         metavar='INCHES',
         help=f'with --chart: width of the chart; 3.3 for a column of a paper ({TWO_COLUMNS:g}, a page)',
     )
-    add(
-        '--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values of all runs'
-    )
+    add_options(parser, 'config keys and values of all runs')
     args = parser.parse_args()
     if args.chart and not args.results:
         parser.error('--chart goes with --results; a study draws study.png and study.pdf')

@@ -24,7 +24,7 @@ import argparse
 import torch
 from yacs.config import CfgNode
 
-from engine.config_tree import ConfigError
+from engine.config_tree import ConfigError, add_options
 from engine.distributed import choose_device
 from models import build_model
 from tools.benchmark.stages import time_parts
@@ -44,7 +44,7 @@ def parse_option() -> argparse.Namespace:
     )
     add = parser.add_argument
     add('configs', nargs='+', metavar='FILE', help='config files of classifiers and detectors')
-    add('--opts', nargs='+', action='extend', default=[], metavar='KEY VALUE', help='config keys and values')
+    add_options(parser)
     add(
         '--img-size',
         nargs='+',

@@ -1,0 +1,126 @@
+"""Datasets that users write in Python: any map-style `torch.utils.data.Dataset` of images and class indices."""
+
+import operator
+import pickle
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch.utils.data import Dataset
+from yacs.config import CfgNode
+
+from data.formats import FORMATS
+from data.images import AnyImage, PartError, kind_of_value, read_error
+from data.packed_lists import NameList
+from data.samples import same_letters
+from data.sharing import Shareable
+from extensions import Registry
+
+# Values of DATA.DATASET that modules of users add: called with the config and `train` or `val`, each gives a dataset
+DATASETS = Registry('dataset')
+
+# All values of DATA.DATASET
+DATASET_NAMES = ChainMap(DATASETS, FORMATS)
+
+
+def register_dataset(name: str) -> Callable[[Callable], Callable]:
+    """Make a dataset available as `DATA.DATASET name`.
+
+    The decorated class or function is called with the config and `train` or `val`, and gives a dataset: `len(dataset)`
+    samples, of which `dataset[i]` is an image and the index of its class. The image is a PIL image, an array of uint8,
+    (H, W, 3) or (H, W), or the content of an image file. The dataset may have two attributes:
+
+    - `classes`: names of the classes. Otherwise, they are numbers.
+    - `names`: a name for each sample. Checkpoints record a hash of them, so that no run resumes on other data.
+
+    Raises:
+        ValueError: the name belongs to another dataset, or to a format.
+    """
+    if name in FORMATS:
+        raise ValueError(f'DATA.DATASET {name} is a format of the project: write another name')
+    return DATASETS.register(name)
+
+
+class PythonDataset(Shareable):
+    """A split of a user's dataset, with what `ImageDataset` reads of `data.samples.Samples`.
+
+    Args:
+        dataset: see `register_dataset`.
+        where: what messages call the split.
+        num_classes: number of classes, where the dataset does not name them.
+
+    Raises:
+        PartError: it has no length, or not as many names as samples.
+    """
+
+    def __init__(self, dataset: Dataset, where: str, num_classes: int):
+        self.dataset, self.where = dataset, where
+        try:
+            self.count = len(dataset)
+        except (TypeError, NotImplementedError) as error:
+            raise PartError(f'{where} has no length: give a dataset with __len__ and __getitem__') from error
+        classes, names = getattr(dataset, 'classes', None), getattr(dataset, 'names', None)
+        self.classes = [same_letters(str(name)) for name in (range(num_classes) if classes is None else classes)]
+        self.notes = []
+        if names is None:
+            self.notes = [f'{where} has no attribute `names`: checkpoints record only the number of its images']
+        elif len(names) != self.count:
+            raise PartError(f'{where} has {self.count} samples and {len(names)} names: give a name for each')
+        self.names = None if names is None else NameList.of(map(str, names))
+
+    @classmethod
+    def open(cls, config: CfgNode, split: str) -> Self:
+        """Open `train` or `val` of the dataset that `DATA.DATASET` names.
+
+        Raises:
+            PartError: see `PythonDataset`.
+        """
+        name = config.DATA.DATASET
+        return cls(DATASETS[name](config, split), f'{name} ({split})', config.MODEL.NUM_CLASSES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int) -> tuple[AnyImage, int]:
+        """The image of a sample, and the index of its class.
+
+        Raises:
+            DataError: the image cannot be read.
+            PartError: the dataset returns something else.
+        """
+        try:
+            sample = self.dataset[index]
+        except OSError as error:
+            raise read_error(f'image {self.describe(index)}', error, 'replace or remove it') from error
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise PartError(f'{self.describe(index)} is {kind_of_value(sample)}: return (image, class index)')
+        image, label = sample
+        try:
+            target = operator.index(label)
+        except (TypeError, ValueError) as error:
+            raise PartError(
+                f'the class of {self.describe(index)} is {kind_of_value(label)}: return its index'
+            ) from error
+        if not 0 <= target < len(self.classes):
+            raise PartError(
+                f'the class of {self.describe(index)} is {target}: return an index from 0 to {len(self.classes) - 1}'
+            )
+        return image, target
+
+    def describe(self, index: int) -> str:
+        """What messages call a sample."""
+        return f'{index if self.names is None else self.names[index]} of {self.where}'
+
+    def sample_names(self) -> Any:
+        """The names, in order; numbers where the dataset has none."""
+        return map(str, range(self.count)) if self.names is None else map(same_letters, self.names)
+
+    def share(self) -> Self:
+        """Move the arrays of the dataset into shared memory, unless it cannot be pickled.
+
+        Then it can be used in this process alone, and `data.workers` reports where others need it.
+        """
+        try:
+            return super().share()
+        except (pickle.PicklingError, TypeError, AttributeError):
+            return self
