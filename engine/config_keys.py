@@ -69,6 +69,8 @@ class Key:
         if self.min is None and self.max is None:
             return ''
         numbers = 'numbers' if self.type in (list, tuple) else 'a number'
+        if self.min is None:
+            return f'{numbers} at most {self.max}'
         if self.max is None:
             return f'{numbers} at least {self.min}'
         return f'{numbers} between {self.min} and {self.max}'

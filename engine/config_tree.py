@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import contextlib
 import difflib
 import os
 import re
@@ -64,18 +63,19 @@ class ConfigTree:
         Raises:
             ValueError: another key or a group has the name, a part of the name is a key, or the key has a flag.
         """
-        *groups, leaf = name.split('.')
-        group = self.root
-        for part in groups:
-            group = group.setdefault(part, KeyGroup())
-            if not isinstance(group, KeyGroup):
-                raise ValueError(f'config key {name}: {part} is a key, not a group')
-        if key.flag or not re.fullmatch('[A-Z][A-Z0-9_]*', leaf):
+        parts = name.split('.')
+        if key.flag or not all(re.fullmatch('[A-Z][A-Z0-9_]*', part) for part in parts):
             raise ValueError(f'config key {name}: write the name in capital letters, and the key without a flag')
-        if group.setdefault(leaf, key) != key:
-            raise ValueError(f'config key {name} already exists: write another name')
-        with contextlib.suppress(AttributeError):  # not read yet
-            del self.__dict__['keys']
+        for other, known in self.keys.items():
+            if (other == name and known != key) or other.startswith(f'{name}.'):
+                raise ValueError(f'config key {name} already exists: write another name')
+            if name.startswith(f'{other}.'):
+                raise ValueError(f'config key {name}: {other} is a key, not a group')
+        group = self.root
+        for part in parts[:-1]:
+            group = group.setdefault(part, KeyGroup())
+        group[parts[-1]] = key
+        del vars(self)['keys']  # computed again
 
     def defaults(self) -> CfgNode:
         """A new config tree of the defaults."""
