@@ -7,6 +7,7 @@ keys select them: see docs/extending.md.
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from utils import UserError, first_line, printable
+from utils import UserError, first_line, printable, shortened
 
 Part = TypeVar('Part', bound=Callable)
 
@@ -95,6 +96,11 @@ def missing_modules(recorded: Any, names: Iterable[str]) -> list[str]:
     recorded = [name for name in recorded if isinstance(name, str)] if isinstance(recorded, list) else []
     present = {Path(name).stem if is_path(name) else name for name in names}
     return [name for name in recorded if name and (Path(name).stem if is_path(name) else name) not in present]
+
+
+def as_flags(names: Iterable[str]) -> str:
+    """Names of modules as flags of a command, for messages."""
+    return shortened(' '.join(f'--import {shlex.quote(name)}' for name in names), 1000)
 
 
 def _import_file(path: Path) -> None:

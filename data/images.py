@@ -166,7 +166,8 @@ def to_image(image: AnyImage, name: str | Path, mode: str = 'RGB', upright: bool
             return _convert(image, mode, upright)
         except Exception as error:  # a file is read only now; see `decode_image`
             raise _unreadable(name, error) from error
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
+    is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size > 0
+    if is_array and (image.ndim == 2 or image.shape[2:] == (3,)):
         return Image.fromarray(image).convert(mode)
     raise PartError(
         f'image {name} is {kind_of_value(image)}: return a PIL image, an array of uint8, (H, W, 3) or (H, W), or the '

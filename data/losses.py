@@ -6,7 +6,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from yacs.config import CfgNode
 
-from data.images import PartError
+from data.images import PartError, kind_of_value
 from data.mixup import uses_mixup
 from extensions import Registry
 
@@ -41,9 +41,11 @@ def build_criterion(config: CfgNode) -> nn.Module:
     """Build the training loss of `TRAIN.LOSS`.
 
     Raises:
-        PartError: the loss has parameters, which would not be trained.
+        PartError: the loss is no module, or has parameters, which would not be trained.
     """
     criterion = LOSSES[config.TRAIN.LOSS](config)
+    if not isinstance(criterion, nn.Module):
+        raise PartError(f'the loss {config.TRAIN.LOSS} is {kind_of_value(criterion)}: return a torch.nn.Module')
     if any(True for _ in criterion.parameters()):
         raise PartError(f'the loss {config.TRAIN.LOSS} has parameters, which are not trained: register buffers')
     return criterion

@@ -1,7 +1,6 @@
 """Datasets that users write in Python: any map-style `torch.utils.data.Dataset` of images and class indices."""
 
 import operator
-import pickle
 from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, Self
@@ -10,7 +9,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data.formats import FORMATS
-from data.images import AnyImage, PartError, kind_of_value, read_error
+from data.images import AnyImage, DataError, PartError, kind_of_value, read_error
 from data.packed_lists import NameList
 from data.samples import same_letters
 from data.sharing import Shareable
@@ -119,8 +118,13 @@ class PythonDataset(Shareable):
         """Move the arrays of the dataset into shared memory, unless it cannot be pickled.
 
         Then it can be used in this process alone, and `data.workers` reports where others need it.
+
+        Raises:
+            DataError: there is too little memory.
         """
         try:
             return super().share()
-        except (pickle.PicklingError, TypeError, AttributeError):
+        except DataError:
+            raise
+        except Exception:  # pickling raises errors of many types
             return self

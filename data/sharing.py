@@ -81,8 +81,8 @@ class _SharedFile:
     def write(cls, value: Any, descriptor: int) -> '_SharedFile':
         """Pickle an object into a new file; its arrays are written as they are."""
         arrays: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
         file, parts, position = cls(descriptor, ()), [], 0
+        pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
         try:
             with open(file.descriptor, 'wb', closefd=False) as output:
                 for content in (pickled, *(array.raw() for array in arrays)):

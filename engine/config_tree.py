@@ -16,7 +16,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from engine.config_keys import ChangedKey, Key, KeyGroup
-from extensions import absolute, import_modules, missing_modules
+from extensions import absolute, as_flags, import_modules, missing_modules
 from text_files import read_yaml
 from utils import UserError, shortened
 
@@ -129,7 +129,7 @@ class ConfigTree:
             missing = missing_modules((saved or {}).get('IMPORT'), modules)
             if not missing:
                 raise
-            raise ConfigError(f'{error} (its run was given --import {shortened(" ".join(missing))})') from error
+            raise ConfigError(f"{error}. The checkpoint's run had {as_flags(missing)}") from error
         config.freeze()
         return config
 

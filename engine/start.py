@@ -40,8 +40,7 @@ from engine.weights import (
     load_weights,
     options_before,
 )
-from extensions import missing_modules
-from utils import shortened
+from extensions import as_flags, missing_modules
 
 # Kinds of `Start` in addition to SCRATCH, PRETRAINED and RESUME: continue the run in the folder, or evaluate weights.
 CONTINUE, EVALUATE = 'continue', 'evaluate'
@@ -238,8 +237,8 @@ def _check_same_run(run: Run, checkpoint: Mapping[str, Any], tree: ConfigTree) -
     saved = checkpoint.get('config') or run.config
     if missing := missing_modules(saved.get('IMPORT'), run.config.IMPORT):
         raise ExperimentError(
-            f'the run in {run.output_dir} was given --import {shortened(" ".join(missing))}, and this command is not: '
-            f'add it to continue the run, or write another --tag'
+            f'the run in {run.output_dir} had {as_flags(missing)}, and this command does not: add it to continue the '
+            f'run, or write another --tag'
         )
     differences = [str(key) for key in tree.changed_keys(run.config, saved) if key.defines_experiment]
     differences += on_main_process(lambda: _changed_origin(run, checkpoint))

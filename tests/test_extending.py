@@ -124,7 +124,7 @@ def test_a_run_with_all_parts_resumes_to_the_bit(folder, tmp_path):
     assert not differences(load_checkpoint(run_folder / 'ckpt_epoch_1.pth'), expected)
 
     line = error_line(*command, *imports[:-2])  # without the tracker's module
-    assert f'was given --import {folder}/ideas/my_tracker.py, and this command is not: add it to continue' in line
+    assert f'had --import {folder}/ideas/my_tracker.py, and this command does not: add it to continue the run' in line
     image = folder / 'output' / 'digits' / 'train' / 'class_0' / '0.png'
     image.rename(image.with_name('new.png'))
     assert 'train has as many images, but different ones' in error_line(*command, *imports)

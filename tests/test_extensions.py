@@ -7,7 +7,7 @@ import yaml
 from torch import nn
 
 from config import TREE, ConfigError, load_config
-from data.losses import LOSSES, build_criterion, register_loss
+from data.losses import build_criterion, register_loss
 from data.python_dataset import register_dataset
 from engine.checkpoint import save_checkpoint
 from engine.config_keys import Key
@@ -113,11 +113,13 @@ def test_a_checkpoint_imports_nothing_and_the_error_names_its_module(tmp_path):
     save_checkpoint(tmp_path / 'w.pth', checkpoint)
     marker.unlink()
     saved = checkpoint['config']
-    message = rf"'gated_mean': write one of .* \(its run was given --import {path} {tmp_path}/my_loss_c.py\)"
+    message = (
+        rf"'gated_mean': write one of .* The checkpoint's run had --import {path} --import {tmp_path}/my_loss_c.py$"
+    )
     with pytest.raises(ConfigError, match=message):
         TREE.load(None, saved=saved)
     predict = ['-m', 'tools.predict', '--resume', tmp_path / 'w.pth', tmp_path]
-    assert f'its run was given --import {path}' in error_line(*predict)
+    assert f"The checkpoint's run had --import {path}" in error_line(*predict)
     evaluate = ['main.py', '--cfg', TINY, '--eval', '--resume', tmp_path / 'w.pth', '--output', tmp_path, *select]
     line = error_line(*evaluate)
     assert "manip_type is 'gated_mean': write one of" in line
@@ -168,7 +170,9 @@ def test_a_loss_with_parameters_is_refused():
     register_loss('learned')(lambda config: nn.Linear(2, 2))
     with pytest.raises(ValueError, match='the loss learned has parameters, which are not trained'):
         build_criterion(load('--opts', 'TRAIN.LOSS', 'learned'))
-    assert 'learned' in LOSSES
+    register_loss('function')(lambda config: print)
+    with pytest.raises(ValueError, match='the loss function is a builtin_function_or_method: return a torch.nn.Module'):
+        build_criterion(load('--opts', 'TRAIN.LOSS', 'function'))
 
 
 def test_trackers_get_records_until_they_are_closed_even_where_training_fails(tiny_config, image_tree, monkeypatch):
