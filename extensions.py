@@ -104,17 +104,17 @@ def as_flags(names: Iterable[str]) -> str:
 
 
 def _import_file(path: Path) -> None:
-    if path.suffix != '.py' or not path.is_file():
-        problem = 'does not exist' if not path.exists() else 'is no .py file'
+    if path.suffix != '.py' or not os.path.isfile(path):
+        problem = 'is no .py file' if os.path.exists(path) else 'does not exist'
         raise ExtensionError(f'--import {path} {problem}: give a .py file, or the name of a module')
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()
     loaded = sys.modules.get(path.stem)
     found = loaded.__spec__ if isinstance(loaded, ModuleType) else _find(path.stem)
-    origin = getattr(found, 'origin', None)
-    if origin is None or not os.path.samefile(path, origin):
-        where = f', {origin}' if origin and os.path.isabs(origin) else ''
+    origin = getattr(found, 'origin', None) or ''
+    if not (os.path.isfile(origin) and os.path.samefile(path, origin)):
+        where = f', {origin}' if origin else ''
         raise ExtensionError(f'--import {path}: the name {path.stem} belongs to another module{where}: rename the file')
     _import(path.stem, str(path))
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker, util
@@ -132,7 +133,9 @@ def _shared_memory_size() -> str:
 @contextmanager
 def _report_failed_start() -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Got pickle error')  # PyTorch's, which advises to fork
+            yield
     except (OSError, EOFError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise DataError(

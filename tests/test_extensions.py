@@ -77,9 +77,11 @@ def test_a_config_file_imports_relative_to_itself_and_its_dump_again(tmp_path):
     ('name', 'text', 'message'),
     [
         ('nowhere.py', None, 'nowhere.py does not exist: give a .py file'),
+        (f'{"x" * 300}.py', None, 'does not exist: give a .py file'),
         ('no_such_module', None, 'there is no module no_such_module: give the path of its .py file'),
         ('no_such_package.part', None, 'there is no module no_such_package: give'),
         ('config.py', 'x = 1', 'the name config belongs to another module, .*config.py: rename the file'),
+        ('sys.py', 'x = 1', 'the name sys belongs to another module, built-in: rename the file'),
         ('queue.py', 'x = 1', 'the name queue belongs to another module, .*queue.py: rename the file'),
         ('a.b.py', 'x = 1', 'the name a.b belongs to another module: rename the file'),
         ('bad_a.py', 'x = 1\nx = y', "bad_a.py failed at line 2 of .*bad_a.py: NameError: name 'y' is not defined"),

@@ -101,7 +101,7 @@ def test_worker_processes_and_a_transform_give_what_this_process_gives():
     assert 0 < sum(inverted) < len(inverted)
 
 
-def test_what_cannot_be_sent_to_worker_processes_is_told():
+def test_what_cannot_be_sent_to_worker_processes_is_told(recwarn):
     class Local(Images):
         pass
 
@@ -111,6 +111,7 @@ def test_what_cannot_be_sent_to_worker_processes_is_told():
     loader = build_eval_loader(config_of('DATA.DATASET', 'local', 'DATA.NUM_WORKERS', '1'))
     with pytest.raises(DataError, match='cannot be sent to the worker processes of the loader .*Local.*NUM_WORKERS 0'):
         iter(loader)
+    assert not [warning for warning in recwarn if 'pickle' in str(warning.message)]
 
 
 def test_classes_names_and_notes():
