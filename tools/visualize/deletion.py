@@ -41,6 +41,7 @@ from utils import exit_on_user_error, home_path, positive_int, printable
 ROLLOUT, GRADCAM, RANDOM = 'attention rollout', 'Grad-CAM', 'random'
 REMOVALS = ('mean', 'blur')
 RESAMPLES = 10_000
+BATCH = 32  # partly removed images at a time
 EXAMPLES = """example:
   python -m tools.visualize.deletion <imagenette>/val --weights msg_transformer_nano --limit 400
 """
@@ -83,12 +84,13 @@ def deletion_score(
         empty: what replaces its patches, of the same shape.
         importance: of the patches, (H, W).
         class_index: of the class.
-        steps: in how many equal steps all patches are replaced.
+        steps: in how many equal steps all patches are replaced; at most one for each patch.
         ties: a permutation of the H * W patches, which orders patches of the same importance.
 
     Returns:
         The area under the probability over the share of replaced patches, by the trapezoidal rule.
     """
+    steps = min(steps, len(ties))
     order = ties[importance.flatten().cpu()[ties].argsort(descending=True, stable=True)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
@@ -97,7 +99,8 @@ def deletion_score(
     patch = predictor.model.patch_embed.patch_size
     height, width = image.shape[-2:]
     pixels = is_removed.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :height, :width].to(image.device)
-    probabilities = predictor.model(torch.where(pixels, empty, image)).softmax(dim=1)[:, class_index]
+    batches = torch.where(pixels, empty, image).split(BATCH)
+    probabilities = torch.cat([predictor.model(batch).softmax(dim=1)[:, class_index] for batch in batches])
     return float(torch.trapezoid(probabilities) / steps)
 
 
