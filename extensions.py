@@ -1,7 +1,7 @@
-"""Parts that users write in modules of their own: registries of parts by name, and import of the modules.
+"""Plugin registries, and import of the user modules that fill them.
 
-A module that is named by `--import` is imported before the config is read. It registers its parts by name, and config
-keys select them: see docs/extending.md.
+A module that `--import` names is imported before the config is read. It registers plugins by name, and config keys
+select them: see docs/extending.md.
 """
 
 import importlib
@@ -25,11 +25,11 @@ class ExtensionError(UserError):
 
 
 class Registry(dict[str, Callable[..., Any]]):
-    """Parts of a kind by name, such as losses; the choices of a config key.
+    """Plugins of one kind by name, such as losses: the choices of a config key.
 
     Args:
-        kind: what messages call a part.
-        parts: those of the project.
+        kind: noun for error messages.
+        parts: built-in entries.
     """
 
     def __init__(self, kind: str, **parts: Callable[..., Any]):
@@ -63,7 +63,7 @@ def is_path(name: str) -> bool:
 
 
 def absolute(name: str, folder: str | Path = '') -> str:
-    """A name of `--import`, which may be a path relative to a folder, in a form that is valid in any folder."""
+    """Resolve a relative path of `--import` against a folder; names of modules stay unchanged."""
     return os.path.abspath(os.path.join(folder, os.path.expanduser(name))) if is_path(name) else name
 
 
@@ -85,13 +85,13 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def missing_modules(recorded: Any, names: Iterable[str]) -> list[str]:
-    """Modules that a checkpoint's config records in its key `IMPORT` and that are not among some names.
+    """Return the modules that a checkpoint records in its key `IMPORT` and that are not imported in this run.
 
     A file in another folder counts as the same.
 
     Args:
-        recorded: the key's value, which may come from anyone.
-        names: those of a config.
+        recorded: the key's value, untrusted.
+        names: modules of this run.
     """
     recorded = [name for name in recorded if isinstance(name, str)] if isinstance(recorded, list) else []
     present = {Path(name).stem if is_path(name) else name for name in names}

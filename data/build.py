@@ -107,7 +107,7 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
 def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:
     """A split, whose notes tell of rotated images."""
     if config.DATA.DATASET in DATASETS:
-        return PythonDataset.open(config, split)
+        return PythonDataset.of_config(config, split)
     samples = open_samples(config.DATA.DATASET, folder, split)
     samples.notes += rotation_notes(samples, config.DATA.EXIF)
     return samples

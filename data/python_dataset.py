@@ -41,7 +41,7 @@ def register_dataset(name: str) -> Callable[[Callable], Callable]:
 
 
 class PythonDataset(Shareable):
-    """A split of a user's dataset, with what `ImageDataset` reads of `data.samples.Samples`.
+    """Adapter of a user's dataset to the interface of `data.samples.Samples`, for `ImageDataset`.
 
     Args:
         dataset: see `register_dataset`.
@@ -68,7 +68,7 @@ class PythonDataset(Shareable):
         self.names = None if names is None else NameList.of(map(str, names))
 
     @classmethod
-    def open(cls, config: CfgNode, split: str) -> Self:
+    def of_config(cls, config: CfgNode, split: str) -> Self:
         """Open `train` or `val` of the dataset that `DATA.DATASET` names.
 
         Raises:
@@ -115,9 +115,9 @@ class PythonDataset(Shareable):
         return map(str, range(self.count)) if self.names is None else map(same_letters, self.names)
 
     def share(self) -> Self:
-        """Move the arrays of the dataset into shared memory, unless it cannot be pickled.
+        """Move the arrays of the dataset into shared memory, unless the dataset cannot be pickled.
 
-        Then it can be used in this process alone, and `data.workers` reports where others need it.
+        A dataset that cannot be pickled works in this process only; with loader processes, `data.workers` reports it.
 
         Raises:
             DataError: there is too little memory.

@@ -1,14 +1,14 @@
 """Exchanges of information between windows, by their MSG tokens.
 
 In every block, between attention and MLP, an exchange maps the MSG tokens (B, nH, nW, C) of all windows to new ones. It
-is the only path between the windows of a stage. Most exchanges work within regions of s x s windows; a region at the
-border of the window grid may be cut.
+is the only path between the windows of a stage. Most exchanges work within regions of s x s windows; regions at the
+border of the window grid may be partial.
 
 | name | what a new MSG token is made of | parameters |
 |---|---|---|
 | shuf | one chunk of channels of every token of its region: the published network | |
 | none | its own token: windows exchange nothing | |
-| mean | half of its own channels, and the mean of the region's other half | |
+| mean | the first half of its own channels, and the region's mean of the second half | |
 | shift | a quarter of the channels of each of four neighbours in its region | |
 | attention | its own token, plus one attention head over the tokens of its region | 4Cd + 3C |
 | global | its own token, plus one linear attention head over the tokens of all windows | 4Cd + 3C |
@@ -17,9 +17,10 @@ border of the window grid may be cut.
 A new exchange is a subclass of `Exchange`, and gets a name with `register_exchange`: see docs/extending.md.
 
 Letters: B images, nH x nW the window grid, C channels, s size of a region in windows, G = s^2 windows in a region,
-d = min(32, C) channels of an attention head.
+d = min(32, C) the head dimension.
 
-Source of the shuffle: Fang et al., arXiv:2105.15168, section 3.2. The other exchanges are this project's.
+Source of `shuf` and `none`: Fang et al., arXiv:2105.15168, section 3.2. The other five are new in this project, without
+published results.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from .pyramid import ceil_div
 from .symbolic import contiguous_copy, crop, pad_to_multiple
 
-HEAD_DIM = 32  # channels of an attention head, as in the blocks of the published networks
+HEAD_DIM = 32  # as in the blocks of the published networks
 
 
 class Exchange(nn.Module):
@@ -39,8 +40,8 @@ class Exchange(nn.Module):
 
     Args:
         dim: channels C.
-        region_size: size s of a region, in windows. It may be 1, and is changed for images or windows of another size,
-            unless `is_resizable` is False, as where the shapes of parameters depend on it.
+        region_size: size s of a region, in windows; it may be 1. `set_input_size` of the network may change it. Set
+            `is_resizable = False` in a subclass whose parameter shapes depend on it.
     """
 
     is_resizable = True
@@ -73,7 +74,7 @@ class Exchange(nn.Module):
     def token_weights(self, msg: Tensor) -> Tensor | None:
         """Compute how much of each new MSG token comes from each old one, for attention rollout (`tools.visualize`).
 
-        Exchanges with attention define it. For all others, `tools.visualize` measures the weights by the Jacobian.
+        Exchanges with attention define it. If it is None, the default, `tools.visualize` measures the Jacobian.
 
         Args:
             msg: MSG tokens of one image, (1, nH, nW, C).

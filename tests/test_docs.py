@@ -178,6 +178,7 @@ TABLES = [  # documents, the configs of a command in it, and their number
 ]
 
 
+@pytest.mark.slow
 def test_tables_of_models_are_those_that_their_commands_print():
     counts = {}
     for configs in (CLASSIFIERS, DETECTORS):

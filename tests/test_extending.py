@@ -92,6 +92,7 @@ def test_an_exchange_is_exported(folder):
     assert (folder / 'output' / 'gated.onnx').exists()
 
 
+@pytest.mark.slow
 def test_other_parts_in_one_file_each(folder):
     for name in ('my_transform', 'my_loss', 'my_dataset', 'my_tracker', 'ordinal'):
         (command,) = commands_with(name)

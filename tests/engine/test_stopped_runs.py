@@ -14,6 +14,7 @@ from tests.helpers.processes import SpawnedRun, children, environment, start_two
 from tests.helpers.runs import differences
 
 
+@pytest.mark.slow
 def test_signals_finish_the_update_save_and_exit(folder, undisturbed):
     """One run, stopped by one signal after the other, ends with the same bits."""
     for stops, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), start=1):

@@ -14,6 +14,7 @@ from tests.helpers.processes import SpawnedRun
 from tests.helpers.runs import differences
 
 
+@pytest.mark.slow
 def test_full_disk_stops_the_run_and_leaves_earlier_checkpoints(folder, undisturbed):
     run = SpawnedRun(folder, 'full')
     assert run.wait_for(lambda: 'ckpt_epoch_2.pth saved' in run.log())

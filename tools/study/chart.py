@@ -1,4 +1,4 @@
-"""Chart of a study, for documents and papers: text of one size, colours for the colour-blind, labels at the curves."""
+"""Chart of a study, for documents and papers: one font size, a colour-blind-safe palette, direct labels."""
 
 import math
 import textwrap

@@ -15,8 +15,8 @@ way. It is the same for every class.
 
 Padding is not a token: the attention that it gets is shared among the other tokens of the window.
 
-Only one row of the product is needed, so the row is multiplied by the steps from the last to the first. No matrix is
-larger than N x N for each window, or n x n for the n windows.
+It is computed as vector-matrix products from the classifier backwards, so no matrix is larger than N x N for each
+window, or n x n for the n windows.
 
 Letters: H x W a stage's patch grid, nH x nW its window grid, n = nH * nW windows, N tokens in a window (the MSG token
 first), C channels. Stages and blocks count from 0.
@@ -46,8 +46,8 @@ def class_rollout(model: MSGTransformer, stages: Sequence[StageTrace], source: i
         source: the stage.
 
     Returns:
-        Shares (H, W) of the stage's patches. The MSG tokens that enter the stage have the rest of a sum of 1; those of
-        the first stage are learned parameters, which hold nothing of the image.
+        Shares (H, W) of the stage's patches. They sum to at most 1; the remainder belongs to the MSG tokens that enter
+        the stage. Those of the first stage are learned parameters.
     """
     last = stages[-1]
     read = torch.zeros_like(last.windows[-1][0, ..., 0])  # (nH, nW, N)

@@ -57,7 +57,6 @@ def photo(tmp_path):
 @pytest.mark.parametrize(
     'options',
     [
-        {},
         {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap', 'MODEL__MSG__APE': 'True'},
         {'MODEL__MSG__MANIP_TYPE': 'none', 'MODEL__MSG__IN_CHANS': '1'},
         {'MODEL__NUM_CLASSES': '1', 'DATA__IMG_SIZE': '14'},  # every stage is one window
