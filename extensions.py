@@ -42,10 +42,10 @@ class Registry(dict[str, Callable[..., Any]]):
         Raises:
             ValueError: the name belongs to another part, or cannot be written in a config.
         """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{name!r} is no name for a {self.kind}: write @register_{self.kind}('my_{self.kind}')")
 
         def register(part: Part) -> Part:
-            if not (isinstance(name, str) and name.isprintable() and name and not set(name) & set(' ,[]<>"\'')):
-                raise ValueError(f'{name!r} is no name for a {self.kind}: write letters, digits and _')
             if not hasattr(part, '__qualname__'):
                 raise ValueError(f'the {self.kind} {name!r} is neither a class nor a function: write one')
             known = self.get(name, part)
@@ -107,6 +107,8 @@ def _import_file(path: Path) -> None:
     if path.suffix != '.py' or not os.path.isfile(path):
         problem = 'is no .py file' if os.path.exists(path) else 'does not exist'
         raise ExtensionError(f'--import {path} {problem}: give a .py file, or the name of a module')
+    if '.' in path.stem:
+        raise ExtensionError(f'--import {path}: the name of a module cannot contain a dot: rename the file')
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()
@@ -137,11 +139,11 @@ def _import(name: str, shown: str) -> None:
             f'--import {shown}: there is no module {error.name}: give the path of its .py file, or add its folder to '
             f'PYTHONPATH'
         ) from error
-    except Exception as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # whatever the module does
         raise _failed(shown, error) from error
 
 
-def _failed(shown: str, error: Exception) -> ExtensionError:
+def _failed(shown: str, error: BaseException) -> ExtensionError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if 'importlib' not in frame.filename]
     file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (None, None)
     if file is None and len(frames) > 1:  # the first is `_import`

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from termcolor import colored
 from yacs.config import CfgNode
 
-from extensions import Registry
-from utils import atomic_write, discard_output, report_write_errors
+from extensions import ExtensionError, Registry
+from utils import atomic_write, discard_output, first_line, report_write_errors
 
 _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
 
@@ -98,9 +99,17 @@ def register_tracker(name: str) -> Callable[[Callable], Callable]:
 
 
 def build_trackers(config: CfgNode, folder: Path) -> list[Tracker]:
-    """Build the trackers of `TRACKER`."""
+    """Build the trackers of `TRACKER`.
+
+    Raises:
+        ExtensionError: one is not a `Tracker`.
+    """
     names = config.TRACKER if isinstance(config.TRACKER, list) else [config.TRACKER]
-    return [TRACKERS[name](config, folder) for name in names if name != 'none']
+    trackers = [TRACKERS[name](config, folder) for name in names if name != 'none']
+    for tracker in trackers:
+        if not isinstance(tracker, Tracker):
+            raise ExtensionError(f'TRACKER {config.TRACKER} gives {type(tracker).__name__}: return a logger.Tracker')
+    return trackers
 
 
 class MetricsLog:
@@ -115,6 +124,7 @@ class MetricsLog:
         updates: updates of the whole run before that.
         tensorboard: write event files too.
         trackers: get the records too.
+        warn: called with a message if a tracker fails.
     """
 
     def __init__(
@@ -125,8 +135,9 @@ class MetricsLog:
         updates: int = 0,
         tensorboard: bool = False,
         trackers: Sequence[Tracker] = (),
+        warn: Callable[[str], None] = warnings.warn,
     ):
-        self.folder, self.trackers = folder, trackers
+        self.folder, self.trackers, self.warn = folder, list(trackers), warn
         if folder is None:
             return
         self.path = folder / 'metrics.jsonl'
@@ -162,13 +173,23 @@ class MetricsLog:
                 for key in record.keys() - {'kind', 'updates'}:
                     self.writer.add_scalar(f'{kind}/{key}', record[key], updates)
                 self.writer.flush()
-        for tracker in self.trackers:
-            tracker.write(dict(finite))
+        self._call_trackers('write', finite)
 
     def close(self) -> None:
         """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.close()
+        self._call_trackers('close')
+
+    def _call_trackers(self, method: str, *arguments: dict[str, Any]) -> None:
+        """Call a method of each tracker; one that fails is warned about and gets nothing more: training goes on."""
+        for tracker in tuple(self.trackers):
+            try:
+                getattr(tracker, method)(*map(dict, arguments))
+            except Exception as error:  # whatever the user's code does, such as on a lost connection
+                self.trackers.remove(tracker)
+                self.warn(
+                    f'tracker {type(tracker).__name__} failed, and gets no more records: '
+                    f'{type(error).__name__}: {first_line(error)}'
+                )
 
     def _remove_from(self, epoch: int, step: int) -> None:
         """Keep the records of earlier epochs and of this epoch's first updates, and no lines that are no records."""

@@ -14,6 +14,7 @@ from data.packed_lists import NameList
 from data.samples import same_letters
 from data.sharing import Shareable
 from extensions import Registry
+from utils import first_line
 
 # Values of DATA.DATASET that modules of users add: called with the config and `train` or `val`, each gives a dataset
 DATASETS = Registry('dataset')
@@ -49,7 +50,7 @@ class PythonDataset(Shareable):
         num_classes: number of classes, where the dataset does not name them.
 
     Raises:
-        PartError: it has no length, or not as many names as samples.
+        PartError: it has no length, no samples, or not as many names as samples.
     """
 
     def __init__(self, dataset: Dataset, where: str, num_classes: int):
@@ -58,7 +59,9 @@ class PythonDataset(Shareable):
             self.count = len(dataset)
         except (TypeError, NotImplementedError) as error:
             raise PartError(f'{where} has no length: give a dataset with __len__ and __getitem__') from error
-        classes, names = getattr(dataset, 'classes', None), getattr(dataset, 'names', None)
+        if self.count == 0:
+            raise PartError(f'{where} is empty: give a dataset with samples')
+        classes, names = _list(dataset, 'classes', where), _list(dataset, 'names', where)
         self.classes = [same_letters(str(name)) for name in (range(num_classes) if classes is None else classes)]
         self.notes = []
         if names is None:
@@ -73,9 +76,15 @@ class PythonDataset(Shareable):
 
         Raises:
             PartError: see `PythonDataset`.
+            DataError: a file of the dataset cannot be opened.
         """
         name = config.DATA.DATASET
-        return cls(DATASETS[name](config, split), f'{name} ({split})', config.MODEL.NUM_CLASSES)
+        where = f'{name} ({split})'
+        try:
+            dataset = DATASETS[name](config, split)
+        except OSError as error:
+            raise DataError(f'dataset {where} cannot be opened: {first_line(error)}: give its --data-path') from error
+        return cls(dataset, where, config.MODEL.NUM_CLASSES)
 
     def __len__(self) -> int:
         return self.count
@@ -128,3 +137,16 @@ class PythonDataset(Shareable):
             raise
         except Exception:  # pickling raises errors of many types
             return self
+
+
+def _list(dataset: Dataset, attribute: str, where: str) -> list[Any] | None:
+    """An attribute of a dataset as a list; None if the dataset does not have it.
+
+    Raises:
+        PartError: it is no list.
+    """
+    value = getattr(dataset, attribute, None)
+    try:
+        return None if value is None else list(value)
+    except TypeError as error:
+        raise PartError(f'`{attribute}` of {where} is {kind_of_value(value)}: give a list') from error

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from utils import shortened
+
 
 @dataclass(frozen=True)
 class Key:
@@ -58,7 +60,9 @@ class Key:
         """Whether a value is among the choices; any is where there are none."""
         prefixes = tuple(choice.partition('<')[0] for choice in self.choices if choice.endswith('>'))
         values = value if isinstance(value, list) else [value]
-        return not self.choices or all(x in self.choices or bool(prefixes and x.startswith(prefixes)) for x in values)
+        return not self.choices or all(
+            isinstance(x, str) and (x in self.choices or bool(prefixes and x.startswith(prefixes))) for x in values
+        )
 
     @property
     def allowed(self) -> str:
@@ -90,7 +94,8 @@ class ChangedKey(NamedTuple):
         return self.affects in ('network', 'data')
 
     def __str__(self) -> str:
-        return f'{self.name} has changed from {self.before!r} to {self.now!r}'
+        before, now = (shortened(repr(value)) for value in (self.before, self.now))
+        return f'{self.name} has changed from {before} to {now}'
 
 
 class KeyGroup(dict):

@@ -278,7 +278,8 @@ def _modules(value: Any, source: str | Path) -> list[str]:
     Raises:
         ConfigError: it is neither a name nor a list of names.
     """
-    names = [value] if isinstance(value, str) else [] if value is None else value
+    is_list = isinstance(value, str) and value.strip().startswith('[')  # a path may contain commas
+    names = _split(value) if is_list else [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise ConfigError(f'IMPORT is {_quoted(value)}: write a list such as [my_module.py] (in {source})')
     return [name for name in names if name]
@@ -421,8 +422,10 @@ def _read_value(key: Key, value: Any) -> Any:
 
 def _split(value: Any) -> list[Any] | None:
     """The items of a list, or of text such as `[shuf, none]` or `shuf,none`; None for a single value."""
-    if isinstance(value, str) and (value.strip().startswith('[') or ',' in value):
-        value = [item.strip(' "\'') for item in value.strip(' []').split(',')]
+    if isinstance(value, str):
+        found = re.fullmatch(r'\[([^\[\]()]*)\]|\(([^\[\]()]*)\)|([^\[\]()]*,[^\[\]()]*)', value.strip())
+        text = next(filter(None, found.groups()), '') if found else ''
+        value = [item.strip(' "\'') for item in text.split(',') if item.strip()]
     return list(value) if isinstance(value, list | tuple) else None
 
 

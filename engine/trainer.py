@@ -107,7 +107,13 @@ class Trainer:
             trackers = build_trackers(run.config, run.output_dir)
             with report_write_errors(run.output_dir):
                 self.metrics = MetricsLog(
-                    run.output_dir, state.epoch, state.step, state.updates, run.config.TENSORBOARD, trackers
+                    run.output_dir,
+                    state.epoch,
+                    state.step,
+                    state.updates,
+                    run.config.TENSORBOARD,
+                    trackers,
+                    run.logger.warning,
                 )
         self.first_epoch = state.epoch
         start_time = timed_from = time.monotonic()

@@ -23,6 +23,7 @@ Source of `shuf` and `none`: Fang et al., arXiv:2105.15168, section 3.2. The oth
 published results.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -96,8 +97,11 @@ def register_exchange(name: str) -> Callable[[type[Exchange]], type[Exchange]]:
     """Class decorator that makes an exchange available by name, in configs and in `timm.create_model`.
 
     Raises:
-        ValueError: the name is taken by another class, or the class is not an `Exchange`.
+        ValueError: the name is not one of letters, digits and _, is taken by another class, or the class is not an
+            `Exchange`.
     """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{name!r} is no name for an exchange: write @register_exchange('my_exchange')")
 
     def register(exchange: type[Exchange]) -> type[Exchange]:
         if not (isinstance(exchange, type) and issubclass(exchange, Exchange)):
@@ -126,7 +130,8 @@ def stage_exchanges(manip_type: ManipType | Sequence[ManipType], stages: int) ->
     """
     each = [manip_type] * stages if isinstance(manip_type, str | type) else list(manip_type)
     if len(each) != stages:
-        raise ValueError(f'manip_type is {manip_type!r}: write one exchange, or a list of {stages}, one per stage')
+        shown = reprlib.repr(manip_type)
+        raise ValueError(f'manip_type is {shown}: write one exchange, or a list of {stages}, one per stage')
     return [_find(exchange) for exchange in each]
 
 
@@ -135,8 +140,8 @@ def _find(exchange: ManipType) -> type[Exchange]:
         return exchange
     if exchange not in EXCHANGES:
         raise ValueError(
-            f'manip_type is {exchange!r}: write one of {", ".join(map(repr, EXCHANGES))}, or import the module that '
-            f'registers it (--import)'
+            f'manip_type is {reprlib.repr(exchange)}: write one of {", ".join(map(repr, EXCHANGES))}, or import the '
+            f'module that registers it (--import)'
         )
     return EXCHANGES[exchange]
 

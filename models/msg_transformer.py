@@ -177,19 +177,9 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             downsample = MERGE_TYPES[merge_type](layout.dim, norm_layer) if layout is not layouts[-1] else None
             self.layers.append(MSGStage(blocks, downsample, use_checkpoint))
 
-        if not self.head_reads_msg:
-            self.freeze_last_exchange()
-
         self.norm = norm_layer(self.num_features)
         self.head = make_head(self.num_features, num_classes)
         self.apply(init_linear)
-
-    def freeze_last_exchange(self) -> None:
-        """Exclude the last block's exchange from training, for a network whose output does not depend on it.
-
-        Its parameters have no gradient where nothing reads the MSG tokens of the last block, and DDP would wait for it.
-        """
-        self.layers[-1].blocks[-1].exchange.requires_grad_(False)
 
     @property
     def patch_grid(self) -> Size | None:

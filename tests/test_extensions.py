@@ -1,6 +1,7 @@
 """Modules of `--import`: where they come from, what they register, and that no checkpoint imports one."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from engine.config_keys import Key
 from engine.config_tree import add_options
 from extensions import ExtensionError, Registry, missing_modules
 from logger import Tracker, build_trackers, register_tracker
-from models import build_model
+from models import build_model, register_exchange
 from tests.helpers.extensions import EXAMPLES, forgotten_modules
 from tests.helpers.paths import TINY
 from tests.helpers.processes import error_line
@@ -83,7 +84,8 @@ def test_a_config_file_imports_relative_to_itself_and_its_dump_again(tmp_path):
         ('config.py', 'x = 1', 'the name config belongs to another module, .*config.py: rename the file'),
         ('sys.py', 'x = 1', 'the name sys belongs to another module, built-in: rename the file'),
         ('queue.py', 'x = 1', 'the name queue belongs to another module, .*queue.py: rename the file'),
-        ('a.b.py', 'x = 1', 'the name a.b belongs to another module: rename the file'),
+        ('a.b.py', 'x = 1', 'the name of a module cannot contain a dot: rename the file'),
+        ('exits.py', 'x = 1\nraise SystemExit(0)', 'failed at line 2 of .*exits.py: SystemExit'),
         ('bad_a.py', 'x = 1\nx = y', "bad_a.py failed at line 2 of .*bad_a.py: NameError: name 'y' is not defined"),
         ('bad_b.py', 'x = 1\nx =', 'bad_b.py failed at line 2 of .*bad_b.py: SyntaxError: invalid syntax'),
         ('bad_c.py', 'import albumentatons', 'failed at line 1 of .*bad_c.py: ModuleNotFoundError: No module named'),
@@ -157,9 +159,11 @@ def test_keys_are_added_with_their_checks():
 
 def test_names_of_parts_are_checked():
     registry = Registry('part', one=dict)
-    for name in ('', 'a b', 'a,b', '[a]', 3):
-        with pytest.raises(ValueError, match='is no name for a part: write letters, digits and _'):
-            registry.register(name)(dict)
+    for name in ('', 'a b', 'a,b', '[a]', 3, dict):  # the last: a decorator without parentheses
+        with pytest.raises(ValueError, match="is no name for a part: write @register_part\\('my_part'\\)"):
+            registry.register(name)
+        with pytest.raises(ValueError, match='is no name for an exchange: write @register_exchange'):
+            register_exchange(name)
     with pytest.raises(ValueError, match="the part 'one' is already builtins.dict"):
         registry.register('one')(list)
     with pytest.raises(ValueError, match='is neither a class nor a function'):
@@ -202,3 +206,54 @@ def test_trackers_get_records_until_they_are_closed_even_where_training_fails(ti
     assert last == 'closed'
     assert [record['kind'] for record in records] == ['train'] * 6
     assert records[0].keys() >= {'updates', 'epoch', 'loss', 'lr'}
+
+
+def test_training_goes_on_without_a_tracker_that_fails(tiny_config, image_tree):
+    records = []
+
+    class Failing(Tracker):
+        def write(self, record):
+            raise ConnectionError('no route to host')
+
+    class Working(Tracker):
+        def write(self, record):
+            records.append(record)
+
+    register_tracker('failing')(Failing)
+    register_tracker('working')(Working)
+    register_tracker('number')(lambda config, folder: 5)
+    options = {'DATA__DATA_PATH': str(image_tree), 'AUG__MIXUP': '0', 'AUG__CUTMIX': '0', 'TRAIN__EPOCHS': '1'}
+    config = tiny_config(TRACKER='failing,working', **options, TRAIN__WARMUP_EPOCHS='0')
+    import main
+
+    main.main(config)
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    log = (folder / 'log_rank0.txt').read_text()
+    assert log.count('tracker Failing failed, and gets no more records: ConnectionError: no route to host') == 1
+    assert [record['kind'] for record in records][-1] == 'epoch'
+    assert (folder / 'ckpt_epoch_0.pth').exists()
+    with pytest.raises(ExtensionError, match='TRACKER number gives int: return a logger.Tracker'):
+        build_trackers(tiny_config(TRACKER='number'), None)
+
+
+@pytest.mark.parametrize('values', [[[1]], [{}], 'x' * 100_000, ['x' * 100_000] * 3])
+def test_odd_values_of_parts_in_a_checkpoint_are_told_in_a_line(values):
+    for name in ('LOSS', 'TRACKER', 'DATASET', 'TRANSFORM', 'MANIP_TYPE'):
+        group = {'LOSS': 'TRAIN', 'DATASET': 'DATA', 'TRANSFORM': 'AUG'}.get(name)
+        saved = {group: {name: values}} if group else {name: values}
+        saved = {'MODEL': {'MSG': {name: values}}} if name == 'MANIP_TYPE' else saved
+        try:
+            TREE.load(None, saved=saved)
+        except ConfigError as error:
+            assert len(str(error)) < 600  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    'written', ['[shuf, none]', "['shuf', 'none']", '(shuf,none)', 'shuf,none', ' [ shuf ,none ] ']
+)
+def test_lists_of_names_are_written_with_or_without_brackets(written):
+    config = load('--opts', 'MODEL.MSG.MANIP_TYPE', written)  # of a network of two stages
+    assert config.MODEL.MSG.MANIP_TYPE == ['shuf', 'none']
+    for odd in ('[shuf,none', 'shuf,none]]', '[[shuf], none]', '[]'):
+        with pytest.raises(ConfigError, match='manip_type is .*: write one of'):
+            load('--opts', 'MODEL.MSG.MANIP_TYPE', odd)

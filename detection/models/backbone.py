@@ -63,7 +63,6 @@ class MSGBackbone(MSGTransformer):
         self.out_channels = [info['num_chs'] for info in self.feature_info]
         self.strides = [info['reduction'] for info in self.feature_info]
         self.out_norms = nn.ModuleList(type(self.norm)(channels) for channels in self.out_channels[:-1])
-        self.freeze_last_exchange()  # feature maps are patches
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Images (B, 3, height, width) to feature maps (B, C, H, W), finest first, named '0', '1', ..."""

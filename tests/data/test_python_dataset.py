@@ -2,6 +2,7 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,17 @@ def test_datasets_of_another_form_are_refused():
     dataset.names = ['a']
     with pytest.raises(PartError, match='mine has 12 samples and 1 names: give a name for each'):
         PythonDataset(dataset, 'mine', 3)
+    dataset.names, dataset.classes = None, 10
+    with pytest.raises(PartError, match='`classes` of mine is a int: give a list'):
+        PythonDataset(dataset, 'mine', 3)
+    with pytest.raises(PartError, match='mine is empty: give a dataset with samples'):
+        PythonDataset([], 'mine', 3)
+
+
+def test_a_dataset_that_finds_no_file_is_told_in_a_line():
+    register_dataset('absent')(lambda config, split: Path('/nowhere/index.csv').read_bytes())
+    with pytest.raises(DataError, match=r'dataset absent \(train\) cannot be opened: .*/nowhere/index.csv'):
+        open_dataset(config_of('DATA.DATASET', 'absent'), 'train')
 
 
 def test_a_missing_file_is_a_bad_image():

@@ -176,7 +176,9 @@ def _jacobian_weights(exchange: Exchange, msg: Tensor) -> Tensor:
 
     def backpropagate(seed: Tensor) -> Tensor:
         """Sums over channels of the absolute gradients, (C, n)."""
-        (gradient,) = torch.autograd.grad(new, copies, seed.view_as(copies), retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            new, copies, seed.view_as(copies), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         return gradient.abs().sum(dim=3).flatten(1)
 
     generator = torch.Generator().manual_seed(0)

@@ -48,6 +48,18 @@ class Silence(Exchange):
         return torch.zeros_like(msg)
 
 
+class Learned(Exchange):
+    """A user's exchange whose new tokens are a parameter."""
+
+    def __init__(self, dim, region_size):
+        super().__init__(dim, region_size)
+        self.token = torch.nn.Parameter(torch.ones(dim))
+
+    def forward(self, msg):
+        """The parameter, (B, nH, nW, C)."""
+        return self.token.expand_as(msg)
+
+
 def build(**options):
     """A network of two stages with weights large enough that everything depends on all that it can reach."""
     tiny = {'img_size': 32, 'patch_size': 2, 'embed_dim': 16, 'num_classes': 3, 'window_size': 2}
@@ -186,5 +198,6 @@ def test_weights_of_other_exchanges():
     expected = (identity + identity.roll(3, dims=1)) / 2  # three windows in a row
     assert torch.equal(exchange_weights(Opposites(4, 2), msg), expected)
     assert not exchange_weights(Silence(4, 2), msg).any()
+    assert not exchange_weights(Learned(4, 2), msg).any()
     model = build(manip_type=Silence)
     assert not class_rollout(model, trace(model, (32, 32))).any()
