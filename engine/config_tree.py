@@ -278,8 +278,10 @@ def _modules(value: Any, source: str | Path) -> list[str]:
     Raises:
         ConfigError: it is neither a name nor a list of names.
     """
-    is_list = isinstance(value, str) and value.strip().startswith('[')  # a path may contain commas
-    names = _split(value) if is_list else [value] if isinstance(value, str) else [] if value is None else value
+    if isinstance(value, str):
+        names = _split(value) if value.strip().startswith('[') else [value]  # a path may contain commas
+    else:
+        names = [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise ConfigError(f'IMPORT is {_quoted(value)}: write a list such as [my_module.py] (in {source})')
     return [name for name in names if name]

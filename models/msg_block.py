@@ -62,7 +62,6 @@ class MSGBlock(nn.Module):
     ):
         super().__init__()
         self.window_size = window_size
-        self.shuffle_size = shuffle_size
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window_size, num_heads, qkv_bias, qk_scale, attn_drop, drop, use_msg_tokens)
         self.exchange = (exchange if use_msg_tokens else NoExchange)(dim, shuffle_size)
@@ -70,12 +69,16 @@ class MSGBlock(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, recompute_mlp)
 
+    @property
+    def shuffle_size(self) -> int:
+        """The size s of a region of the exchange, in windows."""
+        return self.exchange.region_size
+
     def set_windows(self, window_size: int, shuffle_size: int) -> None:
         """Change the window size w and the size s of a shuffle region; see `WindowAttention.set_window_size`."""
         if window_size != self.window_size:
             self.attn.set_window_size(window_size)
         self.window_size = window_size
-        self.shuffle_size = shuffle_size
         self.exchange.region_size = shuffle_size
         self.drop_path.shuffle_size = shuffle_size
 

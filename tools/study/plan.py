@@ -97,7 +97,7 @@ def read_study(path: Path) -> Study:
     It has the keys `config`, `reference`, `seeds` and `variants`, and may have `comparisons`, `further_references`,
     `options` of all variants, and a `task`.
 
-    With `base`, what the file does not have is another file's; both are beside each other. Variants are merged by name.
+    `base` names a study file whose keys this one overrides, relative to it. Variants are merged by name.
 
     Raises:
         StudyError: it cannot be read, or lacks something.
