@@ -12,13 +12,8 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import math
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,7 +22,6 @@ from yacs.config import CfgNode
 
 from config import TREE, check_schedule, get_config
 from data import (
-    IGNORED,
     ImageDataset,
     Preprocess,
     Sample,
@@ -37,11 +31,12 @@ from data import (
     build_loaders,
     build_mixup,
 )
-from engine.distributed import all_reduce_sum, once_per_node
-from engine.evaluation import EvaluateFn, EvaluationLoop, Poll, no_poll
+from engine.distributed import once_per_node
+from engine.evaluation import EvaluateFn
 from engine.run import Run, run_parser
 from engine.run_task import run_task
 from engine.task import LossFn, Task
+from evaluation import validate
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.build import head_pattern, maybe_compile
@@ -142,75 +137,6 @@ class Classification(Task):
 
 
 TASK = Classification()
-
-
-class Accuracy(NamedTuple):
-    """Mean cross entropy, and top-1 and top-5 accuracy in percent, of `images` images."""
-
-    val_loss: float
-    acc1: float
-    acc5: float
-    images: int
-
-    @classmethod
-    def from_sums(cls, sums: Tensor) -> 'Accuracy':
-        """Means from sums (4,): of the loss, of top-1 and top-5 hits, and the number of images."""
-        loss, top1, top5, images = sums.tolist()
-        count = images or math.nan  # all images of a batch may be bad ones
-        return cls(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The metrics by name."""
-        return {'val_loss': self.val_loss, 'acc1': self.acc1, 'acc5': self.acc5}
-
-    def write_report(self, run: Run, suffix: str) -> None:
-        """Write nothing: the log has all of it."""
-
-
-@torch.inference_mode()
-def validate(
-    run: Run, network: nn.Module, loader: DataLoader, poll: Poll = no_poll, skipped: SkippedImages | None = None
-) -> Accuracy:
-    """Evaluate a network, not wrapped, on every image once.
-
-    Sums are kept on the device and reduced over the processes once, at the end, so shards may differ in size.
-
-    Args:
-        run: the run.
-        network: the network.
-        loader: this process's shard; rank 0 has the largest.
-        poll: called after each batch, equally often in every process.
-        skipped: of earlier evaluations, which have logged their bad images.
-    """
-    device = run.process.device
-    forward = maybe_compile(network.eval(), run.config, run.config.TEST.COMPILE)
-    sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
-    preprocess = Preprocess(run.config, device)
-    skipped = skipped or SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
-    loop = EvaluationLoop(run, loader, poll)
-    for batch in loop:
-        skipped.count(batch.skipped)
-        images, targets = preprocess(batch)
-        with run.precision.autocast():
-            logits = forward(images)
-        loss = F.cross_entropy(logits.float(), targets, reduction='sum', ignore_index=IGNORED)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        batch_sums = torch.stack((loss, hits[:, 0].sum(), hits.sum(), (targets != IGNORED).sum()))
-        sums += batch_sums
-        loop.log(partial(_log_text, batch_sums, sums))
-    accuracy = Accuracy.from_sums(all_reduce_sum(sums))
-    run.logger.info(f' * Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f}')
-    run.logger.info(f'Accuracy of the network on the {accuracy.images} test images: {accuracy.acc1:.1f}%')
-    return accuracy
-
-
-def _log_text(batch_sums: Tensor, sums: Tensor) -> str:
-    now, mean = Accuracy.from_sums(batch_sums), Accuracy.from_sums(sums)
-    return (
-        f'Loss {now.val_loss:.4f} ({mean.val_loss:.4f})\tAcc@1 {now.acc1:.3f} ({mean.acc1:.3f})\t'
-        f'Acc@5 {now.acc5:.3f} ({mean.acc5:.3f})'
-    )
 
 
 if __name__ == '__main__':

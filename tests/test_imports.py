@@ -45,10 +45,12 @@ ALLOWED = {
         'logger',
         'models',
     ),
+    'evaluation': ('data', 'engine', 'models'),
     'main': (
         'config',
         'data',
         'engine',
+        'evaluation',
         'lr_scheduler',
         'models',
         'optimizer',

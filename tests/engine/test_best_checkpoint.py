@@ -7,6 +7,7 @@ from engine import run_folder
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
+from evaluation import Accuracy
 from tests.helpers.runs import PLAIN, folder_of, one_thread, records
 
 SCORES = [10.0, 90.0, 50.0, 60.0, 20.0, 95.0]  # faked, by epoch
@@ -23,7 +24,7 @@ def scored(monkeypatch, tiny_config, image_tree):
     config = tiny_config(DATA__DATA_PATH=str(image_tree), TENSORBOARD='False', **rare, **PLAIN)
     epoch_of = {}
     monkeypatch.setattr(Trainer, '_epoch', _remember_epoch(Trainer._epoch, epoch_of))
-    monkeypatch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, SCORES[epoch_of['now']], 100.0, 12))
+    monkeypatch.setattr(program, 'validate', lambda *_: Accuracy(1.0, SCORES[epoch_of['now']], 100.0, 12))
     with one_thread():
         yield config
 
@@ -79,7 +80,7 @@ def test_best_never_falls_wherever_the_run_is_killed(scored, monkeypatch):
         bests = written.count('ckpt_best.pth')
         assert best_score(scored) == [None, 10, 90, 95][bests], point
         with monkeypatch.context() as patch:
-            patch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, 1.0, 100.0, 12))
+            patch.setattr(program, 'validate', lambda *_: Accuracy(1.0, 1.0, 100.0, 12))
             program.main(scored)
         assert best_score(scored) == [1, 10, 90, 95][bests], point
         assert [record['epoch'] for record in records(scored, 'epoch')] == list(range(6)), point
@@ -95,7 +96,7 @@ def test_a_best_between_two_saves_survives_a_kill_and_worse_epochs(scored, monke
     assert (best_score(scored), RunFolder(folder_of(scored), 0, None).checkpoints()) == (90, [])
     worse = [*SCORES[:5], 30.0]
     monkeypatch.setattr(
-        program, 'validate', lambda run, *_: program.Accuracy(1.0, worse[len(records(scored, 'epoch'))], 100, 12)
+        program, 'validate', lambda run, *_: Accuracy(1.0, worse[len(records(scored, 'epoch'))], 100, 12)
     )
     program.main(scored)
     assert best_score(scored) == 90
@@ -117,7 +118,7 @@ def test_a_better_best_on_disk_is_kept(scored, tiny_config, monkeypatch):
     save_checkpoint(newest, load_checkpoint(newest) | {'max_accuracy': 10.0})
     best = folder_of(scored) / 'ckpt_best.pth'
     before = best.read_bytes()
-    monkeypatch.setattr(program, 'validate', lambda *_: program.Accuracy(1.0, 20.0, 100.0, 12))
+    monkeypatch.setattr(program, 'validate', lambda *_: Accuracy(1.0, 20.0, 100.0, 12))
     longer = {'TRAIN__EPOCHS': '8', 'DATA__BATCH_SIZE': '12', 'DATA__DATA_PATH': scored.DATA.DATA_PATH}
     program.main(tiny_config(**longer, **PLAIN))
     assert best.read_bytes() == before

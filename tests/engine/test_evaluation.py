@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from config import load_config
 from data.samplers import ShardSampler
 from engine.distributed import Process
-from main import validate
+from evaluation import validate
 from models import build_model
 from tests.helpers.golden import fill_
 from tests.helpers.paths import TINY

@@ -1,0 +1,39 @@
+"""Training recipes: settings of main.py that every kind of run must survive; see tests/test_recipes.py.
+
+As a program, this file trains all of them, for one process of any launcher:
+
+    torchrun --nproc_per_node 2 -m tests.helpers.recipes <folder of images> <output>
+"""
+
+import sys
+
+# Name of the recipe: options of `tiny_config`, in addition to `COMMON`
+RECIPES = {
+    'published': {},
+    'sgd': {'TRAIN__OPTIMIZER__NAME': 'sgd', 'TRAIN__LR_SCHEDULER__NAME': 'linear', 'TRAIN__ACCUMULATION_STEPS': '2'},
+}
+
+# Two short epochs with everything that draws random numbers
+COMMON = {'TRAIN__EPOCHS': '2', 'SAVE_STEPS': '1', 'SAVE_KEEP': '0', 'DATA__NUM_WORKERS': '0', 'PRINT_FREQ': '1'}
+COMMON |= {'MODEL__DROP_PATH_RATE': '0.3', 'MODEL__DROP_RATE': '0.1', 'TRAIN__EMA_DECAY': '0.9'}
+
+
+def options_of(recipe, folder):
+    """Options of a recipe as a dictionary; `{folder}` in a value stands for the folder of images."""
+    return COMMON | {key: value.format(folder=folder) for key, value in RECIPES[recipe].items()}
+
+
+def train_all(folder, output):
+    """Train every recipe on a folder of images; each is a run named after it."""
+    import main as program
+    from config import load_config
+    from tests.helpers.paths import TINY
+
+    for recipe in RECIPES:
+        options = {'DATA__DATA_PATH': str(folder)} | options_of(recipe, folder) | {'OUTPUT': str(output), 'TAG': recipe}
+        pairs = [text for key, value in options.items() for text in (key.replace('__', '.'), value)]
+        program.main(load_config(TINY, pairs))
+
+
+if __name__ == '__main__':
+    train_all(*sys.argv[1:])
