@@ -46,7 +46,7 @@ $(VENV)/installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-export.txt requirements-app.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-export.txt requirements-app.txt requirements-trackers.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -18,11 +18,11 @@ from data.python_dataset import DATASET_NAMES
 from data.transforms import TRANSFORMS
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
-from logger import TRACKERS
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
 from models.timm_networks import shaping_args
+from trackers import TRACKERS
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'check_schedule', 'get_config', 'load_config', 'shared_keys']
 
@@ -96,13 +96,13 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
     c.TRACKER = Key(
-        'none',
-        'Your own trackers, which get the records of metrics.jsonl, one or a list (docs/extending.md); or none',
+        'tensorboard',
+        'Trackers that get the records of metrics.jsonl: tensorboard, wandb, mlflow or your own (docs/extending.md), '
+        'one or a list; or none',
         choices=TRACKERS,
         or_list=True,
         affects='nothing',
     )
-    c.TENSORBOARD = Key(True, "Write TensorBoard event files to the run's folder", affects='nothing')
     c.SEED = Key(0, 'Random seed; rank r uses SEED + r', min=0)
     c.EVAL_MODE = Key(
         False, 'Evaluate the checkpoint of --resume or --pretrained and stop', flag='--eval', affects='nothing'

@@ -1,6 +1,7 @@
-"""Logs of a run: a console on rank 0, a file per rank, metrics.jsonl, TensorBoard and trackers."""
+"""Logs of a run: a console on rank 0, a file per rank, and metrics.jsonl, whose records trackers get too."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from termcolor import colored
-from yacs.config import CfgNode
 
-from extensions import ExtensionError, Registry
+from trackers import Tracker
 from utils import atomic_write, discard_output, first_line, report_write_errors
 
 _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
@@ -57,63 +57,8 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
     logger.addHandler(file)
 
 
-class Tracker:
-    """Base class of what gets the records of a run's `metrics.jsonl` as they are written, on rank 0.
-
-    A run that resumes makes a new tracker, and writes the records of the updates after its checkpoint again.
-
-    Args:
-        config: the config tree.
-        folder: the run's folder.
-    """
-
-    def __init__(self, config: CfgNode, folder: Path):
-        self.config, self.folder = config, folder
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Get a record.
-
-        Args:
-            record: `kind` ('train' or 'epoch'), `updates` (of the run so far), `epoch` and the metrics by name; one
-                that is not finite is None.
-        """
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End with the run's training, whether or not it has failed."""
-
-
-# Values of TRACKER
-TRACKERS = Registry('tracker', none=Tracker)
-
-
-def register_tracker(name: str) -> Callable[[Callable], Callable]:
-    """Make a tracker available as `TRACKER name`.
-
-    The decorated class or function is called with the config and the run's folder, and gives a `Tracker`.
-
-    Raises:
-        ValueError: the name belongs to another tracker.
-    """
-    return TRACKERS.register(name)
-
-
-def build_trackers(config: CfgNode, folder: Path) -> list[Tracker]:
-    """Build the trackers of `TRACKER`.
-
-    Raises:
-        ExtensionError: one is not a `Tracker`.
-    """
-    names = config.TRACKER if isinstance(config.TRACKER, list) else [config.TRACKER]
-    trackers = [TRACKERS[name](config, folder) for name in names if name != 'none']
-    for tracker in trackers:
-        if not isinstance(tracker, Tracker):
-            raise ExtensionError(f'TRACKER {config.TRACKER} gives {type(tracker).__name__}: return a logger.Tracker')
-    return trackers
-
-
 class MetricsLog:
-    """A run's metrics for programs: `metrics.jsonl`, one JSON object per line, and TensorBoard's event files.
+    """A run's metrics for programs: `metrics.jsonl`, one JSON object per line.
 
     Records from `epoch` and `step` on are removed first: a run resumed from there writes them again.
 
@@ -122,7 +67,6 @@ class MetricsLog:
         epoch: epoch in which the run starts or resumes.
         step: update within the epoch.
         updates: updates of the whole run before that.
-        tensorboard: write event files too.
         trackers: get the records too.
         warn: called with a message if a tracker fails.
     """
@@ -133,7 +77,6 @@ class MetricsLog:
         epoch: int = 0,
         step: int = 0,
         updates: int = 0,
-        tensorboard: bool = False,
         trackers: Sequence[Tracker] = (),
         warn: Callable[[str], None] = warnings.warn,
     ):
@@ -142,11 +85,7 @@ class MetricsLog:
             return
         self.path = folder / 'metrics.jsonl'
         self._remove_from(epoch, step)
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-            self.writer = SummaryWriter(folder / 'tensorboard', purge_step=updates + 1)
+        self._call_trackers('begin', updates)
 
     def write(self, kind: str, updates: int, **record: Any) -> None:
         """Append a record; a number that is not finite, which JSON does not have, becomes null.
@@ -166,24 +105,19 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with report_write_errors(self.folder):
-            with self.path.open('a', encoding='utf-8') as file:
-                file.write(json.dumps(finite) + '\n')
-            if self.writer is not None:
-                for key in record.keys() - {'kind', 'updates'}:
-                    self.writer.add_scalar(f'{kind}/{key}', record[key], updates)
-                self.writer.flush()
+        with report_write_errors(self.folder), self.path.open('a', encoding='utf-8') as file:
+            file.write(json.dumps(finite) + '\n')
         self._call_trackers('write', finite)
 
     def close(self) -> None:
         """Close the trackers."""
         self._call_trackers('close')
 
-    def _call_trackers(self, method: str, *arguments: dict[str, Any]) -> None:
+    def _call_trackers(self, method: str, *arguments: Any) -> None:
         """Call a method of each tracker; one that fails is warned about and gets nothing more: training goes on."""
         for tracker in tuple(self.trackers):
             try:
-                getattr(tracker, method)(*map(dict, arguments))
+                getattr(tracker, method)(*copy.deepcopy(arguments))
             except Exception as error:  # whatever the user's code does, such as on a lost connection
                 self.trackers.remove(tracker)
                 self.warn(

@@ -30,6 +30,10 @@ MAX_BASE_FILES = 50
 BOOLEANS = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False}
 
 
+# Keys of earlier versions, and what to write instead
+REPLACED_KEYS = {'TENSORBOARD': 'TRACKER tensorboard or TRACKER none'}
+
+
 class ConfigError(UserError):
     """A config key, value or flag that cannot work; the message says what to write."""
 
@@ -359,6 +363,7 @@ def get(config: CfgNode, name: str, source: str) -> Any:
         if not isinstance(node, CfgNode) or part not in node:
             near = _closest(str(name), [known for known, _ in leaves(config)])
             hint = f': did you mean {near}?' if near else ''
+            hint = f': write {REPLACED_KEYS[name]}' if name in REPLACED_KEYS else hint
             raise ConfigError(f'config key {shortened(name)} does not exist{hint} (in {source})')
         node = node[part]
     if isinstance(node, CfgNode):

@@ -18,7 +18,8 @@ from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePo
 from engine.run import Run
 from engine.signals import COMPILED_UPDATE, UPDATE, Stopped
 from engine.state import TrainingState
-from logger import MetricsLog, build_trackers
+from logger import MetricsLog
+from trackers import build_trackers, check_trackers
 from utils import atomic_write, report_write_errors
 
 
@@ -100,6 +101,7 @@ class Trainer:
         if run.stop.agreed():
             run.logger.info('stopped by a signal before training: start again')
             raise Stopped
+        on_main_process(lambda: check_trackers(run.config))
         if run.process.rank == 0:
             with report_write_errors(run.output_dir):
                 dump = run.config.dump().encode()
@@ -111,7 +113,6 @@ class Trainer:
                     state.epoch,
                     state.step,
                     state.updates,
-                    run.config.TENSORBOARD,
                     trackers,
                     run.logger.warning,
                 )

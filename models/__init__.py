@@ -2,6 +2,7 @@
 
 from .build import build_model
 from .exchange import Exchange, register_exchange
+from .hub import save_for_hf
 from .msg_transformer import MSGTransformer
 from .registry import (
     msg_transformer_base,
@@ -25,4 +26,5 @@ __all__ = [
     'msg_transformer_v2_small',
     'msg_transformer_v2_tiny',
     'register_exchange',
+    'save_for_hf',
 ]

@@ -23,15 +23,20 @@ def build_model(config: 'CfgNode') -> nn.Module:
     """
     if config.MODEL.TYPE.startswith(PREFIX):
         return build_timm_network(config)
+    return MSGTransformer(**classifier_options(config))
+
+
+def classifier_options(config: 'CfgNode') -> dict[str, Any]:
+    """Get the arguments of `MSGTransformer` for classification, from `config.MODEL`, `DATA.IMG_SIZE` and `TRAIN`."""
     msg = config.MODEL.MSG
-    return MSGTransformer(
-        img_size=config.DATA.IMG_SIZE,
-        in_chans=msg.IN_CHANS,
-        num_classes=config.MODEL.NUM_CLASSES,
-        ape=msg.APE,
-        head_tokens=msg.HEAD_TOKENS,
+    return {
+        'img_size': config.DATA.IMG_SIZE,
+        'in_chans': msg.IN_CHANS,
+        'num_classes': config.MODEL.NUM_CLASSES,
+        'ape': msg.APE,
+        'head_tokens': msg.HEAD_TOKENS,
         **network_options(config),
-    )
+    }
 
 
 def maybe_compile(network: nn.Module, config: 'CfgNode', enabled: bool) -> nn.Module:

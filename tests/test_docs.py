@@ -22,6 +22,9 @@ from tools import list_config
 
 README = (ROOT / 'README.md').read_text()
 NOT_KEYS = {
+    'WANDB_PROJECT',
+    'MLFLOW_TRACKING_URI',
+    'MLFLOW_EXPERIMENT_NAME',
     'GLIBC_TUNABLES',
     'LOCAL_RANK',
     'MASTER_ADDR',
@@ -149,7 +152,15 @@ ELSEWHERE = ('export.md', 'extending.md')
 WITH_CODE = [d for d in DOCUMENTS if d.name not in ELSEWHERE and code_blocks(d.read_text(), 'python')]
 
 
-@pytest.mark.parametrize('document', WITH_CODE, ids=relative)
+# The import of transformers takes ten seconds.
+SLOW = ('huggingface.md',)
+
+
+@pytest.mark.parametrize(
+    'document',
+    [pytest.param(d, marks=[pytest.mark.slow] * (d.name in SLOW)) for d in WITH_CODE],
+    ids=map(relative, WITH_CODE),
+)
 def test_python_code_runs(document):
     for block in code_blocks(document.read_text(), 'python'):
         with torch.no_grad():

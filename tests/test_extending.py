@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     (folder / 'configs').mkdir()
     train = {'EPOCHS': 1, 'WARMUP_EPOCHS': 0, 'BASE_LR': 0.01}
     model, data = {'NAME': Path(CONFIG).stem, 'NUM_CLASSES': 10}, {'BATCH_SIZE': 16}
-    tiny = {'BASE': [str(TINY)], 'MODEL': model, 'DATA': data, 'TRAIN': train, 'TENSORBOARD': False}
+    tiny = {'BASE': [str(TINY)], 'MODEL': model, 'DATA': data, 'TRAIN': train, 'TRACKER': 'none'}
     (folder / CONFIG).write_text(yaml.safe_dump(tiny))
     write_images(folder / 'output' / 'digits', classes=10, train=4, val=2)
     with forgotten_modules():

@@ -14,11 +14,11 @@ from engine.checkpoint import save_checkpoint
 from engine.config_keys import Key
 from engine.config_tree import add_options
 from extensions import ExtensionError, Registry, missing_modules
-from logger import Tracker, build_trackers, register_tracker
 from models import build_model, register_exchange
 from tests.helpers.extensions import EXAMPLES, forgotten_modules
 from tests.helpers.paths import TINY
 from tests.helpers.processes import error_line
+from trackers import Tracker, build_trackers, register_tracker
 
 LOSS = """
 from torch import nn
@@ -232,7 +232,7 @@ def test_training_goes_on_without_a_tracker_that_fails(tiny_config, image_tree):
     assert log.count('tracker Failing failed, and gets no more records: ConnectionError: no route to host') == 1
     assert [record['kind'] for record in records][-1] == 'epoch'
     assert (folder / 'ckpt_epoch_0.pth').exists()
-    with pytest.raises(ExtensionError, match='TRACKER number gives int: return a logger.Tracker'):
+    with pytest.raises(ExtensionError, match='TRACKER number gives int: return a trackers.Tracker'):
         build_trackers(tiny_config(TRACKER='number'), None)
 
 

@@ -58,7 +58,7 @@ def test_only_rank_0_writes_to_the_console(tmp_path, capsys):
 
 
 def test_tensorboard_has_the_same_metrics(tiny_config, image_tree):
-    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TAG='without', TENSORBOARD='False'))
+    program.main(tiny_config(DATA__DATA_PATH=str(image_tree), TAG='without', TRACKER='none'))
     assert not (folder_of(tiny_config(TAG='without')) / 'tensorboard').exists()
     config = tiny_config(DATA__DATA_PATH=str(image_tree))
     program.main(config)

@@ -21,7 +21,7 @@ class Killed(BaseException):
 def scored(monkeypatch, tiny_config, image_tree):
     """The config of a run of two updates an epoch, with faked scores and few checkpoints."""
     rare = {'TRAIN__EPOCHS': '6', 'DATA__BATCH_SIZE': '12', 'SAVE_STEPS': '1', 'SAVE_FREQ': '4'}
-    config = tiny_config(DATA__DATA_PATH=str(image_tree), TENSORBOARD='False', **rare, **PLAIN)
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRACKER='none', **rare, **PLAIN)
     epoch_of = {}
     monkeypatch.setattr(Trainer, '_epoch', _remember_epoch(Trainer._epoch, epoch_of))
     monkeypatch.setattr(program, 'validate', lambda *_: Accuracy(1.0, SCORES[epoch_of['now']], 100.0, 12))

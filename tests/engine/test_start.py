@@ -240,7 +240,7 @@ def test_a_run_from_before_the_fast_pipeline_had_the_published_one(tiny_config, 
 
 def test_course_of_training_is_a_warning_and_harmless_keys_are_silent(tiny_config, options):
     program.main(tiny_config(**options))
-    program.main(tiny_config(**options, PRINT_FREQ='2', DATA__NUM_WORKERS='1', SAVE_KEEP='3', TENSORBOARD='False'))
+    program.main(tiny_config(**options, PRINT_FREQ='2', DATA__NUM_WORKERS='1', SAVE_KEEP='3', TRACKER='none'))
     assert 'other settings' not in log_of(tiny_config())
     program.main(tiny_config(**{**options, 'AUG__HFLIP': '0.5'}, TRAIN__EPOCHS='3', MODEL__DROP_PATH_RATE='0.2'))
     [line] = [line for line in log_of(tiny_config()).splitlines() if 'other settings' in line]

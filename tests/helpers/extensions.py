@@ -9,9 +9,9 @@ from config import TREE
 from data.losses import LOSSES
 from data.python_dataset import DATASETS
 from data.transforms import TRANSFORMS
-from logger import TRACKERS
 from models.exchange import EXCHANGES
 from tests.helpers.paths import ROOT
+from trackers import TRACKERS
 
 PAGE = (ROOT / 'docs' / 'extending.md').read_text()
 EXAMPLES = dict(re.findall(r'^`~/ideas/(\w+\.py)`:\n\n```python\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE))
