@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection app test test-slow test-timm growth lint format docs clean
+.PHONY: help demo demo-detection app test test-slow test-timm test-versions growth lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,6 +34,7 @@ help:
 	@echo "make test            install, lint, and run the tests that take seconds"
 	@echo "make test-slow       the tests that take minutes: compilation, demos, ten kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
+	@echo "make test-versions   the network's tests with the oldest and newest torch, timm and NumPy that are allowed"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md"
@@ -132,6 +133,23 @@ $(OUTPUT)/timm/downloaded: requirements.txt | $(VENV)/installed-dev
 
 test-timm: $(OUTPUT)/timm/downloaded
 	OMP_NUM_THREADS=1 $(PY) -m pytest -c $(<D)/pyproject.toml -p tests.helpers.timm_plugin -n 2 -rx $(<D)/tests/test_models.py
+
+# The network's tests with the oldest and the newest versions that pyproject.toml allows; torchvision is torch's.
+OLDEST := torch==2.6.0 torchvision==0.21.0 timm==1.0.27 numpy==2.0.2
+NEWEST := 'torch<3' torchvision 'timm<2' numpy
+
+$(OUTPUT)/versions/oldest/installed: VERSIONS := $(OLDEST)
+$(OUTPUT)/versions/newest/installed: VERSIONS := $(NEWEST)
+$(OUTPUT)/versions/%/installed: Makefile requirements.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(torch|torchvision|timm|numpy)==' requirements.txt > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt $(VERSIONS) $$(grep ^pytest requirements-dev.txt | cut -d' ' -f1)
+	touch $@
+
+test-versions: $(OUTPUT)/versions/oldest/installed $(OUTPUT)/versions/newest/installed
+	for installed in $^; do \
+		OMP_NUM_THREADS=1 $${installed%/installed}/bin/python -m pytest -m 'not slow' -n 2 tests/models; done
 
 # Ten minutes on two cores.
 growth: $(VENV)/installed
