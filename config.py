@@ -21,7 +21,7 @@ from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
-from models.timm_networks import shaping_args
+from models.timm_networks import check_timm_name, shaping_args
 from trackers import TRACKERS
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'check_schedule', 'get_config', 'load_config', 'shared_keys']
@@ -395,6 +395,46 @@ _C.AUG.MIXUP_MODE = Key(
     'batch', 'Draw one mix per batch, per pair, or per image (elem)', choices=('batch', 'pair', 'elem')
 )
 
+_C.DISTILL = KeyGroup()
+_C.DISTILL.TEACHER = Key(
+    '',
+    'Teacher to distil from: timm:<name>, the path of a checkpoint, or a name that a module of --import registers '
+    "(docs/distillation.md); '' is off",
+    is_path=True,
+    affects='nothing',
+    stored=lambda teacher: '',  # programs that load a checkpoint need no teacher
+)
+_C.DISTILL.WEIGHTS = Key(
+    '',
+    "File with the weights of a teacher timm:<name>; '' takes timm's pretrained weights, which are downloaded",
+    is_path=True,
+    affects='nothing',
+    used_with='DISTILL.TEACHER',
+)
+_C.DISTILL.KIND = Key(
+    'soft',
+    "Distillation loss: soft, the KL divergence from the teacher's probabilities, or hard, the cross entropy with the "
+    "teacher's top class",
+    choices=('soft', 'hard'),
+    used_with='DISTILL.TEACHER',
+)
+_C.DISTILL.TEMPERATURE = Key(
+    1.0, 'Divisor of the logits of both in soft distillation', min=0.01, used_with='DISTILL.KIND soft'
+)
+_C.DISTILL.WEIGHT = Key(
+    0.5,
+    'Share w of the distillation loss: (1 - w) * TRAIN.LOSS + w * distillation loss is minimised',
+    min=0,
+    max=1,
+    used_with='DISTILL.TEACHER',
+)
+_C.DISTILL.CLASSES = Key(
+    '',
+    "Teacher's class of each student class, in order, as a list of names or indices; '' finds them by name",
+    or_list=True,
+    used_with='DISTILL.TEACHER',
+)
+
 _C.TEST = KeyGroup()
 _C.TEST.CROP = Key(
     True, 'Evaluate on the centre crop of an image resized to 256/224 of the size; False resizes the whole image'
@@ -474,6 +514,30 @@ def _check(config: CfgNode) -> None:
     if patch > config.DATA.IMG_SIZE:
         raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
     check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
+    if config.DISTILL.TEACHER:
+        _check_teacher(config)
+
+
+def _check_teacher(config: CfgNode) -> None:
+    """Refuse a teacher that cannot teach this network, as far as the config tells."""
+    teacher, classes, distill = config.DISTILL.TEACHER, config.MODEL.NUM_CLASSES, config.DISTILL
+    if teacher.startswith(TIMM):
+        try:
+            check_timm_name('DISTILL.TEACHER', teacher)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    elif distill.WEIGHTS:
+        raise ConfigError(
+            f'DISTILL.WEIGHTS is a file for a teacher timm:<name>, and DISTILL.TEACHER is {teacher}: leave it out '
+            f'(the share of the loss is DISTILL.WEIGHT)'
+        )
+    if not classes:
+        raise ConfigError('DISTILL.TEACHER teaches a classifier, and MODEL.NUM_CLASSES is 0: write their number')
+    if distill.CLASSES and (isinstance(distill.CLASSES, str) or len(distill.CLASSES) != classes):
+        raise ConfigError(
+            f"DISTILL.CLASSES is {distill.CLASSES!r}: write a list with the teacher's class of each of the {classes} "
+            f'student classes'
+        )
 
 
 def check_schedule(config: CfgNode) -> None:

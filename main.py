@@ -31,6 +31,7 @@ from data import (
     build_loaders,
     build_mixup,
 )
+from distillation import Teacher, build_distillation, build_teacher
 from engine.distributed import once_per_node
 from engine.evaluation import EvaluateFn
 from engine.run import Run, run_parser
@@ -112,8 +113,12 @@ class Classification(Task):
         """Whether `TRAIN.COMPILE` or `TEST.COMPILE` is on."""
         return config.TRAIN.COMPILE or config.TEST.COMPILE
 
+    def build_teacher(self, run: Run) -> Teacher | None:
+        """The teacher of `DISTILL.TEACHER`."""
+        return build_teacher(run, self)
+
     def build_loss(self, run: Run, network: nn.Module, dataset: ImageDataset) -> LossFn:
-        """The loss of `TRAIN.LOSS`, with Mixup."""
+        """The loss of `TRAIN.LOSS`, with Mixup and distillation."""
         config = run.config
         forward = maybe_compile(network, config, config.TRAIN.COMPILE)
         preprocess, mixup, criterion = (
@@ -121,12 +126,14 @@ class Classification(Task):
             build_mixup(config),
             build_criterion(config).to(run.process.device),
         )
+        distil = build_distillation(run, dataset.classes)
         skipped = SkippedImages(dataset, config.DATA.ERROR_LIMIT, run.logger.warning)
 
         def loss_fn(batch: Sample) -> dict[str, Tensor]:
             skipped.count(batch.skipped)
             images, targets = mixup(*preprocess(batch))
-            return {'loss': criterion(forward(images), targets)}
+            logits = forward(images)
+            return distil(criterion(logits, targets), logits, images)
 
         return loss_fn
 

@@ -39,7 +39,9 @@ def _is_file(value: Any) -> bool:
 def _is_origin(value: Any) -> bool:
     if not (_is_plain(value) and isinstance(value, Mapping) and isinstance(value.get('kind'), str)):
         return False
-    nested = value.get('origin')
+    nested, teacher = value.get('origin'), value.get('teacher')
+    if not (teacher is None or _is_mapping(teacher, lambda x: isinstance(x, str), ('name', 'sha256'))):
+        return False
     return (value['kind'] == 'scratch' or _is_file(value)) and (nested is None or _is_origin(nested))
 
 

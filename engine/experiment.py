@@ -15,6 +15,7 @@ from utils import UserError, environment
 # What a run started from: random weights (scratch), the weights of a checkpoint (pretrained), or the training state of
 # another run's checkpoint (resume). A mapping with `kind`; for the last two also `path` and `sha256` of the checkpoint;
 # for pretrained also `weights` and `head`, the values of the config; for resume also `origin`, that of the other run.
+# A run that distils has `teacher`: a mapping with `name`, as the config has it, and `sha256` of the weights.
 Origin = Mapping[str, Any]
 SCRATCH, PRETRAINED, RESUME = 'scratch', 'pretrained', 'resume'
 
@@ -125,6 +126,24 @@ def is_pretrained(origin: Origin | None) -> bool:
     while origin is not None and origin['kind'] == RESUME:
         origin = origin.get('origin')
     return origin is not None and origin['kind'] == PRETRAINED
+
+
+def recorded_teacher(origin: Origin | None) -> Mapping[str, str]:
+    """The teacher that an origin records; an empty mapping if there is none."""
+    return (origin or {}).get('teacher') or {}
+
+
+def changed_teacher(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Describe how a run's teacher differs from the recorded one; empty if the weights are the same."""
+    if before.get('sha256') == now.get('sha256'):
+        return []
+    if not before:
+        return [f'it had no teacher, and now has {now["name"]}']
+    if not now:
+        return [f'its teacher was {before["name"]}, and now there is none']
+    if before['name'] == now['name']:
+        return [f'the weights of its teacher {now["name"]} have changed']
+    return [f'its teacher was {before["name"]}, and now is {now["name"]}']
 
 
 def origin_name(origin: Origin) -> str:

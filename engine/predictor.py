@@ -130,8 +130,9 @@ def load_predictor(
     task: Task,
     build_network: Callable[[CfgNode], nn.Module] | None = None,
     checkpoint: dict[str, Any] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Predictor:
-    """Load the network that the command line names; say on stderr which of its weights.
+    """Load the network that the command line names; log which of its weights.
 
     Its config is the checkpoint's. `--cfg` and `--opts` override keys, but those of the network only where the weights
     are fitted to them, which are the image and the window size: with another `MANIP_TYPE`, for example, the same
@@ -142,6 +143,7 @@ def load_predictor(
         task: the task of the network.
         build_network: builds it from the config; None takes the task's.
         checkpoint: content of `--resume`; None reads it.
+        log: gets the notes; None writes them to stderr.
 
     Raises:
         UserError: a config or checkpoint that cannot be used, one of another task, or a checkpoint that was trained
@@ -170,7 +172,7 @@ def load_predictor(
     load_weights(model, {'model': weights}, args.resume)
     notes += [f'ignored, as they are not what a run writes: {", ".join(x)}' for x in [checkpoint.get('ignored')] if x]
     for note in (description, *notes):
-        print(printable(f'{args.resume}: {note}'), file=sys.stderr)
+        (log or _print_to_stderr)(printable(f'{args.resume}: {note}'))
     numbers = range(task.first_label, task.first_label + config.MODEL.NUM_CLASSES)
     class_names = list(checkpoint.get('classes') or [str(number) for number in numbers]) if numbers else []
     if len(class_names) != len(numbers):
@@ -179,6 +181,10 @@ def load_predictor(
             f'take the checkpoint as its run wrote it'
         )
     return Predictor(config, model.eval(), class_names, device)
+
+
+def _print_to_stderr(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 def _check_size(task: Task, config: CfgNode, weights: Mapping[str, torch.Tensor], path: str) -> None:

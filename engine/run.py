@@ -35,6 +35,8 @@ class Run(NamedTuple):
         is_training_run: whether it trains, and so writes checkpoints.
         lock: the right to write to the folder, which rank 0 of a training run holds.
         stop: whether a signal has asked a training run to stop.
+        teacher: the network that the run distils from, with its `identity`, from `Task.build_teacher`; None if there
+            is none.
     """
 
     config: CfgNode
@@ -45,6 +47,7 @@ class Run(NamedTuple):
     is_training_run: bool
     lock: RunLock
     stop: StopRequest
+    teacher: Any = None
 
     @property
     def output_dir(self) -> Path:

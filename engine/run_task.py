@@ -13,7 +13,7 @@ from engine.distributed import distribute
 from engine.evaluation import evaluate_with_ema, load_ema
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.run import Run, start_run
-from engine.start import SCRATCH, Start, find_start, resume_training
+from engine.start import SCRATCH, Start, find_start, record_teacher, resume_training
 from engine.state import TrainingState
 from engine.task import Task
 from engine.trainer import Trainer
@@ -46,6 +46,8 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
     check_course(run, task, start)
     log_config(run, task)
+    run = run._replace(teacher=task.build_teacher(run))
+    start = record_teacher(run, start)
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
     check_course(run, task, start, len(train_loader))
     provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError, load_checkpoint, other_task
 from engine.config_tree import ConfigTree
-from engine.distributed import on_main_process
+from engine.distributed import gather_on_main_process, on_main_process
 from engine.experiment import (
     ENVIRONMENT,
     PRETRAINED,
@@ -20,6 +20,7 @@ from engine.experiment import (
     ExperimentError,
     Origin,
     changed_splits,
+    changed_teacher,
     compare_classes,
     has_changed,
     is_pretrained,
@@ -27,6 +28,7 @@ from engine.experiment import (
     origin_name,
     origin_of_file,
     recorded_origin,
+    recorded_teacher,
     warn_of_other_classes,
 )
 from engine.run import Run
@@ -285,6 +287,36 @@ def _another_run(run: Run, differences: Sequence[str]) -> ExperimentError:
     return ExperimentError(f'{run.output_dir} holds another run ({"; ".join(differences)}): write another --tag')
 
 
+def record_teacher(run: Run, start: Start) -> Start:
+    """Record the run's teacher in the origin of a new run; every rank calls it at the same point.
+
+    Args:
+        run: the run, with its teacher.
+        start: where the run starts.
+
+    Raises:
+        ExperimentError: a run continues with another teacher, or a rank has another teacher than rank 0.
+    """
+    ours = run.teacher.identity if run.teacher else {}
+    gathered = gather_on_main_process(ours)
+
+    def check() -> None:
+        for rank, theirs in enumerate(gathered):
+            if changed_teacher(theirs, ours):
+                raise ExperimentError(
+                    f'the teacher of rank {rank} has other weights than that of rank 0: give every node the same files'
+                )
+
+    on_main_process(check)
+    if start.kind != CONTINUE:
+        return start._replace(origin={**start.origin, 'teacher': ours}) if ours else start
+    recorded = recorded_teacher(start.origin)
+    if changes := changed_teacher(recorded, ours):
+        remedy = f'give that teacher with DISTILL.TEACHER {recorded["name"]}' if recorded else 'leave it out'
+        raise _another_run(run, [f'{changes[0]}; {remedy} to continue the run'])
+    return start
+
+
 def resume_training(run: Run, task: Task, state: TrainingState, start: Start, provenance: Mapping[str, Any]) -> None:
     """Restore the training state from the checkpoint of a start; every rank calls it at the same point.
 
@@ -311,6 +343,8 @@ def resume_training(run: Run, task: Task, state: TrainingState, start: Start, pr
         state.max_accuracy = -1.0
         run.logger.warning(f'other data than before: {"; ".join(data_changes)}: the best metric is reset')
     warn_of_other_classes(run, checkpoint, provenance['classes'])
+    origins = (recorded_origin(checkpoint), provenance.get('origin'))
+    notes += changed_teacher(*map(recorded_teacher, origins))
     changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
     if changed:
         run.logger.warning(

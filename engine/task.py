@@ -111,6 +111,16 @@ class Task(ABC):
             ConfigError: a setting of the schedule would not take effect.
         """
 
+    def build_teacher(self, run: Run) -> Any:
+        """Build the network that training distils from, as `Run.teacher`; None if there is none.
+
+        It has an attribute `identity`, a mapping with `name` and `sha256`, which the run's origin records.
+
+        Raises:
+            UserError: it cannot be built.
+        """
+        return None
+
     @abstractmethod
     def build_loss(self, run: Run, network: nn.Module, dataset: SampleList) -> LossFn:
         """Build a function that maps a training batch to its mean losses by name; their sum is minimized.

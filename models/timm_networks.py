@@ -69,11 +69,7 @@ def create_timm_network(key: str, value: str, config: 'CfgNode', options: dict[s
     Raises:
         ValueError: timm has no such network, or the network does not take these arguments.
     """
-    name, model = value.removeprefix(PREFIX), config.MODEL
-    if not _is_registered(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f': did you mean {PREFIX}{near[0]}?' if near else ', see timm.list_models()'
-        raise ValueError(f'{key} is {value}: timm has no network of that name{hint}')
+    name, model = check_timm_name(key, value), config.MODEL
     rates = {
         'drop_rate': model.DROP_RATE or None,  # None is timm's default
         'attn_drop_rate': model.ATTN_DROP_RATE or None,
@@ -90,6 +86,24 @@ def create_timm_network(key: str, value: str, config: 'CfgNode', options: dict[s
         raise ValueError(
             f'{key} {value} cannot be built with {given}: {error} (MODEL.TIMM_ARGS name=None leaves one out)'
         ) from error
+
+
+def check_timm_name(key: str, value: str) -> str:
+    """Return timm's name of a network.
+
+    Args:
+        key: the config key that names the network, for messages.
+        value: the value of the key, `timm:<name>`.
+
+    Raises:
+        ValueError: timm has no such network.
+    """
+    name = value.removeprefix(PREFIX)
+    if not _is_registered(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f': did you mean {PREFIX}{near[0]}?' if near else ', see timm.list_models()'
+        raise ValueError(f'{key} is {value}: timm has no network of that name{hint}')
+    return name
 
 
 def _is_registered(name: str) -> bool:

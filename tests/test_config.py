@@ -138,6 +138,10 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
         (['EVAL_MODE', 'True'], '--eval needs weights: add --resume'),
         (['EVAL_MODE', 'True', 'THROUGHPUT_MODE', 'True', 'MODEL.RESUME', 'x'], 'give one of them'),
         (['MODEL.RESUME', 'x', 'MODEL.PRETRAINED', 'y'], 'give one of them'),
+        (['DISTILL.TEACHER', 'timm:resnet19'], 'DISTILL.TEACHER is timm:resnet19: .* did you mean timm:resnet18'),
+        (['DISTILL.TEACHER', 'x.pth', 'DISTILL.WEIGHTS', 'y.pth'], 'x.pth: leave it out .* is DISTILL.WEIGHT'),
+        (['DISTILL.TEACHER', 'x.pth', 'MODEL.NUM_CLASSES', '0'], 'MODEL.NUM_CLASSES is 0: write their number'),
+        (['DISTILL.TEACHER', 'x.pth', 'DISTILL.CLASSES', '[cat]'], "the teacher's class of each of the 3 student"),
         (['DATA.IMG_SIZE', '1'], 'DATA.IMG_SIZE is 1: write at least MODEL.MSG.PATCH_SIZE, 2'),
     ],
 )
@@ -230,6 +234,7 @@ def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
     )
     run(TAG='timm', MODEL__TYPE='timm:resnet18', MODEL__TIMM_ARGS='channels=(4,8,8,8) layers=(1,1,1,1)')
     config = tiny_config(TAG='adamw')
+    run(TAG='distilled', DISTILL__TEACHER='timm:msg_transformer_nano', DISTILL__CLASSES='[0,1,2]')
     tree = run(EVAL_MODE='True', MODEL__RESUME=str(folder_of(config) / 'ckpt_epoch_1.pth'))
     monkeypatch.setattr(torch, 'compile', lambda network, **_: network)
     monkeypatch.setattr(throughput, 'time_callable', lambda *_: Quartiles(1.0, 1.0, 1.0))

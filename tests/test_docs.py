@@ -147,8 +147,8 @@ def test_a_wrong_command_is_found(command, monkeypatch):
 
 
 # The code of docs/export.md runs in models/test_export, which compares the file that it writes; that of
-# docs/extending.md, and its commands, in test_extending.
-ELSEWHERE = ('export.md', 'extending.md')
+# docs/extending.md, and its commands, in test_extending; that of docs/distillation.md in test_distillation.
+ELSEWHERE = ('export.md', 'extending.md', 'distillation.md')
 WITH_CODE = [d for d in DOCUMENTS if d.name not in ELSEWHERE and code_blocks(d.read_text(), 'python')]
 
 

@@ -47,9 +47,11 @@ ALLOWED = {
         'trackers',
     ),
     'evaluation': ('data', 'engine', 'models'),
+    'distillation': ('data', 'engine', 'extensions', 'models', 'utils'),
     'main': (
         'config',
         'data',
+        'distillation',
         'engine',
         'evaluation',
         'lr_scheduler',

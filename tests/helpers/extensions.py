@@ -9,12 +9,20 @@ from config import TREE
 from data.losses import LOSSES
 from data.python_dataset import DATASETS
 from data.transforms import TRANSFORMS
+from distillation import TEACHERS
 from models.exchange import EXCHANGES
 from tests.helpers.paths import ROOT
 from trackers import TRACKERS
 
 PAGE = (ROOT / 'docs' / 'extending.md').read_text()
-EXAMPLES = dict(re.findall(r'^`~/ideas/(\w+\.py)`:\n\n```python\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE))
+
+
+def examples_in(page):
+    """Content of the example files of a page, by name."""
+    return dict(re.findall(r'^`~/ideas/(\w+\.py)`:\n\n```python\n(.*?)^```$', page, re.DOTALL | re.MULTILINE))
+
+
+EXAMPLES = examples_in(PAGE)
 
 
 def groups_of(group):
@@ -25,7 +33,7 @@ def groups_of(group):
 @contextlib.contextmanager
 def forgotten_modules():
     """Context after which modules that were imported, their parts and their keys are gone."""
-    changed = [EXCHANGES, DATASETS, TRANSFORMS, LOSSES, TRACKERS]
+    changed = [EXCHANGES, DATASETS, TRANSFORMS, LOSSES, TEACHERS, TRACKERS]
     changed += [group for tree in (TREE, detection.config.TREE) for group in groups_of(tree.root)]
     before, path, modules = [dict(x) for x in changed], sys.path[:], set(sys.modules)
     try:

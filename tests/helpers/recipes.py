@@ -5,12 +5,19 @@ As a program, this file trains all of them, for one process of any launcher:
     torchrun --nproc_per_node 2 -m tests.helpers.recipes <folder of images> <output>
 """
 
+import os
 import sys
 
 # Name of the recipe: options of `tiny_config`, in addition to `COMMON`
 RECIPES = {
     'published': {},
     'sgd': {'TRAIN__OPTIMIZER__NAME': 'sgd', 'TRAIN__LR_SCHEDULER__NAME': 'linear', 'TRAIN__ACCUMULATION_STEPS': '2'},
+    'distilled': {
+        'DISTILL__TEACHER': 'timm:msg_transformer_nano',
+        'DISTILL__CLASSES': '[0, 1, n03028079]',
+        'TRAIN__ACCUMULATION_STEPS': '2',
+        'TRAIN__CLIP_GRAD': '1',
+    },
 }
 
 # Two short epochs with everything that draws random numbers
@@ -29,7 +36,9 @@ def train_all(folder, output):
     from config import load_config
     from tests.helpers.paths import TINY
 
-    for recipe in RECIPES:
+    for number, recipe in enumerate(RECIPES):
+        # Otherwise, torchrun's store still has the addresses of the last run
+        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(number)
         options = {'DATA__DATA_PATH': str(folder)} | options_of(recipe, folder) | {'OUTPUT': str(output), 'TAG': recipe}
         pairs = [text for key, value in options.items() for text in (key.replace('__', '.'), value)]
         program.main(load_config(TINY, pairs))

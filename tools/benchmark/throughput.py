@@ -43,6 +43,7 @@ def log_throughput(task: Task, config: CfgNode) -> None:
             run.logger.info('give --data-path to time training and its loader too')
             return
         loaders = task.build_loaders(config, run.process.rank, run.process.world_size)
+        run = run._replace(teacher=task.build_teacher(run))
         trainer = build_trainer(run, task, network, start, *loaders, provenance={})
         log_inference(run, trainer.state.model)
         log_training(run, trainer)
