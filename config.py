@@ -13,7 +13,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from data.losses import LOSSES
+from data.losses import LOSSES, WEIGHTED_LOSSES
+from data.mixup import uses_mixup
 from data.python_dataset import DATASET_NAMES
 from data.transforms import TRANSFORMS
 from engine.config_keys import Key, KeyGroup
@@ -303,6 +304,18 @@ _C.DATA.DATASET = Key(
     choices=DATASET_NAMES,
     affects='nothing',
 )
+_C.DATA.MULTI_LABEL = Key(
+    False,
+    'An image may show several classes: targets are vectors of 0 and 1, and evaluation gives the mean average '
+    'precision (docs/training.md)',
+    affects='data',
+)
+_C.DATA.SAMPLING = Key(
+    'uniform',
+    'Images of an epoch: uniform, each once; or draws with replacement, in which all classes are equally frequent '
+    '(balanced), or in proportion to the square root of their sizes (sqrt)',
+    choices=('uniform', 'balanced', 'sqrt'),
+)
 _C.DATA.PIPELINE = Key(
     'fast',
     'Decoding and augmentation: published, or fast, which computes the same on arrays (docs/data.md)',
@@ -346,7 +359,26 @@ _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0, use
 _C.TRAIN.LAYER_DECAY = Key(
     1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
 )
-_C.TRAIN.LOSS = Key('cross_entropy', 'Training loss: cross_entropy or your own (docs/extending.md)', choices=LOSSES)
+_C.TRAIN.LOSS = Key(
+    'cross_entropy',
+    "Training loss: cross_entropy; bce, timm's binary cross entropy of each class; or your own (docs/extending.md)",
+    choices=LOSSES,
+)
+_C.TRAIN.BCE_THRESHOLD = Key(
+    None,
+    'Value above which a target of bce counts as 1, and below as 0, such as 0.2 with Mixup; None keeps soft targets',
+    optional=float,
+    min=0,
+    max=1,
+    used_with='TRAIN.LOSS bce',
+)
+_C.TRAIN.BCE_SUM = Key(False, 'Sum bce over the classes instead of taking their mean', used_with='TRAIN.LOSS bce')
+_C.TRAIN.CLASS_WEIGHTS = Key(
+    'none',
+    'Weights of the classes in the loss, from their numbers of training images n: none, balanced (proportional to 1/n) '
+    'or sqrt (to its square root)',
+    choices=('none', 'balanced', 'sqrt'),
+)
 _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
@@ -374,6 +406,12 @@ _C.AUG.TRANSFORM = Key(
     'none',
     'Your own transform of training images, after AUTO_AUGMENT (docs/extending.md); or none',
     choices=TRANSFORMS,
+)
+_C.AUG.REPEATS = Key(
+    1,
+    'Repeated augmentation: times in a row that an epoch takes an image, each augmented differently; the epoch has as '
+    'many samples as before, so fewer images',
+    min=1,
 )
 _C.AUG.REPROB = Key(0.25, 'Probability of random erasing', min=0, max=1)
 _C.AUG.REMODE = Key(
@@ -513,6 +551,7 @@ def _check(config: CfgNode) -> None:
     patch = config.MODEL.MSG.PATCH_SIZE
     if patch > config.DATA.IMG_SIZE:
         raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
+    _check_loss(config)
     check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
     if config.DISTILL.TEACHER:
         _check_teacher(config)
@@ -531,6 +570,8 @@ def _check_teacher(config: CfgNode) -> None:
             f'DISTILL.WEIGHTS is a file for a teacher timm:<name>, and DISTILL.TEACHER is {teacher}: leave it out '
             f'(the share of the loss is DISTILL.WEIGHT)'
         )
+    if config.DATA.MULTI_LABEL:
+        raise ConfigError('DISTILL.TEACHER teaches one class per image: write DATA.MULTI_LABEL False, or no teacher')
     if not classes:
         raise ConfigError('DISTILL.TEACHER teaches a classifier, and MODEL.NUM_CLASSES is 0: write their number')
     if distill.CLASSES and (isinstance(distill.CLASSES, str) or len(distill.CLASSES) != classes):
@@ -538,6 +579,41 @@ def _check_teacher(config: CfgNode) -> None:
             f"DISTILL.CLASSES is {distill.CLASSES!r}: write a list with the teacher's class of each of the {classes} "
             f'student classes'
         )
+
+
+def _check_loss(config: CfgNode) -> None:
+    """Refuse losses, targets and sampling that do not go together."""
+    data, train, smoothing = config.DATA, config.TRAIN, config.MODEL.LABEL_SMOOTHING
+    if train.CLASS_WEIGHTS != 'none' and train.LOSS not in WEIGHTED_LOSSES:
+        raise ConfigError(
+            f'TRAIN.CLASS_WEIGHTS {train.CLASS_WEIGHTS} is for {" and ".join(WEIGHTED_LOSSES)}, and TRAIN.LOSS is '
+            f'{train.LOSS}: write TRAIN.CLASS_WEIGHTS none, or weight the classes in the loss'
+        )
+    if data.MULTI_LABEL:
+        if train.LOSS == 'cross_entropy':
+            raise ConfigError('DATA.MULTI_LABEL needs a loss of each class: write TRAIN.LOSS bce')
+        if uses_mixup(config):
+            raise ConfigError(
+                'DATA.MULTI_LABEL: Mixup and CutMix mix images of one class each: write AUG.MIXUP 0 AUG.CUTMIX 0 '
+                'AUG.CUTMIX_MINMAX None'
+            )
+        for name, setting, off in (
+            ('DATA.SAMPLING', data.SAMPLING, 'uniform'),
+            ('TRAIN.CLASS_WEIGHTS', train.CLASS_WEIGHTS, 'none'),
+        ):
+            if setting != off:
+                raise ConfigError(
+                    f'{name} {setting} is for images of one class each, and DATA.MULTI_LABEL is True: write '
+                    f'{name} {off}'
+                )
+    if train.LOSS == 'bce' and train.BCE_THRESHOLD is not None:
+        off = smoothing / (2 if data.MULTI_LABEL else max(config.MODEL.NUM_CLASSES, 1))
+        low, high = round(off, 6), round(1 - smoothing + off, 6)
+        if not low <= train.BCE_THRESHOLD < high:
+            raise ConfigError(
+                f'TRAIN.BCE_THRESHOLD is {train.BCE_THRESHOLD}, and with MODEL.LABEL_SMOOTHING {smoothing}, targets '
+                f'are {low} or {high}, both on one side of it: write a value between them, or None'
+            )
 
 
 def check_schedule(config: CfgNode) -> None:

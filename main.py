@@ -30,6 +30,7 @@ from data import (
     build_eval_loader,
     build_loaders,
     build_mixup,
+    class_weights,
 )
 from distillation import Teacher, build_distillation, build_teacher
 from engine.distributed import once_per_node
@@ -37,7 +38,7 @@ from engine.evaluation import EvaluateFn
 from engine.run import Run, run_parser
 from engine.run_task import run_task
 from engine.task import LossFn, Task
-from evaluation import validate
+from evaluation import validate, validate_multi_label
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.build import head_pattern, maybe_compile
@@ -63,7 +64,7 @@ def main(config: CfgNode) -> None:
 
         log_throughput(TASK, config)
     else:
-        run_task(TASK, config)
+        run_task(MULTI_LABEL_TASK if config.DATA.MULTI_LABEL else TASK, config)
 
 
 class Classification(Task):
@@ -120,11 +121,14 @@ class Classification(Task):
     def build_loss(self, run: Run, network: nn.Module, dataset: ImageDataset) -> LossFn:
         """The loss of `TRAIN.LOSS`, with Mixup and distillation."""
         config = run.config
+        weights = class_weights(config, dataset)
+        if weights is not None:
+            run.logger.info(f'class weights in the loss: {weights.min():.3g} to {weights.max():.3g}')
         forward = maybe_compile(network, config, config.TRAIN.COMPILE)
         preprocess, mixup, criterion = (
             Preprocess(config, run.process.device),
             build_mixup(config),
-            build_criterion(config).to(run.process.device),
+            build_criterion(config, weights).to(run.process.device),
         )
         distil = build_distillation(run, dataset.classes)
         skipped = SkippedImages(dataset, config.DATA.ERROR_LIMIT, run.logger.warning)
@@ -143,7 +147,20 @@ class Classification(Task):
         return lambda network, poll, suffix: validate(run, network, loader, poll, skipped)
 
 
+class MultiLabelClassification(Classification):
+    """Image classification with several classes for each image: `DATA.MULTI_LABEL`."""
+
+    metric = 'map'
+    metric_name = 'mAP'
+
+    def build_evaluation(self, run: Run, loader: DataLoader) -> EvaluateFn:
+        """Mean average precision."""
+        skipped = SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
+        return lambda network, poll, suffix: validate_multi_label(run, network, loader, poll, skipped)
+
+
 TASK = Classification()
+MULTI_LABEL_TASK = MultiLabelClassification()
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Images in, batches out: formats, loaders, augmentation, Mixup with its matching loss."""
 
 from data.build import build_eval_loader, build_loaders
+from data.class_balance import class_weights
 from data.dataset import IGNORED, ImageDataset, Sample
 from data.images import DataError
 from data.losses import build_criterion
@@ -19,4 +20,5 @@ __all__ = [
     'build_eval_loader',
     'build_loaders',
     'build_mixup',
+    'class_weights',
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
+from data.class_balance import draw_weights
 from data.dataset import ImageDataset
 from data.fast_transforms import FastEvalTransform, FastTrainTransform
 from data.formats import open_samples
@@ -38,7 +39,7 @@ def call(function: Callable[[], Result]) -> Result:
 def build_loaders(
     config: CfgNode, rank: int = 0, world_size: int = 1, once_per_node: OncePerNode = call
 ) -> tuple[DataLoader, DataLoader]:
-    """Build loaders of this process's share of `train/` and `val/`: images (B, C, H, W) and class indices (B,).
+    """Build loaders of this process's share of `train/` and `val/`: images (B, C, H, W) and targets.
 
     Training batches are shuffled, augmented and full: the remainder of an epoch is dropped. Call the training loader's
     `sampler.set_epoch` before each epoch. They are the same for any `DATA.NUM_WORKERS`. For evaluation batches, see
@@ -64,7 +65,8 @@ def build_loaders(
     eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
     if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
         raise DataError(f'train and val of {config.DATA.DATASET} have different classes: give both the same')
-    sampler = TrainSampler(len(dataset), rank, world_size, config.SEED)
+    weights = draw_weights(config, dataset)
+    sampler = TrainSampler(len(dataset), rank, world_size, config.SEED, weights, config.AUG.REPEATS)
     return build_train_loader(config, dataset, sampler), eval_loader
 
 
@@ -100,8 +102,13 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
             f'{config.MODEL.NUM_CLASSES}: write --opts MODEL.NUM_CLASSES {len(samples.classes)}, or give another '
             f'--data-path'
         )
+    if samples.is_multi_label and not config.DATA.MULTI_LABEL:
+        raise DataError(
+            f'{samples.where} has images of several classes, or of none: write --opts DATA.MULTI_LABEL True TRAIN.LOSS '
+            f'bce AUG.MIXUP 0 AUG.CUTMIX 0'
+        )
     on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'replace' if is_train else 'ignore'
-    return ImageDataset(samples, transform, on_error)
+    return ImageDataset(samples, transform, on_error, config.DATA.MULTI_LABEL)
 
 
 def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:
@@ -171,7 +178,7 @@ class EvalTransform:
 def build_train_loader(
     config: CfgNode, dataset: Dataset, sampler: TrainSampler, collate_fn: Callable | None = None
 ) -> DataLoader:
-    """Build the loader of full batches, with augmentation that depends on seed, epoch and index alone.
+    """Build the loader of full batches, with augmentation that depends on the seed and on the keys of the sampler.
 
     Args:
         config: the config tree.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.images import AnyImage, DataError
+from data.multi_label import multi_hot
 from data.python_dataset import PythonDataset
 from data.samples import Samples
 
@@ -26,7 +27,8 @@ class Sample(NamedTuple):
 
     Attributes:
         image: (C, H, W) float32, normalised, of the published pipeline; (H, W, C) uint8 of the fast one.
-        target: class index; `IGNORED` for an image that is left out of an evaluation.
+        target: class index or, with several labels, 1 for each class of the image and 0 for the others, (classes,)
+            float32; `IGNORED` for an image that is left out of an evaluation.
         erasing: what random erasing has still to fill, (boxes, 5) int64: top, left, height, width, seed.
         skipped: index of the bad image in whose place this one stands, or -1.
     """
@@ -38,13 +40,14 @@ class Sample(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Images and class indices by sample index.
+    """Images and targets by sample index.
 
     Args:
         samples: the split.
         transform: from an image, encoded or decoded, and its name to image and erasing of a `Sample`.
         on_error: what to give for a bad image: 'stop' raises its error; 'replace' gives the next good sample, and
             'ignore' too, but with the target `IGNORED`.
+        multi_label: whether an image may have several classes, so that its target is a vector.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class ImageDataset(Dataset):
         samples: Samples | PythonDataset,
         transform: Callable[[AnyImage, str], tuple[Tensor, Tensor]],
         on_error: str = 'stop',
+        multi_label: bool = False,
     ):
         self.samples, self.transform, self.on_error = samples, transform, on_error
+        self.multi_label = multi_label
         self.classes, self.notes = samples.classes, samples.notes
         self.sample_names = samples.sample_names
 
@@ -76,7 +81,8 @@ class ImageDataset(Dataset):
             else:
                 if distance == 0:
                     return sample
-                return sample._replace(target=sample.target if self.on_error == 'replace' else IGNORED, skipped=index)
+                ignored = torch.full_like(sample.target, IGNORED) if self.multi_label else IGNORED
+                return sample._replace(target=sample.target if self.on_error == 'replace' else ignored, skipped=index)
         raise DataError(
             f'none of the {tries} images from {self.samples.describe(index)} on can be read: '
             f'list them with python -m tools.check_dataset'
@@ -89,5 +95,8 @@ class ImageDataset(Dataset):
             DataError: the image is bad.
         """
         image, target = self.samples.load(index)
-        image, erasing = self.transform(image, self.samples.describe(index))
+        name = self.samples.describe(index)
+        if self.multi_label:
+            target = multi_hot(target, len(self.classes), name)
+        image, erasing = self.transform(image, name)
         return Sample(image, target, erasing, skipped=-1)

@@ -24,7 +24,7 @@ class Preprocess:
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in mean_and_std(config))
 
     def __call__(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, H, W), float32, and class indices (B,).
+        """Normalised images (B, C, H, W), float32, and targets, see `Sample`.
 
         Raises:
             DataError: normalised images have rectangles to be erased, which would not happen.

@@ -5,6 +5,7 @@ from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, Self
 
+import numpy as np
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
@@ -27,11 +28,13 @@ def register_dataset(name: str) -> Callable[[Callable], Callable]:
     """Make a dataset available as `DATA.DATASET name`.
 
     The decorated class or function is called with the config and `train` or `val`, and gives a dataset: `len(dataset)`
-    samples, of which `dataset[i]` is an image and the index of its class. The image is a PIL image, an array of uint8,
-    (H, W, 3) or (H, W), or the content of an image file. The dataset may have two attributes:
+    samples, of which `dataset[i]` is an image and the index of its class or, with `DATA.MULTI_LABEL`, what
+    `data.multi_label.multi_hot` takes. The image is a PIL image, an array of uint8, (H, W, 3) or (H, W), or the content
+    of an image file. The dataset may have three attributes:
 
     - `classes`: names of the classes. Otherwise, they are numbers.
     - `names`: a name for each sample. Checkpoints record a hash of them, so that no run resumes on other data.
+    - `targets`: the class index of each sample, which `DATA.SAMPLING` and `TRAIN.CLASS_WEIGHTS` need.
 
     Raises:
         ValueError: the name belongs to another dataset, or to a format.
@@ -48,13 +51,14 @@ class PythonDataset(Shareable):
         dataset: see `register_dataset`.
         where: what messages call the split.
         num_classes: number of classes, where the dataset does not name them.
+        multi_label: whether a sample may have several classes.
 
     Raises:
         PartError: it has no length, no samples, or not as many names as samples.
     """
 
-    def __init__(self, dataset: Dataset, where: str, num_classes: int):
-        self.dataset, self.where = dataset, where
+    def __init__(self, dataset: Dataset, where: str, num_classes: int, multi_label: bool = False):
+        self.dataset, self.where, self.is_multi_label = dataset, where, multi_label
         try:
             self.count = len(dataset)
         except (TypeError, NotImplementedError) as error:
@@ -84,13 +88,34 @@ class PythonDataset(Shareable):
             dataset = DATASETS[name](config, split)
         except OSError as error:
             raise DataError(f'dataset {where} cannot be opened: {first_line(error)}: give its --data-path') from error
-        return cls(dataset, where, config.MODEL.NUM_CLASSES)
+        return cls(dataset, where, config.MODEL.NUM_CLASSES, config.DATA.MULTI_LABEL)
 
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int) -> tuple[AnyImage, int]:
-        """The image of a sample, and the index of its class.
+    @property
+    def targets(self) -> np.ndarray | None:
+        """Class index of each sample, (N,), from the attribute `targets` of the dataset; None if it has none.
+
+        Raises:
+            PartError: they are not class indices, or not as many as samples.
+        """
+        targets = _list(self.dataset, 'targets', self.where)
+        if targets is None:
+            return None
+        try:
+            indices = np.array([operator.index(target) for target in targets], dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise PartError(f'`targets` of {self.where} are not class indices: give one for each sample') from error
+        if len(indices) != self.count or not ((indices >= 0) & (indices < len(self.classes))).all():
+            raise PartError(
+                f'`targets` of {self.where} are not {self.count} class indices from 0 to {len(self.classes) - 1}: give '
+                f'one for each sample'
+            )
+        return indices
+
+    def load(self, index: int) -> tuple[AnyImage, Any]:
+        """The image of a sample, and the index of its class; with several labels, whatever the dataset returns.
 
         Raises:
             DataError: the image cannot be read.
@@ -103,11 +128,14 @@ class PythonDataset(Shareable):
         if not isinstance(sample, tuple | list) or len(sample) != 2:
             raise PartError(f'{self.describe(index)} is {kind_of_value(sample)}: return (image, class index)')
         image, label = sample
+        if self.is_multi_label:
+            return image, label  # `ImageDataset` reads it
         try:
             target = operator.index(label)
         except (TypeError, ValueError) as error:
             raise PartError(
-                f'the class of {self.describe(index)} is {kind_of_value(label)}: return its index'
+                f'the class of {self.describe(index)} is {kind_of_value(label)}: return its index, or write '
+                f'DATA.MULTI_LABEL True for several classes'
             ) from error
         if not 0 <= target < len(self.classes):
             raise PartError(

@@ -5,24 +5,44 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
+# What a training loader asks a dataset for: (epoch, index), or (epoch, index, n) where the epoch has drawn the image n
+# times before
+SampleKey = tuple[int, ...]
 
-class TrainSampler(Sampler[tuple[int, int]]):
-    """An epoch's (epoch, index) pairs of one process: every world_size-th of one shuffled order, from `rank` on.
 
-    As in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its start until the
-    processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
+class TrainSampler(Sampler[SampleKey]):
+    """An epoch's keys of one process: every world_size-th of one shuffled order, from `rank` on.
+
+    By default, as in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its
+    start until the processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
+
+    An epoch has as many samples as there are images, also where images are drawn several times. With `repeats`, the
+    copies of an image follow one another, so consecutive processes have them, as in timm's `RepeatAugSampler`.
 
     Args:
         length: number of images.
         rank: this process's rank.
         world_size: number of processes.
         seed: the run's seed.
+        weights: of each image, (length,), its probability relative to the others': images are drawn with replacement.
+            None takes a permutation.
+        repeats: number of times in a row that an image is taken.
     """
 
-    def __init__(self, length: int, rank: int = 0, world_size: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        weights: Tensor | None = None,
+        repeats: int = 1,
+    ):
         self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
+        self.weights, self.repeats = weights, repeats
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -30,7 +50,12 @@ class TrainSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        self.order = torch.randperm(self.length, generator=generator, dtype=torch.int32)
+        if self.weights is None:
+            order = torch.randperm(self.length, generator=generator, dtype=torch.int32)
+        else:
+            draws = torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
+            order = draws.to(torch.int32)
+        self.order = order[torch.arange(self.length) // self.repeats]
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its order."""
@@ -50,15 +75,23 @@ class TrainSampler(Sampler[tuple[int, int]]):
             raise ValueError(f'it is within an epoch of {len(state["order"])} images, but there are {self.length} now')
         self.epoch, self.order, self.start = state['epoch'], state['order'], start
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[SampleKey]:
         total = len(self) * self.world_size
-        repeats = math.ceil(total / self.length)
-        order = self.order.repeat(repeats)[self.start + self.rank : total : self.world_size]
-        return ((self.epoch, index) for index in order.tolist())
+        extensions = math.ceil(total / self.length)
+        share = slice(self.start + self.rank, total, self.world_size)
+        indices, earlier = (x.repeat(extensions)[share].tolist() for x in (self.order, earlier_draws(self.order)))
+        return ((self.epoch, index, n) if n else (self.epoch, index) for index, n in zip(indices, earlier, strict=True))
 
     def __len__(self) -> int:
-        """Number of pairs in a whole epoch."""
+        """Number of keys in a whole epoch."""
         return math.ceil(self.length / self.world_size)
+
+
+def earlier_draws(order: Tensor) -> Tensor:
+    """How often each draw's image occurs before it in an order: (N,) from image indices (N,)."""
+    images, positions = order.sort(stable=True)
+    first = torch.searchsorted(images, images)  # where the draws of an image begin
+    return torch.empty_like(positions).scatter_(0, positions, torch.arange(len(order)) - first)
 
 
 class ShardSampler(Sampler[int]):

@@ -20,6 +20,7 @@ class Samples(Shareable, ABC):
         names: of the samples: `class/path/within/it.suffix` where the format knows it.
         notes: lines for the log, such as what was left out.
         where: the split, for errors.
+        is_multi_label: whether an image may have several classes, or none: see `labels`.
     """
 
     classes: list[str]
@@ -27,6 +28,7 @@ class Samples(Shareable, ABC):
     names: NameList
     notes: list[str]
     where: str
+    is_multi_label = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -44,13 +46,17 @@ class Samples(Shareable, ABC):
             DataError: it cannot be read.
         """
 
-    def load(self, index: int) -> tuple[bytes, int]:
-        """The sample's encoded image and its target.
+    def load(self, index: int) -> tuple[bytes, int | list[int]]:
+        """The sample's encoded image, and the index of its class or, where `is_multi_label`, those of its classes.
 
         Raises:
             DataError: it cannot be read.
         """
-        return self.read(index), int(self.targets[index])
+        return self.read(index), self.labels(index) if self.is_multi_label else int(self.targets[index])
+
+    def labels(self, index: int) -> list[int]:
+        """Class indices of a sample: one, or any number where `is_multi_label`; `targets` has the first, or -1."""
+        return [int(self.targets[index])]
 
     @abstractmethod
     def describe(self, index: int) -> str:

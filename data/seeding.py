@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.samplers import SampleKey
+
 
 @contextmanager
 def restored_states() -> Iterator[None]:
@@ -40,7 +42,8 @@ def _seed(entropy: Sequence[int]) -> None:
 class SeededDataset(Dataset):
     """A dataset whose random augmentation is a function of (seed, epoch, index), in whichever process.
 
-    Neither the number of loader processes nor an interruption of the run changes what the network sees.
+    Neither the number of loader processes nor an interruption of the run changes what the network sees. An image that
+    an epoch draws several times is augmented differently each time.
 
     Args:
         dataset: indexed by sample.
@@ -51,17 +54,17 @@ class SeededDataset(Dataset):
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        """The sample of an (epoch, index) pair of `TrainSampler`."""
+    def __getitem__(self, key: SampleKey) -> Any:
+        """The sample of a key of `TrainSampler`."""
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Any]:
         """The samples of a batch. States are restored once: copying NumPy's takes several times as long as seeding."""
         samples = []
         with restored_states():
-            for epoch, index in keys:
-                _seed((self.seed, epoch, index))
-                samples.append(self.dataset[index])
+            for key in keys:
+                _seed((self.seed, *key))
+                samples.append(self.dataset[key[1]])
         return samples
 
     def __len__(self) -> int:

@@ -82,6 +82,8 @@ PUBLISHED = {
     'TEST.CROP': True,
 }
 
+MULTI_LABEL = ['DATA.MULTI_LABEL', 'True', 'TRAIN.LOSS', 'bce', 'AUG.MIXUP', '0', 'AUG.CUTMIX', '0']
+
 
 def test_every_published_key_has_its_published_default(tmp_path):
     (tmp_path / 'default.yaml').write_text('TAG: default')
@@ -142,6 +144,13 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
         (['DISTILL.TEACHER', 'x.pth', 'DISTILL.WEIGHTS', 'y.pth'], 'x.pth: leave it out .* is DISTILL.WEIGHT'),
         (['DISTILL.TEACHER', 'x.pth', 'MODEL.NUM_CLASSES', '0'], 'MODEL.NUM_CLASSES is 0: write their number'),
         (['DISTILL.TEACHER', 'x.pth', 'DISTILL.CLASSES', '[cat]'], "the teacher's class of each of the 3 student"),
+        ([*MULTI_LABEL, 'DISTILL.TEACHER', 'x.pth'], 'DISTILL.TEACHER teaches one class per image'),
+        (['DATA.MULTI_LABEL', 'True'], 'DATA.MULTI_LABEL needs a loss of each class: write TRAIN.LOSS bce'),
+        (['DATA.MULTI_LABEL', 'True', 'TRAIN.LOSS', 'bce'], 'write AUG.MIXUP 0 AUG.CUTMIX 0'),
+        ([*MULTI_LABEL, 'DATA.SAMPLING', 'sqrt'], 'DATA.SAMPLING sqrt is for .* write DATA.SAMPLING uniform'),
+        ([*MULTI_LABEL, 'TRAIN.CLASS_WEIGHTS', 'sqrt'], 'TRAIN.CLASS_WEIGHTS sqrt is for .* TRAIN.CLASS_WEIGHTS none'),
+        (['TRAIN.LOSS', 'bce', 'TRAIN.BCE_THRESHOLD', '0'], 'targets are 0.033333 or 0.933333, both on one side'),
+        ([*MULTI_LABEL, 'TRAIN.BCE_THRESHOLD', '0.95'], 'targets are 0.05 or 0.95, both on one side'),
         (['DATA.IMG_SIZE', '1'], 'DATA.IMG_SIZE is 1: write at least MODEL.MSG.PATCH_SIZE, 2'),
     ],
 )

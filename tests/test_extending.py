@@ -61,7 +61,7 @@ def commands_with(text):
 
 def test_every_example_is_used():
     assert all(any(name in command for command in COMMANDS) for name in EXAMPLES)
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
 
 
 def test_an_exchange_in_one_file(folder):
@@ -94,7 +94,7 @@ def test_an_exchange_is_exported(folder):
 
 @pytest.mark.slow
 def test_other_parts_in_one_file_each(folder):
-    for name in ('my_transform', 'my_loss', 'my_dataset', 'my_tracker', 'ordinal'):
+    for name in ('my_transform', 'my_loss', 'my_dataset', 'my_labels', 'my_tracker', 'ordinal'):
         (command,) = commands_with(name)
         printed = run(command, folder)
         assert 'Training time' in printed, name
@@ -104,6 +104,7 @@ def test_other_parts_in_one_file_each(folder):
     epoch, accuracy = (output / 'tracked' / 'epochs.csv').read_text().strip().split(',')
     assert (epoch, 0 <= float(accuracy) <= 100) == ('0', True)
     assert ' * mean error ' in printed
+    assert ' * mAP ' in (output / 'properties' / 'log_rank0.txt').read_text()
 
 
 def test_a_run_with_all_parts_resumes_to_the_bit(folder, tmp_path):

@@ -51,12 +51,14 @@ def load(*arguments, cfg=TINY):
 
 def test_a_module_is_imported_before_the_config_is_read(tmp_path, monkeypatch):
     select = ['--opts', 'TRAIN.LOSS', 'mine']
-    with pytest.raises(ConfigError, match="is 'mine': write one of cross_entropy, or another name that a module of"):
+    with pytest.raises(ConfigError, match="is 'mine': write one of cross_entropy, bce, or another name that a"):
         load(*select)
     path = write(tmp_path / 'my_loss_a.py')
     config = load(*select, '--import', path)
     assert ('mine', [str(path)]) == (config.TRAIN.LOSS, config.IMPORT)
     assert isinstance(build_criterion(config), nn.CrossEntropyLoss)
+    with pytest.raises(ConfigError, match='TRAIN.CLASS_WEIGHTS sqrt is for cross_entropy and bce, and TRAIN.LOSS is'):
+        load(*select, 'TRAIN.CLASS_WEIGHTS', 'sqrt', '--import', path)
     monkeypatch.chdir(tmp_path)
     assert load('--import', 'my_loss_a.py', '--import', path, *select) == config  # once
     assert load('--import', 'my_loss_a', *select).IMPORT == ['my_loss_a']

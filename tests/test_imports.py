@@ -39,6 +39,7 @@ ALLOWED = {
     'engine': ('data.samplers', 'extensions', 'logger', 'text_files', 'trackers', 'utils'),
     'config': (
         'data.losses',
+        'data.mixup',
         'data.python_dataset',
         'data.transforms',
         'engine.config_keys',

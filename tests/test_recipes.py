@@ -3,9 +3,16 @@
 import pytest
 
 import main as program
+from tests.helpers.extensions import forgotten_modules
 from tests.helpers.processes import TORCHRUN, start
 from tests.helpers.recipes import RECIPES, options_of
 from tests.helpers.runs import differences, folder_of, last_checkpoint, log_of, one_thread, records
+
+
+@pytest.fixture(autouse=True)
+def without_modules():
+    with forgotten_modules():
+        yield
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

@@ -32,9 +32,9 @@ from tools.output_files import prepare_figure, save_figure
 from utils import UserError, exit_on_user_error, home_path, printable
 
 # Metrics of classifiers and detectors in metrics.jsonl, and the styles of their lines
-TITLES = {'acc1': 'Top-1 accuracy', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
+TITLES = {'acc1': 'Top-1 accuracy', 'map': 'Mean average precision', 'box_AP': 'Box AP', 'mask_AP': 'Mask AP'}
 MAX_TITLE, MAX_NAME = 110, 60  # characters of a run's name: alone, and in a legend
-STYLES = {'acc1': 'solid', 'box_AP': 'dashed', 'mask_AP': 'dotted'}
+STYLES = {'acc1': 'solid', 'map': 'solid', 'box_AP': 'dashed', 'mask_AP': 'dotted'}
 EPILOG = """
 example:
   python -m tools.plot --run output/msg_tiny_p4_win7_224/a output/msg_tiny_p4_win7_224/b --output curves.svg

@@ -76,7 +76,8 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
     for batch in images:
         classes: dict[int, tuple[list[int], list[float]]] = {}
         if batch.images is not None:
-            probabilities = model(preprocess.prepare(batch.images)).softmax(dim=1)  # (B, classes)
+            logits = model(preprocess.prepare(batch.images))  # (B, classes)
+            probabilities = logits.sigmoid() if config.DATA.MULTI_LABEL else logits.softmax(dim=1)
             if not probabilities.isfinite().all():
                 raise UserError('the outputs of the network are not finite: give the checkpoint of another epoch')
             values, indices = (x.tolist() for x in probabilities.topk(topk))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from data.samplers import ShardSampler, TrainSampler
 
@@ -37,3 +38,44 @@ def test_order_equals_distributed_sampler_from_any_start(length, world_size):
     assert len({len(shard) for shard in shards}) == 1
     assert {index for shard in shards for _, index in shard} == set(range(length))
     assert math.ceil(length / world_size) == len(shards[0])
+
+
+def test_repeats_follow_one_another_as_in_timm():
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            sampler = TrainSampler(12, rank, world_size, repeats=3)
+            theirs = RepeatAugSampler(range(12), world_size, rank, num_repeats=3)
+            for epoch in (0, 2):
+                sampler.set_epoch(epoch)
+                theirs.set_epoch(epoch)
+                assert [key[1] for key in sampler] == list(theirs)
+    keys = list(TrainSampler(12, repeats=3))
+    assert [key[2:] for key in keys] == [(), (1,), (2,)] * 4  # each copy has its own key, and so its own augmentation
+
+
+def test_weights_draw_classes_as_often_as_they_say():
+    targets = torch.tensor([0] * 900 + [1] * 100)
+    for weights, share in ((torch.tensor([1 / 900, 1 / 100]), 0.5), (torch.tensor([1 / 30, 1 / 10]), 0.25)):
+        sampler = TrainSampler(1000, weights=weights[targets].double())
+        drawn = []
+        for epoch in range(10):
+            sampler.set_epoch(epoch)
+            drawn += [targets[key[1]].item() for key in sampler]
+        assert sum(drawn) / len(drawn) == pytest.approx(share, abs=0.02)
+
+
+def test_draws_do_not_depend_on_the_ranks_or_on_where_an_epoch_starts():
+    weights = torch.rand(24, dtype=torch.float64)
+    whole = TrainSampler(24, seed=3, weights=weights, repeats=2)
+    keys = list(whole)
+    assert len({*keys}) == 24  # no key twice, though images are drawn several times
+    assert len({key[1] for key in keys}) < 12
+    for world_size in (2, 3):
+        samplers = [
+            TrainSampler(24, rank, world_size, seed=3, weights=weights, repeats=2) for rank in range(world_size)
+        ]
+        assert [key for step in zip(*samplers, strict=True) for key in step] == keys
+        for sampler in samplers:
+            sampler.set_epoch(7)
+            sampler.load_state_dict(whole.state_dict(), start=12)
+        assert [key for step in zip(*samplers, strict=True) for key in step] == keys[12:]

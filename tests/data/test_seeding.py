@@ -70,6 +70,9 @@ def test_samples_of_a_batch_do_not_depend_on_one_another():
     before = random_states(CPU)
     assert dataset.__getitems__([(7, 4), (7, 1), (7, 1)]) == expected == [dataset[7, index] for index in (4, 1, 1)]
     assert is_identical(before, random_states(CPU))
+    copies = dataset.__getitems__([(7, 1), (7, 1, 1), (7, 1, 2)])  # an image that the epoch draws three times
+    assert copies[0] == expected[1]
+    assert len({copy[1:] for copy in copies}) == 3
 
 
 def test_random_states_round_trip():

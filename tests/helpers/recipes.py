@@ -7,10 +7,21 @@ As a program, this file trains all of them, for one process of any launcher:
 
 import os
 import sys
+from pathlib import Path
 
 # Name of the recipe: options of `tiny_config`, in addition to `COMMON`
 RECIPES = {
     'published': {},
+    'bce': {'TRAIN__LOSS': 'bce', 'TRAIN__BCE_THRESHOLD': '0.2', 'TRAIN__CLASS_WEIGHTS': 'sqrt', 'AUG__REPEATS': '3'},
+    'balanced': {'DATA__SAMPLING': 'balanced', 'TRAIN__CLASS_WEIGHTS': 'balanced', 'AUG__REPEATS': '2'},
+    'multi_label': {
+        'IMPORT': str(Path(__file__).with_name('several_labels.py')),
+        'DATA__DATASET': 'several_labels',
+        'DATA__MULTI_LABEL': 'True',
+        'TRAIN__LOSS': 'bce',
+        'AUG__MIXUP': '0',
+        'AUG__CUTMIX': '0',
+    },
     'sgd': {'TRAIN__OPTIMIZER__NAME': 'sgd', 'TRAIN__LR_SCHEDULER__NAME': 'linear', 'TRAIN__ACCUMULATION_STEPS': '2'},
     'distilled': {
         'DISTILL__TEACHER': 'timm:msg_transformer_nano',

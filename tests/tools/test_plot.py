@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.damage import damaged_metrics
-from tools.plot import PlotError, main, moving_average, plot, plot_losses, read_run, read_runs, short_names
+from tools.plot import STYLES, PlotError, main, moving_average, plot, plot_losses, read_run, read_runs, short_names
 
 STEPS = 10  # updates per epoch
 
@@ -83,7 +83,7 @@ def test_runs_of_other_tasks_and_lengths_share_a_page(tmp_path, monkeypatch, cap
     assert len(set(colors)) == 3
     drawn = [(line.get_color(), len(line.get_xdata())) for line in accuracy.lines if len(line.get_xdata())]
     assert drawn == [(colors[0], 2), (colors[1], 1), (colors[2], 3), (colors[2], 3)]
-    assert accuracy.lines[3].get_marker() == 'o'  # of a single point
+    assert accuracy.lines[len(STYLES)].get_marker() == 'o'  # of a single point
     assert accuracy.get_title() == 'Top-1 accuracy, Box AP, Mask AP'
     assert texts(accuracy.get_legend()) == ['Top-1 accuracy', 'Box AP', 'Mask AP']
     assert loss.lines[3].get_xdata() == pytest.approx([0.05, 0.3, 0.55, 0.8])  # 20 updates per epoch

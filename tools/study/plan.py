@@ -76,8 +76,12 @@ class Study:
 
         Raises:
             ConfigError: it cannot work.
+            StudyError: it has another metric than the study's task.
         """
-        return self.task.tree.load(self.cfg_file, self.options(variant, seed, opts))
+        config = self.task.tree.load(self.cfg_file, self.options(variant, seed, opts))
+        if config.DATA.get('MULTI_LABEL'):
+            raise StudyError(f'variant {variant}: studies compare {self.metric_name}: write DATA.MULTI_LABEL False')
+        return config
 
     def select_variants(self, names: Sequence[str] | None) -> list[str]:
         """The variants of these names, or all.
