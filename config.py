@@ -300,7 +300,8 @@ _C.COMPILE_MODE = Key(
 _C.DATA.DATASET = Key(
     'imagenet',
     'Format of DATA_PATH: imagenet, a tree of class folders; shards, of tools.pack_dataset; zip, <split>.zip with '
-    '<split>_map.txt; huggingface, a saved DatasetDict; or a dataset of your own',
+    '<split>_map.txt; table, images and labels in a CSV or Parquet file; webdataset, tars with .cls or .json; '
+    'huggingface, a saved DatasetDict; or a dataset of your own (docs/data.md)',
     choices=DATASET_NAMES,
     affects='nothing',
 )

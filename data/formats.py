@@ -9,12 +9,16 @@ from data.image_folder import ClassFolders
 from data.images import DataError
 from data.samples import Samples
 from data.shards import INDEX, Shards
+from data.table import Table, find_table
+from data.webdataset import WebDataset, find_tars
 from data.zip_archive import ZipArchive
 
 FORMATS: dict[str, type[Samples]] = {
     'imagenet': ClassFolders,
     'shards': Shards,
     'zip': ZipArchive,
+    'table': Table,
+    'webdataset': WebDataset,
     'huggingface': HuggingFaceDataset,
 }
 
@@ -48,7 +52,11 @@ def find_format(folder: Path) -> str:
         return 'shards'
     if any(ClassFolders.find_classes(folder, split) for split in splits):  # whatever lies beside them
         return 'imagenet'
-    return 'zip' if any(os.path.isfile(folder / f'{split}_map.txt') for split in splits) else 'imagenet'
+    if any(os.path.isfile(folder / f'{split}_map.txt') for split in splits):
+        return 'zip'
+    if any(find_table(folder, split) for split in splits):
+        return 'table'
+    return 'webdataset' if any(find_tars(folder, split) for split in splits) else 'imagenet'
 
 
 def check_same_classes(name: str, folder: Path) -> None:

@@ -9,10 +9,7 @@ import numpy as np
 
 from data.images import DataError, check_image_bytes, open_regular, read_error, read_file
 from data.packed_lists import NameList
-from data.samples import Samples, same_letters
-
-# What Hugging Face's datasets call the split for evaluation.
-_SPLITS = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}
+from data.samples import SPLIT_NAMES, Samples, same_letters
 
 
 class HuggingFaceDataset(Samples):
@@ -32,9 +29,9 @@ class HuggingFaceDataset(Samples):
         self.folder, self.where = folder, f'{folder} ({split})'
         self.rows = _open(folder, split)
         if self.rows is None:
-            raise DataError(f'{folder} has no split {" or ".join(_SPLITS[split])}')
-        self._image, self._label = _find_columns(self.rows.features, self.where)
-        self.classes, self.notes = _class_names(self.rows, self._label), []
+            raise DataError(f'{folder} has no split {" or ".join(SPLIT_NAMES[split])}')
+        self._image, self._label = find_columns(self.rows.features, self.where)
+        self.classes, self.notes = class_names(self.rows.features, self._label), []
         try:
             labels = self.rows.data.column(self._label).fill_null(-1)
             self.targets = np.asarray(labels, dtype=np.int32)
@@ -50,7 +47,7 @@ class HuggingFaceDataset(Samples):
     def find_classes(folder: Path, split: str) -> list[str]:
         """Names of the classes; empty if there is no such split."""
         rows = _open(folder, split)
-        return [] if rows is None else _class_names(rows, _find_columns(rows.features, str(folder))[1])
+        return [] if rows is None else class_names(rows.features, find_columns(rows.features, str(folder))[1])
 
     def read(self, index: int) -> bytes:
         """The image, or the file in the dataset's folder that its row names."""
@@ -93,7 +90,7 @@ def _open(folder: Path, split: str) -> Any:
         raise DataError('DATA.DATASET huggingface needs the package datasets: pip install datasets') from error
     if not os.path.isfile(folder / 'dataset_dict.json'):
         raise DataError(f'{folder} has no dataset_dict.json: give the folder that DatasetDict.save_to_disk has written')
-    name = next((name for name in _SPLITS[split] if os.path.isdir(folder / name)), None)
+    name = next((name for name in SPLIT_NAMES[split] if os.path.isdir(folder / name)), None)
     if name is None:
         return None
     try:
@@ -118,15 +115,15 @@ def _check_parts(folder: Path) -> None:
             raise ValueError(f'{name} is not a file in its folder')
 
 
-def _class_names(rows: Any, label: str) -> list[str]:
+def class_names(features: Any, label: str) -> list[str]:
     """Names of the classes of a split's column of labels."""
-    names = rows.features[label].names
+    names = features[label].names
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f'the column {label} has no names of classes: save the dataset again with them')
     return [same_letters(name) for name in names]
 
 
-def _find_columns(features: Any, where: str) -> tuple[str, str]:
+def find_columns(features: Any, where: str) -> tuple[str, str]:
     """Names of the columns of images and of class labels."""
     found = []
     for kind in ('Image', 'ClassLabel'):

@@ -2,7 +2,7 @@
 
 import operator
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data.formats import FORMATS
+from data.huggingface import class_names, find_columns
 from data.images import AnyImage, DataError, PartError, kind_of_value, read_error
 from data.packed_lists import NameList
 from data.samples import same_letters
@@ -30,7 +31,8 @@ def register_dataset(name: str) -> Callable[[Callable], Callable]:
     The decorated class or function is called with the config and `train` or `val`, and gives a dataset: `len(dataset)`
     samples, of which `dataset[i]` is an image and the index of its class or, with `DATA.MULTI_LABEL`, what
     `data.multi_label.multi_hot` takes. The image is a PIL image, an array of uint8, (H, W, 3) or (H, W), or the content
-    of an image file. The dataset may have three attributes:
+    of an image file. A `datasets.Dataset` of Hugging Face with one column of images and one of class labels is one,
+    too. The dataset may have three attributes:
 
     - `classes`: names of the classes. Otherwise, they are numbers.
     - `names`: a name for each sample. Checkpoints record a hash of them, so that no run resumes on other data.
@@ -59,6 +61,8 @@ class PythonDataset(Shareable):
 
     def __init__(self, dataset: Dataset, where: str, num_classes: int, multi_label: bool = False):
         self.dataset, self.where, self.is_multi_label = dataset, where, multi_label
+        if isinstance(dataset, Mapping):
+            raise PartError(f'{where} is {kind_of_value(dataset)} of splits: return the dataset of one split')
         try:
             self.count = len(dataset)
         except (TypeError, NotImplementedError) as error:
@@ -66,6 +70,10 @@ class PythonDataset(Shareable):
         if self.count == 0:
             raise PartError(f'{where} is empty: give a dataset with samples')
         classes, names = _list(dataset, 'classes', where), _list(dataset, 'names', where)
+        self._columns = ()
+        if type(dataset).__module__.startswith('datasets.'):  # of Hugging Face: a sample is a row, by column
+            self._columns = find_columns(dataset.features, where)
+            classes = classes or class_names(dataset.features, self._columns[1])
         self.classes = [same_letters(str(name)) for name in (range(num_classes) if classes is None else classes)]
         self.notes = []
         if names is None:
@@ -125,6 +133,8 @@ class PythonDataset(Shareable):
             sample = self.dataset[index]
         except OSError as error:
             raise read_error(f'image {self.describe(index)}', error, 'replace or remove it') from error
+        if self._columns and isinstance(sample, Mapping):
+            sample = tuple(sample[name] for name in self._columns)
         if not isinstance(sample, tuple | list) or len(sample) != 2:
             raise PartError(f'{self.describe(index)} is {kind_of_value(sample)}: return (image, class index)')
         image, label = sample

@@ -2,6 +2,7 @@
 
 import unicodedata
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from data.packed_lists import NameList
 from data.sharing import Shareable
+
+# What the splits of a dataset may be called in formats of others, where `val` has many names
+SPLIT_NAMES = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}
 
 
 class Samples(Shareable, ABC):
@@ -75,6 +79,33 @@ class Samples(Shareable, ABC):
     def describe_empty(self, name: str) -> str:
         """What is wrong, in words, with a class without samples."""
         return f'class {self.where}/{name} holds no images: add some or remove it'
+
+
+class LabelList:
+    """Class labels of samples, as a format lists them; numbers are given to them at the end."""
+
+    def __init__(self) -> None:
+        self._positions: dict[str, int] = {}
+        self._numbers = array('i')
+
+    def append(self, label: str) -> None:
+        """Add the label of the next sample."""
+        self._numbers.append(self._positions.setdefault(label, len(self._positions)))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def number(self) -> tuple[list[str], np.ndarray]:
+        """Number the distinct labels: in the order of letters or, where all are numbers, of the numbers.
+
+        Returns:
+            The distinct labels, in order; and the index of each sample's label among them, (N,) int32.
+        """
+        labels = list(self._positions)
+        is_numeric = all(label.isascii() and label.isdigit() for label in labels)
+        ordered = sorted(labels, key=lambda label: (len(label), label) if is_numeric else label)
+        ranks = {label: rank for rank, label in enumerate(ordered)}
+        return ordered, np.array([ranks[label] for label in labels], np.int32)[np.frombuffer(self._numbers, np.int32)]
 
 
 def same_letters(name: str) -> str:

@@ -10,13 +10,14 @@ A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. Of sample
 
 import hashlib
 import os
+from abc import abstractmethod
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.images import MAX_IMAGE_BYTES, DataError, open_regular, read_error
+from data.images import MAX_IMAGE_BYTES, DataError, check_image_bytes, open_regular, read_error
 from data.packed_lists import NameList
 from data.samples import Samples, leads_out, same_letters
 from text_files import read_json
@@ -33,57 +34,38 @@ _MAX_INDEX_BYTES = 32 << 20  # of index.json, which has 150 bytes for each shard
 SAMPLE = np.dtype([('offset', '<i8'), ('bytes', '<i8'), ('target', '<i4'), ('name_end', '<i8')])
 
 
-class Shards(Samples):
-    """The samples of `folder/split/`, written by `tools.pack_dataset`.
+class TarSamples(Samples):
+    """Samples that are members of tars, each read at its offset.
 
-    Args:
-        folder: of the dataset.
-        split: `train` or `val`.
-
-    Raises:
-        DataError: there is no index, or one that cannot be read.
+    Attributes:
+        remedy: of an image that cannot be read.
     """
 
-    def __init__(self, folder: Path, split: str):
-        self.root = folder / split
-        self.where = str(self.root)
-        index = read_index(self.root)
-        if index is None:
-            raise DataError(f'{self.root} has no {INDEX}: make shards with python -m tools.pack_dataset')
-        self.classes, self.notes = index['classes'], []
-        self._starts = np.array([shard['first_sample'] for shard in index['shards']], np.int64)
-        table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
-        if problem := _find_problem(index, table, text):
-            raise DataError(f'{self.root / SAMPLES} cannot be read ({problem}): {_remedy(self.root)}')
-        self._offsets, self._sizes = np.ascontiguousarray(table['offset']), np.ascontiguousarray(table['bytes'])
-        self.targets = np.ascontiguousarray(table['target'])
-        self.names = NameList(np.asarray(text), np.ascontiguousarray(table['name_end']))
-        if odd := _odd_name(self.names):
-            raise DataError(f'{self.root / NAMES} names {odd!r}, which leads out of its folder: {_remedy(self.root)}')
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+    remedy: str
+    _starts: np.ndarray  # index of the first sample of each tar, (tars,)
+    _offsets: np.ndarray  # of each image in its tar, and its number of bytes, (N,)
+    _sizes: np.ndarray
+    _files: OrderedDict[str, BinaryIO]
 
-    @staticmethod
-    def find_classes(folder: Path, split: str) -> list[str]:
-        """Names of the classes; empty if the split has no index."""
-        index = read_index(folder / split)
-        return index['classes'] if index else []
+    @abstractmethod
+    def tar_path(self, number: int) -> Path:
+        """The path of a tar by its number."""
 
     def shard(self, index: int) -> Path:
         """The tar that holds a sample."""
-        return self.root / shard_name(int(np.searchsorted(self._starts, index, side='right')) - 1)
+        return self.tar_path(int(np.searchsorted(self._starts, index, side='right')) - 1)
 
     def read(self, index: int) -> bytes:
         """The image, by one read at its offset, which leaves the shard's other readers alone."""
         path = str(self.shard(index))
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:
+            check_image_bytes(size)
             data = os.pread(self._open(path).fileno(), size, offset)
-        except OSError as error:
-            raise read_error(f'image {self.describe(index)}', error, _remedy(self.root)) from error
+        except (OSError, ValueError) as error:
+            raise read_error(f'image {self.describe(index)}', error, self.remedy) from error
         if len(data) < size:
-            raise DataError(
-                f'image {self.describe(index)} is cut short ({len(data)} of {size} bytes): {_remedy(self.root)}'
-            )
+            raise DataError(f'image {self.describe(index)} is cut short ({len(data)} of {size} bytes): {self.remedy}')
         return data
 
     def _open(self, path: str) -> BinaryIO:
@@ -101,6 +83,46 @@ class Shards(Samples):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {'_files': OrderedDict()}
+
+
+class Shards(TarSamples):
+    """The samples of `folder/split/`, written by `tools.pack_dataset`.
+
+    Args:
+        folder: of the dataset.
+        split: `train` or `val`.
+
+    Raises:
+        DataError: there is no index, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.root = folder / split
+        self.where, self.remedy = str(self.root), _remedy(self.root)
+        index = read_index(self.root)
+        if index is None:
+            raise DataError(f'{self.root} has no {INDEX}: make shards with python -m tools.pack_dataset')
+        self.classes, self.notes = index['classes'], []
+        self._starts = np.array([shard['first_sample'] for shard in index['shards']], np.int64)
+        table, text = (_load_table(self.root / name, index['tables']) for name in (SAMPLES, NAMES))
+        if problem := _find_problem(index, table, text):
+            raise DataError(f'{self.root / SAMPLES} cannot be read ({problem}): {_remedy(self.root)}')
+        self._offsets, self._sizes = np.ascontiguousarray(table['offset']), np.ascontiguousarray(table['bytes'])
+        self.targets = np.ascontiguousarray(table['target'])
+        self.names = NameList(np.asarray(text), np.ascontiguousarray(table['name_end']))
+        if odd := odd_name(self.names):
+            raise DataError(f'{self.root / NAMES} names {odd!r}, which leads out of its folder: {_remedy(self.root)}')
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+
+    @staticmethod
+    def find_classes(folder: Path, split: str) -> list[str]:
+        """Names of the classes; empty if the split has no index."""
+        index = read_index(folder / split)
+        return index['classes'] if index else []
+
+    def tar_path(self, number: int) -> Path:
+        """The path of a shard."""
+        return self.root / shard_name(number)
 
 
 def shard_name(number: int) -> str:
@@ -169,7 +191,7 @@ def _find_problem(index: dict[str, Any], table: np.ndarray, text: np.ndarray) ->
     return None
 
 
-def _odd_name(names: NameList) -> str | None:
+def odd_name(names: NameList) -> str | None:
     """A name that leads out of its folder, or None."""
     if b'..' not in names.content.tobytes():
         return None

@@ -1,13 +1,18 @@
 """The published transforms: timm's augmentation for training, a resize and crop for evaluation."""
 
+import random
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 from yacs.config import CfgNode
 
 from data.dataset import NO_ERASING
@@ -83,10 +88,11 @@ TRANSFORMS = Registry('transform', none=lambda config: None)
 def register_transform(name: str) -> Callable[[Callable], Callable]:
     """Make a transform of training images available as `AUG.TRANSFORM name`.
 
-    The decorated class or function is called with the config and gives a function of an image, an array of uint8,
-    (H, W, 3) or (H, W), that returns such an array. It is called after crop, flip and `AUG.AUTO_AUGMENT`, before random
-    erasing. Numbers that it draws from `random`, `numpy.random` or `torch` depend on the seed, the epoch and the index
-    of the image alone.
+    The decorated class or function is called with the config and gives a transform: one of albumentations, one of
+    torchvision for tensors of uint8, or a function of an image, an array of uint8, (H, W, 3) or (H, W), that returns
+    such an array. It is called after crop, flip and `AUG.AUTO_AUGMENT`, before random erasing. Numbers that it draws
+    from `random`, `numpy.random` or `torch` depend on the seed, the epoch and the index of the image alone, as do those
+    that albumentations draws.
 
     Raises:
         ValueError: the name belongs to another transform.
@@ -103,7 +109,7 @@ class UserTransform:
 
     def __init__(self, config: CfgNode):
         self.name = config.AUG.TRANSFORM
-        self.transform = TRANSFORMS[self.name](config)
+        self.transform = _on_arrays(TRANSFORMS[self.name](config))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """The transformed image, (H, W, 3) or (H, W), uint8.
@@ -124,6 +130,62 @@ class UserTransform:
     def on_image(self, image: Image.Image) -> Image.Image:
         """The transformed PIL image."""
         return image if self.transform is None else Image.fromarray(self(np.array(image)))
+
+
+def _on_arrays(transform: Any) -> Callable[[np.ndarray], Any] | None:
+    """A transform as a function of an array.
+
+    Raises:
+        PartError: see `AlbumentationsTransform`.
+    """
+    albumentations = sys.modules.get('albumentations')  # which is imported where the transform is of it
+    if albumentations and isinstance(transform, albumentations.BasicTransform | albumentations.BaseCompose):
+        return AlbumentationsTransform(transform)
+    is_torchvision = isinstance(transform, v2.Transform) or type(transform).__module__.startswith('torchvision.')
+    return TensorTransform(transform) if is_torchvision else transform
+
+
+class AlbumentationsTransform:
+    """A transform of albumentations as a function of an array.
+
+    albumentations has its own random generators, which only `set_random_state` seeds. Before each image, they are
+    seeded by a number of `torch`, which depends on the run's seed, the epoch and the index of the image.
+
+    Args:
+        transform: one, or a composition of several.
+
+    Raises:
+        PartError: it is from a release before the generators.
+    """
+
+    def __init__(self, transform: Any):
+        if not hasattr(transform, 'set_random_state'):
+            raise PartError('AUG.TRANSFORM needs a newer release: pip install "albumentations>=2"')
+        self.transform = transform
+
+    def __call__(self, pixels: np.ndarray) -> Any:
+        """What it gives for an image (H, W, 3) or (H, W)."""
+        seed = int(torch.randint(2**62, ()))
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return self.transform(image=pixels)['image']
+
+
+class TensorTransform:
+    """A transform of tensors (C, H, W), such as one of torchvision, as a function of an array.
+
+    Args:
+        transform: its result has to be of uint8, too.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Tensor]):
+        self.transform = transform
+
+    def __call__(self, pixels: np.ndarray) -> Any:
+        """What it gives for an image (H, W, 3) or (H, W)."""
+        result = self.transform(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
+        if not isinstance(result, Tensor) or result.ndim != 3:
+            return result
+        return result.permute(1, 2, 0).reshape(*result.shape[1:], *pixels.shape[2:]).numpy()
 
 
 class PublishedTransform:

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ import torch
 from config import load_config
 from tests.helpers.images import write_images
 from tests.helpers.paths import TINY
+
+os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'  # otherwise, importing albumentations asks PyPI for its latest version
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,11 @@ import platform
 import shutil
 import zipfile
 
+import pyarrow
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
 from config import load_config
 from data.formats import open_samples
@@ -32,7 +34,7 @@ from main import TASK
 from models import build_model
 from tests.helpers.bad_files import COUNT, VALUES, assert_bad_files_are_told, bad_files, damaged_files
 from tests.helpers.coco_data import read_tree, write_coco
-from tests.helpers.datasets import as_huggingface, as_shards, as_zip
+from tests.helpers.datasets import as_huggingface, as_shards, as_table, as_webdataset, as_zip
 from tests.helpers.exports import voc_object, write_voc, write_yolo
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
@@ -191,6 +193,25 @@ def test_zip_files(small_tree, tmp_path, name, compression):
     path = as_zip(small_tree, tmp_path / 'zip', compression) / name
     contents = damaged_files(path.read_bytes())
     assert assert_bad_files_are_told(lambda: read_all('zip', tmp_path / 'zip'), contents, path) > 50
+
+
+@pytest.mark.parametrize('name', ['train.csv', 'train.parquet'])
+def test_tables(small_tree, tmp_path, name):
+    folder = as_table(small_tree, tmp_path / 'table')
+    if name == 'train.parquet':
+        rows = [line.split(',') for line in (folder / 'train.csv').read_text().splitlines()[1:]]
+        columns = dict(zip(('path', 'label'), map(list, zip(*rows, strict=True)), strict=True))
+        parquet.write_table(pyarrow.table(columns), folder / name)
+        (folder / 'train.csv').unlink()
+    contents = damaged_files((folder / name).read_bytes())
+    assert assert_bad_files_are_told(lambda: read_all('table', folder), contents, folder / name) > 50
+
+
+def test_webdataset_tars(small_tree, tmp_path):
+    folder = as_webdataset(small_tree, tmp_path / 'tars', label='.json')
+    (path,) = folder.glob('*train*.tar')
+    contents = damaged_files(path.read_bytes())
+    assert assert_bad_files_are_told(lambda: read_all('webdataset', folder), contents, path) > 50
 
 
 def test_saved_datasets(small_tree, tmp_path):

@@ -94,7 +94,15 @@ def test_an_exchange_is_exported(folder):
 
 @pytest.mark.slow
 def test_other_parts_in_one_file_each(folder):
-    for name in ('my_transform', 'my_loss', 'my_dataset', 'my_labels', 'my_tracker', 'ordinal'):
+    for name in (
+        'my_transform',
+        'my_albumentations',
+        'my_loss',
+        'my_dataset',
+        'my_labels',
+        'my_tracker',
+        'ordinal',
+    ):
         (command,) = commands_with(name)
         printed = run(command, folder)
         assert 'Training time' in printed, name

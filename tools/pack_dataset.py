@@ -2,7 +2,8 @@
 
     python -m tools.pack_dataset <imagenet> <shards>
 
-SOURCE may have any format that DATA.DATASET knows: class folders, Swin's zip layout, a saved Hugging Face DatasetDict.
+SOURCE may have any format of docs/data.md: class folders, a CSV or Parquet file of labels, WebDataset tars, Swin's zip
+layout, a saved Hugging Face DatasetDict.
 An interrupted run goes on where it stopped; the same command on complete shards verifies their checksums.
 """
 
@@ -28,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.formats import FORMATS, find_format, open_samples
-from data.images import DataError, is_image_file, read_error
+from data.images import IMAGE_FORMATS, DataError, is_image_file, read_error
 from data.samples import Samples
 from data.shards import FORMAT, INDEX, NAMES, SAMPLE, SAMPLES, Shards, read_index, sha256_of, shard_name
 from text_files import read_json
@@ -207,8 +208,13 @@ def _write_shard(samples: Samples, indices: range, path: Path, fingerprint: str)
 
 
 def _member_suffix(name: str) -> str:
-    """The suffix of a sample's image in a shard: that of its file if it is one of an image, else `.img`."""
+    """The suffix of a sample's image in a shard: that of its file if it is one of an image, else `.img`.
+
+    All suffixes of JPEG files become `.jpg`: other readers of WebDataset, such as timm's, look for that one.
+    """
     suffix = Path(name).suffix.lower()
+    if suffix in IMAGE_FORMATS['JPEG']:
+        return '.jpg'
     return suffix if is_image_file(suffix) else '.img'
 
 
@@ -256,6 +262,10 @@ def main() -> None:
             raise DataError(f'{args.target} is the source: give another TARGET')
         for split in splits:
             samples = open_samples(name, args.source, split)
+            if samples.is_multi_label:
+                raise DataError(
+                    f'{samples.where} has images of several classes, and a shard has one for each: train on it directly'
+                )
             for note in samples.notes:
                 print(printable(f'{split}: {note}'), file=sys.stderr)
             shards = pack_split(samples, args.target / split, args.samples_per_shard, split)

@@ -1,6 +1,7 @@
 """Datasets that users write: forms of images, classes, names, errors, worker processes; transforms of users."""
 
 import io
+import pickle
 import random
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from data import DataError
 from data.build import build_eval_loader, build_loaders, open_dataset
 from data.images import PartError
 from data.python_dataset import PythonDataset, register_dataset
-from data.transforms import register_transform
+from data.seeding import SeededDataset
+from data.transforms import UserTransform, register_transform
 from engine.experiment import describe_samples
+from extensions import import_modules
 from tests.helpers.extensions import forgotten_modules
 from tests.helpers.images import noise
 from tests.helpers.paths import TINY
+from tests.helpers.recipes import LIBRARY_TRANSFORMS
 
 
 def encode(image):
@@ -100,6 +104,66 @@ def test_worker_processes_and_a_transform_give_what_this_process_gives():
     before, after = (torch.cat([batch.image for batch in batches]) for batches in (plain, both[0]))
     inverted = [torch.equal(255 - one, two) for one, two in zip(before, after, strict=True)]
     assert 0 < sum(inverted) < len(inverted)
+
+
+@pytest.mark.parametrize('pipeline', ['fast', 'published'])
+@pytest.mark.parametrize('name', ['mixed', 'jitter'])
+def test_transforms_of_libraries_depend_on_seed_epoch_and_index_alone(name, pipeline):
+    import_modules([LIBRARY_TRANSFORMS])
+    options = 'AUG.TRANSFORM', name, 'AUG.AUTO_AUGMENT', 'none', 'AUG.REPROB', '0', 'DATA.PIPELINE', pipeline
+    dataset = open_dataset(config_of(*options), 'train')
+    images = []
+    for epoch, seed in ((1, 0), (2, 0), (1, 1)):
+        samples = SeededDataset(dataset, seed)
+        forwards = [samples[epoch, index].image for index in range(6)]
+        in_a_worker = SeededDataset(pickle.loads(pickle.dumps(dataset)), seed)
+        backwards = [in_a_worker[epoch, index].image for index in reversed(range(6))][::-1]
+        assert all(map(torch.equal, forwards, backwards))
+        images.append(torch.stack(forwards))
+    assert len({image.numpy().tobytes() for group in images for image in group}) == 18
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_transforms_of_libraries():
+    import_modules([LIBRARY_TRANSFORMS])
+    both = []
+    for workers in ('0', '1'):
+        train, _ = build_loaders(config_of('DATA.NUM_WORKERS', workers, 'AUG.TRANSFORM', 'mixed'))
+        train.sampler.set_epoch(2)
+        both.append(torch.cat([batch.image for batch in train]))
+    assert torch.equal(*both)
+
+
+def test_transforms_of_libraries_get_colour_and_grey_images():
+    import_modules([LIBRARY_TRANSFORMS])
+    colour = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    for pixels in (colour, colour[..., 0]):
+        flipped = UserTransform(config_of('AUG.TRANSFORM', 'flip'))(pixels)
+        assert np.array_equal(flipped, pixels[:, ::-1])
+        for name in ('mixed', 'jitter'):
+            assert UserTransform(config_of('AUG.TRANSFORM', name))(pixels).shape == pixels.shape
+    with pytest.raises(PartError, match=r'AUG.TRANSFORM to_float returns a ndarray, float32, \(8, 8, 3\) for an image'):
+        UserTransform(config_of('AUG.TRANSFORM', 'to_float'))(colour)
+
+
+def test_datasets_of_torchvision_and_hugging_face():
+    import datasets
+    from torchvision.datasets import FakeData
+
+    images, labels = [noise(8, 8)] * 6, [0, 1, 2] * 2
+    features = datasets.Features({'img': datasets.Image(), 'y': datasets.ClassLabel(names=['a', 'b', 'c'])})
+    register_dataset('hub')(lambda config, split: datasets.Dataset.from_dict({'img': images, 'y': labels}, features))
+    register_dataset('fake')(lambda config, split: FakeData(6, (3, 8, 8), num_classes=3))
+    for name, classes in (('hub', ['a', 'b', 'c']), ('fake', ['0', '1', '2'])):
+        dataset = open_dataset(config_of('DATA.DATASET', name), 'val')
+        assert dataset.classes == classes
+        assert dataset[1].image.dtype == torch.uint8
+    assert open_dataset(config_of('DATA.DATASET', 'hub'), 'val')[4].target == 1
+    rows = datasets.Dataset.from_dict({'img': images, 'y': labels})  # of plain numbers
+    with pytest.raises(PartError, match='mine is a DatasetDict of splits: return the dataset of one split'):
+        PythonDataset(datasets.DatasetDict(train=rows), 'mine', 3)
+    with pytest.raises(DataError, match=r'mine has 0 columns of type ClassLabel, not one: keep one of'):
+        PythonDataset(rows.cast_column('img', datasets.Image()), 'mine', 3)
 
 
 def test_what_cannot_be_sent_to_worker_processes_is_told(recwarn):

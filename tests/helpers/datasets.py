@@ -1,7 +1,11 @@
 """Datasets for tests in every format, made from a tree of class folders; good, odd and bad images."""
 
 import io
+import json
+import os
+import shutil
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -51,7 +55,37 @@ def as_huggingface(tree, target):
     return target
 
 
+def as_table(tree, target, header='path,label'):
+    """Copy a tree, with a CSV file for each split."""
+    shutil.copytree(tree, target)
+    for split in SPLITS:
+        names = ClassFolders(tree, split).names
+        lines = [header, *(f'{split}/{name},{name.partition("/")[0]}' for name in names)]
+        (target / f'{split}.csv').write_text('\n'.join(lines), encoding='utf-8')
+    return target
+
+
+def as_webdataset(tree, target, label='.cls', samples_per_tar=10):
+    """Write a tree as tars beside each other, with labels as class indices, or as names in .json."""
+    target.mkdir()
+    for split in SPLITS:
+        samples = ClassFolders(tree, split)
+        for start in range(0, len(samples), samples_per_tar):
+            with tarfile.open(target / f'digits-{split}-{start:04d}.tar', 'w') as tar:
+                for i in range(start, min(start + samples_per_tar, len(samples))):
+                    key, suffix = os.path.splitext(samples.names[i])
+                    number = samples.targets[i]
+                    text = str(number) if label == '.cls' else json.dumps({'label': samples.classes[number]})
+                    for name, content in ((key + suffix, samples.read(i)), (key + label, text.encode())):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        (target / 'classnames.txt').write_text('\n'.join(samples.classes), encoding='utf-8')
+    return target
+
+
 WRITERS = {'imagenet': lambda tree, target: tree, 'shards': as_shards, 'zip': as_zip, 'huggingface': as_huggingface}
+WRITERS |= {'table': as_table, 'webdataset': as_webdataset}
 
 
 def samples_of(name, folder, split='train'):

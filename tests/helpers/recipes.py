@@ -9,9 +9,13 @@ import os
 import sys
 from pathlib import Path
 
+# A module with transforms of albumentations and torchvision
+LIBRARY_TRANSFORMS = str(Path(__file__).with_name('library_transforms.py'))
+
 # Name of the recipe: options of `tiny_config`, in addition to `COMMON`
 RECIPES = {
     'published': {},
+    'albumentations': {'IMPORT': LIBRARY_TRANSFORMS, 'AUG__TRANSFORM': 'mixed'},
     'bce': {'TRAIN__LOSS': 'bce', 'TRAIN__BCE_THRESHOLD': '0.2', 'TRAIN__CLASS_WEIGHTS': 'sqrt', 'AUG__REPEATS': '3'},
     'balanced': {'DATA__SAMPLING': 'balanced', 'TRAIN__CLASS_WEIGHTS': 'balanced', 'AUG__REPEATS': '2'},
     'multi_label': {
