@@ -77,9 +77,9 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
-    Plain state dicts and timm's checkpoints are read too, `.pth` or `.safetensors`; names are freed from the prefixes
-    of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read as a plain mapping,
-    NumPy's scalars as Python's numbers, and paths as text.
+    Plain state dicts and checkpoints of timm and torchvision are read too, `.pth` or `.safetensors`; names are freed
+    from the prefixes of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read
+    as a plain mapping, NumPy's scalars as Python's numbers, and paths as text.
 
     Returns:
         The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, the name of their task as
@@ -243,7 +243,13 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _clean_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the prefixes that DDP and torch.compile give to all names."""
+    """Weights without the prefixes that DDP, torch.compile and PyTorch's `AveragedModel` give to all names.
+
+    `AveragedModel`, which holds torchvision's EMA weights, also has the number of its updates.
+    """
+    others = {name: value for name, value in weights.items() if name != 'n_averaged'}
+    if all(name.startswith('module.') for name in others):
+        weights = others
     for prefix in ('module.', '_orig_mod.', 'module.'):  # either may wrap the other
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -167,7 +167,8 @@ def test_python_code_runs(document):
             exec(block, {})
 
 
-@pytest.mark.parametrize('document', DOCUMENTS, ids=relative)
+# Half of the keys in coming_from.md are of other code bases: test_coming_from reads them
+@pytest.mark.parametrize('document', [d for d in DOCUMENTS if d.name != 'coming_from.md'], ids=relative)
 def test_named_keys_exist(document):
     keys = {*config.TREE.keys, *detection.config.TREE.keys}
     leaves = {key.rpartition('.')[2] for key in keys}
