@@ -22,10 +22,15 @@ from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
 from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
 from models.timm_networks import PREFIX as TIMM
-from models.timm_networks import check_timm_name, shaping_args
+from models.timm_networks import check_sizes, check_timm_name, shaping_args
+from optimizer import ADAMW_BETAS, ADAMW_EPS, check_optimizer, optimizers_with
 from trackers import TRACKERS
 
 __all__ = ['TREE', 'ConfigError', 'check_run', 'check_schedule', 'get_config', 'load_config', 'shared_keys']
+
+
+def _used_with_optimizers(option: str) -> str:
+    return f'TRAIN.OPTIMIZER.NAME {"|".join(optimizers_with(option))}'
 
 
 def shared_keys(task: str) -> KeyGroup:
@@ -249,6 +254,12 @@ def shared_keys(task: str) -> KeyGroup:
     c.TRAIN.AUTO_RESUME = Key(
         True, "Continue the run that the run's folder holds; False is an error where it holds one", affects='nothing'
     )
+    c.TRAIN.PATIENCE = Key(
+        0,
+        'Early stopping: end the run when this many evaluations in a row have not improved the metric that selects the '
+        'best checkpoint; 0 is off',
+        min=0,
+    )
     c.TRAIN.ACCUMULATION_STEPS = Key(
         0, 'Gradient accumulation: batches per update; 0 and 1 are off', min=0, flag='--accumulation-steps'
     )
@@ -281,12 +292,32 @@ def shared_keys(task: str) -> KeyGroup:
     )
 
     c.TRAIN.OPTIMIZER = KeyGroup()
-    c.TRAIN.OPTIMIZER.NAME = Key('adamw', 'Optimizer: adamw or sgd', choices=('adamw', 'sgd'))
-    c.TRAIN.OPTIMIZER.EPS = Key(1e-8, "AdamW's epsilon", min=0, used_with='TRAIN.OPTIMIZER.NAME adamw')
-    c.TRAIN.OPTIMIZER.BETAS = Key(
-        (0.9, 0.999), "AdamW's betas", min=0, max=0.99999, used_with='TRAIN.OPTIMIZER.NAME adamw'
+    c.TRAIN.OPTIMIZER.NAME = Key(
+        'adamw', 'Optimizer: adamw, sgd, or another one of timm, such as lamb, lion, adan or muon (docs/training.md)'
     )
-    c.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, "SGD's momentum", min=0, max=0.99999, used_with='TRAIN.OPTIMIZER.NAME sgd')
+    c.TRAIN.OPTIMIZER.EPS = Key(
+        ADAMW_EPS,
+        'Epsilon of the optimizer; at this default, optimizers other than adamw use their own',
+        min=0,
+        used_with=_used_with_optimizers('eps'),
+    )
+    c.TRAIN.OPTIMIZER.BETAS = Key(
+        ADAMW_BETAS,
+        'Betas of the optimizer; at this default, optimizers other than adamw use their own',
+        min=0,
+        max=0.99999,
+        used_with=_used_with_optimizers('betas'),
+    )
+    c.TRAIN.OPTIMIZER.MOMENTUM = Key(
+        0.9,
+        'Momentum of sgd and of the optimizers of timm that have one',
+        min=0,
+        max=0.99999,
+        used_with=_used_with_optimizers('momentum'),
+    )
+    c.TRAIN.OPTIMIZER.ARGS = Key(
+        '', 'Further arguments of the optimizer, such as amsgrad=True; they override EPS and BETAS'
+    )
     return c
 
 
@@ -336,6 +367,25 @@ _C.DATA.ERROR_LIMIT = Key(
     used_with='DATA.ON_ERROR skip',
 )
 _C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, max=10_000, affects='network')
+_C.DATA.IMG_SIZES = Key(
+    [],
+    'Sizes of the training images, one after the other (progressive resizing), such as [128, 160, 224]; [] trains on '
+    'IMG_SIZE. Evaluation is always on IMG_SIZE',
+    min=1,
+    max=10_000,
+    item=int,
+)
+_C.DATA.IMG_SIZE_EPOCHS = Key(
+    [], 'First epoch of each of IMG_SIZES, such as [0, 100, 200]', min=0, item=int, used_with='DATA.IMG_SIZES'
+)
+_C.DATA.IMG_SIZE_BATCHES = Key(
+    [],
+    'Training images per process and batch for each of IMG_SIZES, such as [256, 192, 128]; [] is BATCH_SIZE for all. '
+    'The learning rate is scaled with them',
+    min=1,
+    item=int,
+    used_with='DATA.IMG_SIZES',
+)
 _C.DATA.INTERPOLATION = Key(
     'bicubic',
     'Interpolation of resized images: nearest, bilinear or bicubic',
@@ -385,6 +435,11 @@ _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, t
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
 _C.TRAIN.LR_SCHEDULER.NAME = Key(
     'cosine', 'Learning-rate schedule after warm-up: cosine, linear or step', choices=('cosine', 'linear', 'step')
+)
+_C.TRAIN.LR_SCHEDULER.UNIT = Key(
+    'update',
+    "When the learning rate changes: after every update, or after every epoch, as in timm's trainer",
+    choices=('update', 'epoch'),
 )
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(
     30, 'Epochs between drops of the step schedule', min=1, used_with='TRAIN.LR_SCHEDULER.NAME step'
@@ -509,7 +564,7 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
     Raises:
         ConfigError: keys that do not go together; the message says what to write.
     """
-    if len(config.TRAIN.OPTIMIZER.BETAS) != 2:
+    if config.TRAIN.OPTIMIZER.NAME == 'adamw' and len(config.TRAIN.OPTIMIZER.BETAS) != 2:
         raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
     if config.EVAL_MODE and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         raise ConfigError('--eval needs weights: add --resume <checkpoint>')
@@ -522,6 +577,7 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         raise ConfigError('--resume goes on from a checkpoint, --pretrained takes its weights only: give one of them')
     try:
+        check_optimizer(config)
         check_network(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -550,10 +606,12 @@ def _check(config: CfgNode) -> None:
             f'the number of stages, to train the head alone'
         )
     patch = config.MODEL.MSG.PATCH_SIZE
-    if patch > config.DATA.IMG_SIZE:
-        raise ConfigError(f'DATA.IMG_SIZE is {config.DATA.IMG_SIZE}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
+    for name, sizes in (('IMG_SIZE', [config.DATA.IMG_SIZE]), ('IMG_SIZES', config.DATA.IMG_SIZES)):
+        if patch > min(sizes, default=patch):
+            raise ConfigError(f'DATA.{name} is {config.DATA[name]}: write at least MODEL.MSG.PATCH_SIZE, {patch}')
     _check_loss(config)
     check_run(config, partial(check_network, img_size=config.DATA.IMG_SIZE))
+    _check_sizes(config)
     if config.DISTILL.TEACHER:
         _check_teacher(config)
 
@@ -615,6 +673,37 @@ def _check_loss(config: CfgNode) -> None:
                 f'TRAIN.BCE_THRESHOLD is {train.BCE_THRESHOLD}, and with MODEL.LABEL_SMOOTHING {smoothing}, targets '
                 f'are {low} or {high}, both on one side of it: write a value between them, or None'
             )
+
+
+def _check_sizes(config: CfgNode) -> None:
+    """Refuse image sizes of the training that do not go together, or that the network cannot have."""
+    data = config.DATA
+    sizes, epochs, batches = data.IMG_SIZES, data.IMG_SIZE_EPOCHS, data.IMG_SIZE_BATCHES
+    if not sizes:
+        return
+    is_ordered = len(epochs) == len(sizes) and epochs[0] == 0 and sorted(set(epochs)) == epochs
+    if not is_ordered or epochs[-1] >= config.TRAIN.EPOCHS:
+        raise ConfigError(
+            f'DATA.IMG_SIZE_EPOCHS is {epochs}: write the first epoch of each of the {len(sizes)} DATA.IMG_SIZES, in '
+            f'order, from 0 on and below TRAIN.EPOCHS, {config.TRAIN.EPOCHS}'
+        )
+    if batches and len(batches) != len(sizes):
+        raise ConfigError(
+            f'DATA.IMG_SIZE_BATCHES is {batches}: write one for each of {len(sizes)} DATA.IMG_SIZES, or []'
+        )
+    if config.TRAIN.LR_SCHEDULER.NAME == 'step' and config.TRAIN.LR_SCHEDULER.UNIT == 'update':
+        raise ConfigError(
+            'DATA.IMG_SIZES changes the number of updates per epoch, and the step schedule counts them: write '
+            'TRAIN.LR_SCHEDULER.UNIT epoch'
+        )
+    if config.THROUGHPUT_MODE:
+        raise ConfigError('--throughput times one image size: leave out DATA.IMG_SIZES, and write DATA.IMG_SIZE')
+    try:
+        check_sizes(config)
+        for size in sizes:
+            check_network(config, img_size=size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_schedule(config: CfgNode) -> None:

@@ -1,8 +1,11 @@
-"""Learning-rate schedules per update: linear warm-up, then cosine, linear or step.
+"""Learning-rate schedules by update or by epoch: linear warm-up, then cosine, linear or step.
 
 The schedule steps after the optimizer with the index of the update just made, so update k runs at
-schedule(max(k - 1, 0)), as in the published code.
+schedule(max(k - 1, 0)), as in the published code. A schedule by epoch is constant within an epoch, as in timm's
+trainer.
 """
+
+from collections.abc import Callable
 
 import torch
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
@@ -11,25 +14,38 @@ from yacs.config import CfgNode
 
 
 def build_scheduler(
-    config: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int, lr_scale: float = 1.0
+    config: CfgNode,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    lr_scale: float = 1.0,
+    updates_before: Callable[[int], int] | None = None,
 ) -> Scheduler:
-    """Build the schedule of `TRAIN.LR_SCHEDULER.NAME`; call its `step_update(k)` after update k.
+    """Build the schedule of `TRAIN.LR_SCHEDULER`; call its `step_update(k)` after update k, `step(e)` before epoch e.
+
+    Only the one of `TRAIN.LR_SCHEDULER.UNIT` takes effect.
 
     Args:
         config: the config tree; `TRAIN` is read.
         optimizer: its groups hold the peak learning rate, already scaled.
         steps_per_epoch: updates per epoch.
         lr_scale: factor on `WARMUP_LR` and `MIN_LR`.
+        updates_before: number of updates before an epoch, for all schedules but `step`; None if all epochs have
+            `steps_per_epoch`.
 
     Raises:
         ValueError: an unknown name.
     """
     train = config.TRAIN
-    total = train.EPOCHS * steps_per_epoch
+    by_epoch = train.LR_SCHEDULER.UNIT == 'epoch'
+    steps_per_epoch = 1 if by_epoch else steps_per_epoch
+    if by_epoch or updates_before is None:
+        total, warmup_t = (epochs * steps_per_epoch for epochs in (train.EPOCHS, train.WARMUP_EPOCHS))
+    else:
+        total, warmup_t = map(updates_before, (train.EPOCHS, train.WARMUP_EPOCHS))
     warmup = {
-        'warmup_t': train.WARMUP_EPOCHS * steps_per_epoch,
+        'warmup_t': warmup_t,
         'warmup_lr_init': train.WARMUP_LR * lr_scale,
-        't_in_epochs': False,
+        't_in_epochs': by_epoch,
     }
     name = train.LR_SCHEDULER.NAME
     if name == 'cosine':

@@ -12,7 +12,7 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from data import (
     build_loaders,
     build_mixup,
     class_weights,
+    size_phases,
 )
 from distillation import Teacher, build_distillation, build_teacher
 from engine.distributed import once_per_node
@@ -84,6 +85,10 @@ class Classification(Task):
         """Loaders of `data.Sample`s."""
         return build_loaders(config, rank, world_size, once_per_node)
 
+    def phases(self, config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode, DataLoader]]:
+        """The image sizes of `DATA.IMG_SIZES`."""
+        return size_phases(config, loader)
+
     def build_eval_loader(self, config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
         """A loader of `data.Sample`s."""
         return build_eval_loader(config, rank, world_size, once_per_node)
@@ -101,10 +106,10 @@ class Classification(Task):
         return build_optimizer(config, network, lr, layer_decay=config.TRAIN.LAYER_DECAY)
 
     def build_scheduler(
-        self, config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float
+        self, config: CfgNode, optimizer: Optimizer, updates_before: Callable[[int], int], lr_scale: float
     ) -> Scheduler:
         """The schedule of `TRAIN.LR_SCHEDULER`."""
-        return build_scheduler(config, optimizer, steps_per_epoch, lr_scale)
+        return build_scheduler(config, optimizer, updates_before(1), lr_scale, updates_before)
 
     def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
         """Refuse a step schedule that makes no step."""

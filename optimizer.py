@@ -1,10 +1,30 @@
-"""The optimizer, with the published weight-decay groups."""
+"""The optimizer: AdamW, SGD or another one of timm, with the published weight-decay groups."""
+
+import difflib
+import textwrap
+from typing import Any
 
 import torch
 from timm.models import group_parameters
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.optim.kron import Kron
+from timm.optim.muon import Muon
 from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
+
+from models.timm_networks import parse_timm_args
+
+# Defaults of TRAIN.OPTIMIZER.EPS and BETAS, for AdamW; at these, other optimizers have their own defaults.
+ADAMW_EPS, ADAMW_BETAS = 1e-8, (0.9, 0.999)
+
+# Arguments that TRAIN.OPTIMIZER.ARGS must not set
+RESERVED = {
+    'params': 'leave it out: the network has them',
+    'lr': 'write TRAIN.BASE_LR',
+    'weight_decay': 'write TRAIN.WEIGHT_DECAY',
+    'momentum': 'write TRAIN.OPTIMIZER.MOMENTUM',
+} | dict.fromkeys(('fused', 'capturable', 'differentiable', 'maximize'), 'leave it out: the program sets it')
 
 
 def build_optimizer(
@@ -14,7 +34,7 @@ def build_optimizer(
     decay_biases: bool = False,
     layer_decay: float = 1.0,
 ) -> Optimizer:
-    """Build AdamW or SGD over two groups, parameters with weight decay and without, each in the network's order.
+    """Build the optimizer over two groups, parameters with weight decay and without, each in the network's order.
 
     Args:
         config: the config tree; `TRAIN` is read.
@@ -24,24 +44,99 @@ def build_optimizer(
         layer_decay: below 1, learning rates decay layer by layer: see `layer_decay_groups`.
 
     Raises:
-        ValueError: an unknown `TRAIN.OPTIMIZER.NAME`.
+        ValueError: `TRAIN.OPTIMIZER` names an optimizer that does not exist or cannot be used.
     """
     options = config.TRAIN.OPTIMIZER
     lr = config.TRAIN.BASE_LR if lr is None else lr
     groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY, decay_biases)
+    if options.NAME in list_optimizers() and get_optimizer_info(options.NAME).opt_class is Muon:
+        groups[1]['use_fallback'] = True  # AdamW: tables of position biases are 2-D, and no matrices
     if layer_decay < 1:
         groups = layer_decay_groups(model, groups, layer_decay)
+    arguments = parse_timm_args(options.ARGS, 'TRAIN.OPTIMIZER.ARGS', RESERVED, 'amsgrad=True betas=(0.9,0.95)')
     fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
     if options.NAME == 'adamw':
-        return torch.optim.AdamW(groups, lr=lr, eps=options.EPS, betas=tuple(options.BETAS), fused=fused)
+        arguments = {'eps': options.EPS, 'betas': tuple(options.BETAS), 'fused': fused} | arguments
+        return torch.optim.AdamW(groups, lr=lr, **arguments)
     if options.NAME == 'sgd':
-        nesterov = options.MOMENTUM > 0
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, nesterov=nesterov, fused=fused)
-        if fused and nesterov:  # or a first update that is skipped would leave the buffers uninitialized
+        arguments = {'nesterov': options.MOMENTUM > 0, 'fused': fused} | arguments
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=options.MOMENTUM, **arguments)
+        if fused and options.MOMENTUM > 0:  # or a first update that is skipped would leave the buffers uninitialized
             for parameter in (p for group in groups for p in group['params']):
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         return optimizer
-    raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: write adamw or sgd')
+    reason = why_not(options.NAME)
+    if reason:
+        raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: {reason}')
+    return get_optimizer_class(options.NAME)(groups, lr=lr, **timm_options(config) | arguments)
+
+
+def timm_options(config: CfgNode) -> dict[str, Any]:
+    """What an optimizer of timm takes of `TRAIN.OPTIMIZER`: EPS and BETAS where they are not those of AdamW."""
+    options = config.TRAIN.OPTIMIZER
+    info = get_optimizer_info(options.NAME)
+    arguments = {}
+    if info.has_momentum:
+        arguments['momentum'] = options.MOMENTUM
+    if info.has_eps and options.EPS != ADAMW_EPS:
+        arguments['eps'] = options.EPS
+    if info.has_betas and tuple(options.BETAS) != ADAMW_BETAS:
+        arguments['betas'] = tuple(options.BETAS)
+    return arguments
+
+
+def why_not(name: str) -> str:
+    """Why an optimizer cannot be used, and the remedy; empty where it can."""
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, usable_optimizers(), n=1)
+        return f'timm has none of that name{f", did you mean {near[0]}?" if near else ""}: write {_EXAMPLES}'
+    info = get_optimizer_info(name)
+    if isinstance(info.opt_class, str):
+        return f'it needs a GPU and {info.opt_class.partition(".")[0]}, which is not supported: write {_EXAMPLES}'
+    if info.second_order:
+        return f'it needs second-order gradients, which training does not compute: write {_EXAMPLES}'
+    if info.opt_class is Kron:  # of its own generators, which its state does not hold
+        return f'its random numbers are not in its state, so no run could resume exactly: write {_EXAMPLES}'
+    return ''
+
+
+_EXAMPLES = 'adamw, sgd, or another one of timm.optim.list_optimizers(), such as lamb, lion, adan or muon'
+
+
+def usable_optimizers() -> list[str]:
+    """Names of the optimizers that can be used; timm has them all."""
+    return [name for name in list_optimizers() if not why_not(name)]
+
+
+def optimizers_with(option: str) -> list[str]:
+    """Names of the optimizers that can be used and take an option: `eps`, `betas` or `momentum`; AdamW or SGD first."""
+    names = [name for name in usable_optimizers() if getattr(get_optimizer_info(name), f'has_{option}')]
+    return sorted(names, key=lambda name: (name not in ('adamw', 'sgd'), name))
+
+
+def check_optimizer(config: CfgNode) -> None:
+    """Check that the optimizer of a config can be built and makes an update, on a small parameter.
+
+    Raises:
+        ValueError: it cannot, or `TRAIN.OPTIMIZER` names one that cannot be used.
+    """
+    options = config.TRAIN.OPTIMIZER
+    if options.NAME in ('adamw', 'sgd') and not options.ARGS:  # always works; PyTorch imports much at the first update
+        return
+    model = nn.ParameterDict({'weight': nn.Parameter(torch.ones(64, 64)), 'bias': nn.Parameter(torch.ones(64))})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        build_optimizer(config, model).step()
+    except Exception as error:  # of any type, as arguments may have any value
+        if isinstance(error, ValueError) and str(error).startswith('TRAIN.OPTIMIZER.'):
+            raise
+        given = ({} if options.NAME in ('adamw', 'sgd') else timm_options(config)) | {'ARGS': options.ARGS}
+        given = ', '.join(f'{name} {value}' for name, value in given.items() if value != '')
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise ValueError(
+            f'TRAIN.OPTIMIZER.NAME {options.NAME} does not work with {given or "its defaults"}: {reason}'
+        ) from error
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: bool = False) -> list[dict]:

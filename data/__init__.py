@@ -7,6 +7,7 @@ from data.images import DataError
 from data.losses import build_criterion
 from data.mixup import build_mixup
 from data.preprocess import Preprocess
+from data.sizes import size_phases
 from data.skipped import SkippedImages
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     'build_loaders',
     'build_mixup',
     'class_weights',
+    'size_phases',
 ]

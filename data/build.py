@@ -55,12 +55,7 @@ def build_loaders(
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    size = config.DATA.BATCH_SIZE
-    if uses_mixup(config) and size % 2:
-        raise DataError(
-            f'DATA.BATCH_SIZE is {size}, but Mixup and CutMix pair the images of a batch: '
-            f'write an even --batch-size, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
-        )
+    check_pairs(config)
     dataset = open_dataset(config, 'train', once_per_node)
     eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
     if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
@@ -68,6 +63,20 @@ def build_loaders(
     weights = draw_weights(config, dataset)
     sampler = TrainSampler(len(dataset), rank, world_size, config.SEED, weights, config.AUG.REPEATS)
     return build_train_loader(config, dataset, sampler), eval_loader
+
+
+def check_pairs(config: CfgNode) -> None:
+    """Refuse batches whose images Mixup and CutMix cannot pair.
+
+    Raises:
+        DataError: their size is odd.
+    """
+    size = config.DATA.BATCH_SIZE
+    if uses_mixup(config) and size % 2:
+        raise DataError(
+            f'DATA.BATCH_SIZE is {size}, but Mixup and CutMix pair the images of a batch: '
+            f'write an even --batch-size, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
+        )
 
 
 def build_eval_loader(

@@ -13,7 +13,7 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,10 @@ class Detection(Task):
         return build_optimizer(config, network, lr, decay_biases=True)
 
     def build_scheduler(
-        self, config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float
+        self, config: CfgNode, optimizer: Optimizer, updates_before: Callable[[int], int], lr_scale: float
     ) -> Scheduler:
         """Linear warm-up and drops, relative to the optimizer's peak learning rate."""
-        return build_scheduler(config, optimizer, steps_per_epoch)
+        return build_scheduler(config, optimizer, updates_before(1))
 
     def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
         """Refuse a warm-up or drops that do not end within the run."""

@@ -18,12 +18,13 @@ class Key:
             when a config is loaded, so that modules of users can add to it.
         min, max: bounds of a number, or of every number in a list; None for none.
         optional: type of its values where None is one of them.
+        item: type of the items of a list that is empty by default.
         or_list: whether a list of such values is one of its values too; names are separated by commas.
         flag: its command-line flag, if any; several spellings are separated by spaces.
         metavar: what `--help` shows as the flag's value.
         is_path: whether it is a path, in which a leading ~ is the user's home folder.
         used_with: the setting without which the key has no effect: a key, whose value is neither 0 nor empty, or a key
-            and its value, such as `TRAIN.OPTIMIZER.NAME sgd`.
+            and its value, or values separated by |, such as `TRAIN.OPTIMIZER.NAME sgd|lars`.
         affects: what another value changes: the `network`, the content of the `data`, the course of the `training`, or
             `nothing` that a run computes.
         before: what runs did before there was the key, where that is not its default. To be set where a default
@@ -37,6 +38,7 @@ class Key:
     min: float | None = None
     max: float | None = None
     optional: type | None = None
+    item: type = float
     or_list: bool = False
     flag: str = ''
     metavar: str | None = None

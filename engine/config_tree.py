@@ -206,8 +206,10 @@ class ConfigTree:
             if not other or _plain(values[name]) == _plain(key.default):
                 continue
             value = values[other]
-            if str(value) != needed if needed else not value:
-                unused.append(f'{name} has no effect: {other} is {value!r}' + (f', not {needed}' if needed else ''))
+            wanted = needed.split('|') if needed else []
+            if str(value) not in wanted if wanted else not value:
+                hint = f', not {", ".join(wanted[:3])}{", ..." * (len(wanted) > 3)}' if wanted else ''
+                unused.append(f'{name} has no effect: {other} is {value!r}{hint}')
         return unused
 
     def _merge_file(self, config: CfgNode, path: Path, tree: Mapping[str, Any]) -> None:
@@ -423,7 +425,7 @@ def _read_value(key: Key, value: Any) -> Any:
     values = _parse(value)
     if not isinstance(values, list | tuple):
         raise ValueError
-    item = type(key.default[0]) if key.default else float
+    item = type(key.default[0]) if key.default else key.item
     return key.type(_read_scalar(item, x) for x in values)
 
 
@@ -473,7 +475,7 @@ def _parse(value: Any) -> Any:
 def _example(key: Key) -> str:
     """What a value of a key's type looks like."""
     if key.type in (list, tuple):
-        return f'a list such as {list(key.default or [0.2, 0.8])}'
+        return f'a list such as {list(key.default or ([1, 2] if key.item is int else [0.2, 0.8]))}'
     return {bool: 'True or False', int: 'an integer', float: 'a number', str: 'text on one line'}[key.type]
 
 

@@ -1,6 +1,8 @@
 """A run of any task, from its start to its end: training with evaluation, or evaluation of a checkpoint."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from timm.utils import ModelEmaV3
@@ -14,9 +16,12 @@ from engine.evaluation import evaluate_with_ema, load_ema
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.run import Run, start_run
 from engine.start import SCRATCH, Start, find_start, record_teacher, resume_training
-from engine.state import TrainingState
+from engine.state import Phase, TrainingState, updates_before
 from engine.task import Task
 from engine.trainer import Trainer
+
+# Options of an optimizer that are not logged: parameter groups have values of their own
+_GROUP_OPTIONS = ('lr', 'weight_decay')
 
 
 def run_task(task: Task, config: CfgNode) -> None:
@@ -49,10 +54,18 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     run = run._replace(teacher=task.build_teacher(run))
     start = record_teacher(run, start)
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
-    check_course(run, task, start, len(train_loader))
+    phases = task.phases(run.config, train_loader)
+    for first_epoch, config, loader in phases:
+        check_course(run, task, start, len(loader))
+        if len(phases) > 1:
+            run.logger.info(
+                f'from epoch {first_epoch} on: images of {config.DATA.IMG_SIZE} px, {config.DATA.BATCH_SIZE} per '
+                f'process and batch'
+            )
     provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)
     start.load_weights(run, task, network, provenance['classes'])
-    trainer = build_trainer(run, task, network, start, train_loader, eval_loader, provenance)
+    trainer = build_trainer(run, task, network, start, phases, eval_loader, provenance)
+    del train_loader, phases, loader  # so that worker processes end when the trainer leaves a phase
     if start.resumes:
         resume_training(run, task, trainer.state, start, provenance)
     trainer.fit()
@@ -72,7 +85,13 @@ def check_course(run: Run, task: Task, start: Start, batches: int | None = None)
     """
     train = run.config.TRAIN
     steps_per_epoch = None if batches is None else run.steps_per_epoch(batches)
+    evaluations = math.ceil(train.EPOCHS / run.config.EVAL_FREQ)
     try:
+        if 0 < train.PATIENCE >= evaluations - 1:
+            raise ConfigError(
+                f'TRAIN.PATIENCE is {train.PATIENCE}, and the run has {evaluations} evaluations, so that it never '
+                f'stops early: write {f"at most {evaluations - 2}" if evaluations > 2 else 0}, or more TRAIN.EPOCHS'
+            )
         if not start.resumes and train.START_EPOCH >= train.EPOCHS:
             raise ConfigError(f'TRAIN.START_EPOCH is {train.START_EPOCH}: write less than TRAIN.EPOCHS, {train.EPOCHS}')
         if batches is not None and run.accumulation_steps > batches:
@@ -104,7 +123,7 @@ def build_trainer(
     task: Task,
     network: nn.Module,
     start: Start,
-    train_loader: DataLoader,
+    phases: Sequence[tuple[int, CfgNode, DataLoader]],
     eval_loader: DataLoader,
     provenance: Mapping[str, Any],
 ) -> Trainer:
@@ -115,7 +134,7 @@ def build_trainer(
         task: its task.
         network: the network, with its starting weights.
         start: where the run starts.
-        train_loader: training batches of this rank.
+        phases: training batches of this rank, from `Task.phases`.
         eval_loader: evaluation shard of this rank.
         provenance: further entries of every checkpoint, from `describe_run`.
     """
@@ -123,14 +142,14 @@ def build_trainer(
     if config.TRAIN.FROZEN_STAGES >= 0:
         task.backbone(network).freeze_stages(config.TRAIN.FROZEN_STAGES)
     network = task.prepare_training(run, network, start.is_pretrained)
-    distributed, state = build_state(run, task, network, train_loader)
-    loss_fn = task.build_loss(run, distributed, train_loader.dataset.dataset)
+    distributed, state = build_state(run, task, network, phases)
+    loss_fn = task.build_loss(run, distributed, phases[0][2].dataset.dataset)
     evaluate = task.build_evaluation(run, eval_loader)
     return Trainer(
         run,
         state,
         distributed,
-        train_loader,
+        [loader for _, _, loader in phases],
         loss_fn,
         evaluate,
         metric=task.metric,
@@ -140,34 +159,40 @@ def build_trainer(
     )
 
 
-def build_state(run: Run, task: Task, network: nn.Module, loader: DataLoader) -> tuple[nn.Module, TrainingState]:
+def build_state(
+    run: Run, task: Task, network: nn.Module, phases: Sequence[tuple[int, CfgNode, DataLoader]]
+) -> tuple[nn.Module, TrainingState]:
     """Build the training state, as a new run starts with it.
 
     Args:
         run: the run.
         task: its task.
         network: the network, on the device.
-        loader: this process's training batches.
+        phases: from `Task.phases`; each has the learning rate of its own images per update.
 
     Returns:
         The network, wrapped in DDP where there are several processes, with rank 0's weights; and the training state.
     """
     config, process = run.config, run.process
-    lr_scale = run.images_per_update / config.TRAIN.BASE_BATCH
-    steps_per_epoch = run.steps_per_epoch(len(loader))
+    batches = [(first, config.DATA.BATCH_SIZE * process.world_size, len(loader)) for first, config, loader in phases]
+    lengths = [
+        Phase(first, run.steps_per_epoch(count), images * count, images * run.accumulation_steps)
+        for first, images, count in batches
+    ]
+    lr_scale = lengths[0].images_per_update / config.TRAIN.BASE_BATCH
     optimizer = task.build_optimizer(config, network, config.TRAIN.BASE_LR * lr_scale)
+    options = ', '.join(f'{name} {value}' for name, value in optimizer.defaults.items() if name not in _GROUP_OPTIONS)
+    run.logger.info(f'optimizer: {type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups, {options}')
     network, optimizer = run.precision.prepare(network, optimizer)
     distributed = distribute(network, process.device, config.DETERMINISTIC)
     state = TrainingState(
         model=network,
         optimizer=optimizer,
-        scheduler=task.build_scheduler(config, optimizer, steps_per_epoch, lr_scale),
+        scheduler=task.build_scheduler(config, optimizer, partial(updates_before, lengths), lr_scale),
         precision=run.precision,
-        sampler=loader.sampler,
+        sampler=phases[0][2].sampler,
         device=process.device,
-        steps_per_epoch=steps_per_epoch,
-        images_per_epoch=config.DATA.BATCH_SIZE * process.world_size * len(loader),
-        images_per_update=run.images_per_update,
+        phases=lengths,
         ema=ModelEmaV3(network, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
         epoch=config.TRAIN.START_EPOCH,
     )

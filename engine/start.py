@@ -53,7 +53,7 @@ _PRETRAINED_OPTIONS = ('weights', 'head', 'missing')
 # Keys of what the network sees, for which an evaluation with another value is an error too
 _INPUT_KEYS = ('DATA.EXIF',)
 
-# Starts of the names of keys that change what an evaluation measures, of the same network on the same images
+# Keys, and starts of the names of keys, that change what an evaluation measures, of the same network on the same images
 _EVALUATION_KEYS = ('DATA.IMG_SIZE', 'DATA.INTERPOLATION', 'DATA.PIPELINE', 'INPUT.TEST_', 'INPUT.MAX_LONG', 'TEST.')
 
 
@@ -205,7 +205,8 @@ def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: 
         check_same_network(run.config, checkpoint, path, tree, _INPUT_KEYS, otherwise)
     else:
         _warn_of_other_network(run, path, checkpoint, tree)
-    names = [name for name in tree.keys if name.startswith(_EVALUATION_KEYS)]
+    starts = tuple(key for key in _EVALUATION_KEYS if key.endswith(('.', '_')))
+    names = [name for name in tree.keys if name in _EVALUATION_KEYS or name.startswith(starts)]
     changed = tree.changed_keys(run.config, checkpoint.get('config') or run.config, names)
     if changed and run.config.EVAL_MODE:
         run.logger.warning(

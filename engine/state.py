@@ -1,7 +1,10 @@
 """Training state: everything that changes while a run trains. A run resumed from it ends with the same bits."""
 
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -14,7 +17,37 @@ from engine.checkpoint import CheckpointError, saved_progress
 from engine.distributed import gather_on_main_process
 from engine.precision import ApexPrecision, Precision
 from engine.weights import load_weights
-from utils import first_line, random_states, set_random_states
+from utils import first_line, random_states, set_random_states, shortened
+
+
+class Phase(NamedTuple):
+    """Epochs of a run with the same batches; a run has one phase, unless `DATA.IMG_SIZES` changes the image size.
+
+    Attributes:
+        first_epoch: epoch with which the phase begins.
+        steps_per_epoch: updates per epoch.
+        images_per_epoch: images per epoch, over all processes.
+        images_per_update: images per update, over all processes; the last update of an epoch may have fewer.
+    """
+
+    first_epoch: int
+    steps_per_epoch: int
+    images_per_epoch: int
+    images_per_update: int
+
+
+def phase_index(phases: Sequence[Phase], epoch: int) -> int:
+    """Index of the phase that an epoch belongs to."""
+    return max(i for i, phase in enumerate(phases) if phase.first_epoch <= epoch or i == 0)
+
+
+def updates_before(phases: Sequence[Phase], epoch: int) -> int:
+    """Number of updates in all epochs before one, if none is skipped."""
+    ends = [phase.first_epoch for phase in phases[1:]] + [epoch]
+    return sum(
+        phase.steps_per_epoch * max(min(end, epoch) - phase.first_epoch, 0)
+        for phase, end in zip(phases, ends, strict=True)
+    )
 
 
 @dataclass
@@ -28,15 +61,14 @@ class TrainingState:
         precision: the run's precision.
         sampler: draws the training images.
         device: this process's device.
-        steps_per_epoch: updates per epoch.
-        images_per_epoch: images per epoch, over all processes.
-        images_per_update: images per update, over all processes; the last update of an epoch may have fewer.
+        phases: the run's phases, in order; the optimizer and the schedule have the learning rates of the first.
         ema: exponential moving average of the weights, if any.
         epoch: current epoch, from 0.
         step: updates made in it.
         skipped: updates of the whole run that left the weights as they were.
         skipped_in_a_row: how many of them the last update ends; not saved.
         max_accuracy: best metric so far, in percent.
+        stale_evaluations: evaluations since `max_accuracy` last rose.
         scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent; and the
             `loss` that breaks ties between equal ones, where the task has one.
         sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,).
@@ -50,15 +82,14 @@ class TrainingState:
     precision: Precision | ApexPrecision
     sampler: TrainSampler
     device: torch.device
-    steps_per_epoch: int
-    images_per_epoch: int
-    images_per_update: int
+    phases: Sequence[Phase]
     ema: ModelEmaV3 | None = None
     epoch: int = 0
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     max_accuracy: float = -1.0
+    stale_evaluations: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     sums: Tensor = field(init=False)
     first_bad: Tensor = field(init=False)
@@ -69,9 +100,29 @@ class TrainingState:
         self._set_schedule()
 
     @property
+    def phase(self) -> Phase:
+        """The phase of the current epoch."""
+        return self.phases[phase_index(self.phases, self.epoch)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in the current epoch."""
+        return self.phase.steps_per_epoch
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images in the current epoch, over all processes."""
+        return self.phase.images_per_epoch
+
+    @property
+    def images_per_update(self) -> int:
+        """Images per update of the current epoch, over all processes."""
+        return self.phase.images_per_update
+
+    @property
     def updates(self) -> int:
         """Updates of the weights in the whole run."""
-        return max(self.epoch * self.steps_per_epoch + self.step - self.skipped, 0)
+        return max(updates_before(self.phases, self.epoch) + self.step - self.skipped, 0)
 
     @property
     def lr(self) -> float:
@@ -113,7 +164,7 @@ class TrainingState:
     def advance(self) -> None:
         """Advance schedule and EMA after the last update, which has changed the weights."""
         self.skipped_in_a_row = 0
-        self.scheduler.step_update(max(self.updates - 1, 0))
+        self._set_schedule()
         if self.ema is not None:
             self.ema.update(self.model)
 
@@ -121,9 +172,16 @@ class TrainingState:
         """Count the last update as skipped: schedule and EMA stay as they are."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
+    def add_evaluation(self, metric: float) -> None:
+        """Count an evaluation with a metric, which is the same on every rank; one that is NaN improves nothing."""
+        is_better = metric > self.max_accuracy
+        self.stale_evaluations = 0 if is_better else self.stale_evaluations + 1
+        self.max_accuracy = metric if is_better else self.max_accuracy
+
     def end_epoch(self) -> None:
-        """Go on to the next epoch."""
+        """Go on to the next epoch, perhaps with another learning rate."""
         self.epoch, self.step = self.epoch + 1, 0
+        self._set_schedule()
 
     def state_dict(self) -> dict[str, Any] | None:
         """A checkpoint's entries on rank 0, None on the others. Every process calls it at the same point."""
@@ -132,14 +190,20 @@ class TrainingState:
             return None
         state = {
             'model': self.model.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
+            'optimizer': self.optimizer.state_dict() | {'class': type(self.optimizer).__name__},
             'lr_scheduler': self.scheduler.state_dict(),
             'precision': self.precision.state_dict(),
             # As published: the last epoch begun. `progress` says where to resume.
             'epoch': self.epoch if self.step else self.epoch - 1,
             'max_accuracy': self.max_accuracy,
             'scores': self.scores,
-            'progress': {'epoch': self.epoch, 'step': self.step, 'images': self.images, 'skipped': self.skipped},
+            'progress': {
+                'epoch': self.epoch,
+                'step': self.step,
+                'images': self.images,
+                'skipped': self.skipped,
+                'stale_evaluations': self.stale_evaluations,
+            },
             'ranks': ranks,
         }
         if self.step:
@@ -202,6 +266,7 @@ class TrainingState:
                 notes.append('it has no EMA weights: EMA starts from its weights')
         progress = saved_progress(checkpoint)
         self.epoch, self.skipped = progress['epoch'], progress['skipped']
+        self.stale_evaluations = progress.get('stale_evaluations', 0)
         self.step = min(progress['images'] // self.images_per_update, self.steps_per_epoch)
         if progress['images'] == self.images_per_epoch:
             self.step = self.steps_per_epoch
@@ -228,33 +293,70 @@ class TrainingState:
         """Load the optimizer's state, but not its options, which are the config's."""
         ours = self.optimizer.state_dict()['param_groups']
         try:
-            if any((name in theirs['param_groups'][0]) != (name in ours[0]) for name in ('betas', 'momentum')):
-                raise ValueError('AdamW and SGD keep different states')
+            before, now = _class_of(theirs), type(self.optimizer).__name__
+            if before != now:
+                raise ValueError(f'{shortened(str(before))} and {now} keep different states')
             if len(ours) != len(theirs['param_groups']):
                 raise ValueError('another number of parameter groups')
             pairs = zip(ours, theirs['param_groups'], strict=True)
-            groups = [{**our, 'params': their['params']} for our, their in pairs]
+            # Adan and Lamb count their updates in the groups.
+            groups = [{**our, **{k: their[k] for k in ('params', 'step') if k in their}} for our, their in pairs]
+            initial = dict(self.optimizer.state)
             self.optimizer.load_state_dict({'state': theirs['state'], 'param_groups': groups})
-            self._check_optimizer_state()
+            self._check_optimizer_state(initial)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer is different from the config's ({error}): "
                 f'write its TRAIN.OPTIMIZER, LAYER_DECAY and FROZEN_STAGES, or start a new run with --pretrained'
             ) from error
 
-    def _check_optimizer_state(self) -> None:
+    def _check_optimizer_state(self, initial: dict[Tensor, dict[str, Any]]) -> None:
         """Check what the optimizer itself finds out only in the next update.
+
+        Each parameter's state is compared with that after a first update of a parameter of the same shape.
+
+        Args:
+            initial: state of each parameter with which the optimizer was built; few optimizers have one.
 
         Raises:
             ValueError: it lacks an average of a parameter, or has one of another shape.
         """
-        for parameter, state in self.optimizer.state.items():
-            if 'betas' in self.optimizer.defaults and not {'step', 'exp_avg', 'exp_avg_sq'} <= state.keys():
-                raise ValueError('it lacks averages of gradients')
-            averages = [state.get(name) for name in ('exp_avg', 'exp_avg_sq', 'momentum_buffer')]
-            if any(average is not None and average.shape != parameter.shape for average in averages):
-                raise ValueError('its averages of gradients have other shapes')
+        for group in self.optimizer.param_groups:
+            for parameter in group['params']:
+                state = self.optimizer.state.get(parameter)
+                if not state:  # such as of a frozen parameter
+                    continue
+                expected = _first_state(self.optimizer, group, parameter, initial.get(parameter, {}))
+                if not expected.keys() <= state.keys():
+                    raise ValueError('it lacks averages of gradients')
+                pairs = [(state[name], value) for name, value in expected.items() if isinstance(value, Tensor)]
+                if any(not isinstance(ours, Tensor) or ours.shape != value.shape for ours, value in pairs):
+                    raise ValueError('its averages of gradients have other shapes')
 
     def _set_schedule(self) -> None:
+        """Set the learning rate of the next update; it follows the images per update of the phase linearly."""
         if self.updates:  # a new scheduler is set for the first update
-            self.scheduler.step_update(self.updates - 1)
+            self.scheduler.step_update(self.updates - 1)  # schedules by update
+            self.scheduler.step(self.epoch)  # schedules by epoch
+            factor = self.images_per_update / self.phases[0].images_per_update
+            for group in self.optimizer.param_groups if factor != 1 else ():
+                group['lr'] *= factor
+
+
+def _class_of(state: dict[str, Any]) -> str:
+    """Class of the optimizer that a state is of; older versions had AdamW and SGD, and did not record it."""
+    return state.get('class') or ('AdamW' if 'betas' in state['param_groups'][0] else 'SGD')
+
+
+def _first_state(
+    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, initial: dict[str, Any]
+) -> dict[str, Any]:
+    """State that an optimizer has of a parameter after its first update; the optimizer stays as it is."""
+    trial = nn.Parameter(torch.ones_like(parameter))
+    trial.grad = torch.zeros_like(trial)
+    options = copy.deepcopy({name: value for name, value in group.items() if name != 'params'})  # some count updates
+    optimizer = copy.copy(optimizer)
+    optimizer.state, optimizer.param_groups = defaultdict(dict), [{'params': [trial]} | options]
+    optimizer.state[trial] = copy.deepcopy(initial)
+    optimizer.step()
+    return optimizer.state[trial]

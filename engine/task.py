@@ -81,6 +81,18 @@ class Task(ABC):
             DataError: the data cannot be used.
         """
 
+    def phases(self, config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode, DataLoader]]:
+        """First epoch, config and training loader of each phase of a run; all loaders have the same sampler.
+
+        Args:
+            config: the config tree.
+            loader: this rank's training loader, from `build_loaders`.
+
+        Raises:
+            DataError: a phase's batches cannot be made of the data.
+        """
+        return [(0, config, loader)]
+
     @abstractmethod
     def head_pattern(self, network: nn.Module) -> str:
         """A regular expression that matches the start of the names of class-dependent weights."""
@@ -95,9 +107,16 @@ class Task(ABC):
 
     @abstractmethod
     def build_scheduler(
-        self, config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float
+        self, config: CfgNode, optimizer: Optimizer, updates_before: Callable[[int], int], lr_scale: float
     ) -> Scheduler:
-        """Build the schedule, which is stepped per update; `lr_scale` multiplies the config's learning rates."""
+        """Build the schedule, which is stepped per update and per epoch.
+
+        Args:
+            config: the config tree.
+            optimizer: its groups hold the peak learning rate, already scaled.
+            updates_before: number of updates before an epoch.
+            lr_scale: multiplies the config's other learning rates.
+        """
 
     @abstractmethod
     def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:

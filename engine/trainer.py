@@ -1,7 +1,7 @@
 """The training loop of any task: updates, evaluation after each epoch, checkpoints, graceful shutdown."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from engine.meter import TrainMeter, progress_bar
 from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePolicy, check_first_bad, update_label
 from engine.run import Run
 from engine.signals import COMPILED_UPDATE, UPDATE, Stopped
-from engine.state import TrainingState
+from engine.state import TrainingState, phase_index
 from logger import MetricsLog
 from trackers import build_trackers, check_trackers
 from utils import atomic_write, report_write_errors
@@ -51,7 +51,7 @@ class Trainer:
         run: the run.
         state: the training state.
         network: the state's model, wrapped by `distribute`.
-        loader: training batches; its sampler is the state's.
+        loaders: training batches of each phase; their sampler is the state's.
         loss_fn: mean losses of a batch, by name; their sum is minimised.
         evaluate: evaluates the state's model and its EMA weights.
         metric: key of the metric that selects the best checkpoint, of the EMA weights if there are any; higher is
@@ -66,7 +66,7 @@ class Trainer:
         run: Run,
         state: TrainingState,
         network: nn.Module,
-        loader: DataLoader,
+        loaders: Sequence[DataLoader],
         loss_fn: Callable[[Any], dict[str, Tensor]],
         evaluate: EvaluateFn,
         metric: str,
@@ -74,7 +74,8 @@ class Trainer:
         metric_name: str = 'accuracy',
         compiles: bool = False,
     ):
-        self.run, self.state, self.network, self.loader = run, state, network, loader
+        self.run, self.state, self.network = run, state, network
+        self.loader, self._loaders, self._phase = loaders[0], dict(enumerate(loaders)), 0
         self.loss_fn, self.evaluate = loss_fn, evaluate
         self.metric, self.metric_name, self.provenance = metric, metric_name, provenance
         self.policy = NonFinitePolicy.from_config(run.config, run.precision.may_overflow)
@@ -96,6 +97,12 @@ class Trainer:
             run.logger.info(
                 f'the run is finished: it has trained {state.epoch} epochs, and TRAIN.EPOCHS is {epochs}. To train '
                 f'longer, write a larger TRAIN.EPOCHS; for another run, another --tag'
+            )
+            return
+        if self._is_out_of_patience:
+            run.logger.info(
+                f'the run is finished: {self._early_stop()}. To train longer, write a larger TRAIN.PATIENCE, or 0 for '
+                f'no early stopping; for another run, another --tag'
             )
             return
         if run.stop.agreed():
@@ -122,6 +129,9 @@ class Trainer:
         try:
             while state.epoch < epochs:
                 self._epoch_or_save()
+                if self._is_out_of_patience:
+                    run.logger.info(self._early_stop())
+                    break
                 epochs_left, timed = epochs - state.epoch, state.epoch - first_timed_epoch
                 timed_from = timed_from if timed else time.monotonic()
                 left = timedelta(seconds=int((time.monotonic() - timed_from) / timed * epochs_left)) if timed else '?'
@@ -134,6 +144,20 @@ class Trainer:
         finally:
             self.metrics.close()
         run.logger.info(f'Training time {timedelta(seconds=int(time.monotonic() - start_time))}')
+
+    @property
+    def _is_out_of_patience(self) -> bool:
+        """Whether `TRAIN.PATIENCE` evaluations in a row have not improved the metric."""
+        return 0 < self.run.config.TRAIN.PATIENCE <= self.state.stale_evaluations
+
+    def _early_stop(self) -> str:
+        """Why the run ends early, for the log."""
+        state = self.state
+        return (
+            f'early stopping after {state.epoch} epochs, since {state.stale_evaluations} evaluations in a row have not '
+            f'improved the {self.metric_name} of {state.max_accuracy:.2f}%, and TRAIN.PATIENCE is '
+            f'{self.run.config.TRAIN.PATIENCE}'
+        )
 
     def _epoch_or_save(self) -> None:
         """Train one epoch; on a stop request, save a checkpoint within it."""
@@ -153,11 +177,14 @@ class Trainer:
         if (epoch + 1) % config.EVAL_FREQ == 0 or epoch + 1 == config.TRAIN.EPOCHS:
             metrics, is_best = self._evaluate()
         run.lock.check()
+        stops = self._is_out_of_patience
+        patience = {'stale_evaluations': state.stale_evaluations, 'early_stop': int(stops)}
+        patience = patience if config.TRAIN.PATIENCE else {}
         self.metrics.write(
-            'epoch', state.updates, epoch=epoch, **train_metrics, **metrics, max_accuracy=state.max_accuracy
+            'epoch', state.updates, epoch=epoch, **train_metrics, **metrics, max_accuracy=state.max_accuracy, **patience
         )
         state.end_epoch()
-        is_due = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
+        is_due = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS or stops
         if is_best or is_due:
             self.save(epoch, is_best=is_best, is_due=is_due)
 
@@ -174,7 +201,7 @@ class Trainer:
         if 'val_loss' in decisive:
             state.scores['loss'] = decisive['val_loss']
         is_best = on_main_process(lambda: run.folder.is_best(state.scores))
-        state.max_accuracy = max(state.max_accuracy, decisive[self.metric])
+        state.add_evaluation(on_main_process(lambda: decisive[self.metric]))
         run.logger.info(f'Max {self.metric_name}: {state.max_accuracy:.2f}%')
         metrics = {
             ('ema_' if name == 'ema' else '') + key: value
@@ -193,11 +220,12 @@ class Trainer:
             `train_loss` (mean over all processes), `lr` of the last update, `seconds`, `images_per_s` of all processes.
         """
         run, state = self.run, self.state
+        self._enter_phase()
         state.begin_epoch()
         self.network.train()
         meter = TrainMeter(run.logger, self.metrics, state, run.config.TRAIN.EPOCHS)
         images_before, lr = state.images, state.lr
-        compiles_now = self.compiles and state.epoch == self.first_epoch
+        compiles_now = self.compiles and state.epoch in (self.first_epoch, state.phase.first_epoch)
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
         pending = None  # the last update, until schedule and EMA have stepped for it
         run.stop.waits_for = COMPILED_UPDATE if compiles_now else UPDATE
@@ -230,6 +258,13 @@ class Trainer:
             'seconds': seconds,
             'images_per_s': (state.images - images_before) / max(seconds, 1e-9),  # 0 where only evaluation was left
         }
+
+    def _enter_phase(self) -> None:
+        """Take the loader of the epoch's phase; worker processes of the last one end with it."""
+        index = phase_index(self.state.phases, self.state.epoch)
+        if index != self._phase:
+            del self._loaders[self._phase]
+            self.loader, self._phase = self._loaders[index], index
 
     def train_step(self, batches: list[Any], pending: Update | None = None) -> Update:
         """Make one update from the mean gradient of some batches; gradients are reduced at the last batch only.

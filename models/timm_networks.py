@@ -4,7 +4,7 @@ import ast
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -133,6 +133,23 @@ def check_timm_network(config: 'CfgNode') -> None:
     check_on_meta(config, build_timm_network)
 
 
+def check_sizes(config: 'CfgNode') -> None:
+    """Check that the network of a config can be trained on images of several sizes.
+
+    Raises:
+        ValueError: its weights, or its windows, are for one size.
+    """
+    name = config.MODEL.TYPE.removeprefix(PREFIX)
+    if name == config.MODEL.TYPE:
+        if config.MODEL.MSG.APE:
+            raise ValueError('DATA.IMG_SIZES needs a network of any size: write MODEL.MSG.APE False')
+    elif timm.get_pretrained_cfg_value(name, 'fixed_input_size') and 'dynamic_img_size' not in config.MODEL.TIMM_ARGS:
+        raise ValueError(
+            f'DATA.IMG_SIZES needs a network of any size, and {name} has a fixed one: leave out DATA.IMG_SIZES, or, '
+            f'for a network that has the argument, write MODEL.TIMM_ARGS dynamic_img_size=True'
+        )
+
+
 def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
     """Check that a network of timm can be built, on the meta device if the network supports it.
 
@@ -155,21 +172,32 @@ def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
             raise ValueError(f'the network of timm cannot be built: {error}') from error
 
 
-def parse_timm_args(text: str) -> dict[str, Any]:
+def parse_timm_args(
+    text: str,
+    key: str = 'MODEL.TIMM_ARGS',
+    reserved: Mapping[str, str] = RESERVED,
+    example: str = 'embed_dim=96 depths=(2,2,6,2)',
+) -> dict[str, Any]:
     """Parse `name=value` pairs separated by spaces, as in timm's `--model-kwargs`.
 
     Values are Python literals (`depths=(2,2,6,2)`, without spaces), or else strings.
 
+    Args:
+        text: the pairs.
+        key: the config key whose value they are, for messages.
+        reserved: names that must not be set, and what to write instead.
+        example: pairs, for messages.
+
     Raises:
-        ValueError: the text has another form, or sets one of `RESERVED`.
+        ValueError: the text has another form, or sets a reserved name.
     """
     arguments = {}
     for pair in text.split():
         name, equals, value = pair.partition('=')
         if not (name.isidentifier() and equals):
-            raise ValueError(f'MODEL.TIMM_ARGS has {pair!r}: write name=value pairs: embed_dim=96 depths=(2,2,6,2)')
-        if name in RESERVED:
-            raise ValueError(f'MODEL.TIMM_ARGS has {name}: {RESERVED[name]}')
+            raise ValueError(f'{key} has {pair!r}: write name=value pairs: {example}')
+        if name in reserved:
+            raise ValueError(f'{key} has {name}: {reserved[name]}')
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two, of brackets without an end

@@ -101,6 +101,9 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
     assert config.is_frozen()
 
 
+SIZES = ['DATA.IMG_SIZES', '[14, 28]', 'DATA.IMG_SIZE_EPOCHS', '[0, 1]']
+
+
 @pytest.mark.parametrize(
     ('opts', 'message'),
     [
@@ -125,7 +128,27 @@ def test_every_yaml_loads_and_is_named_after_its_model(path):
         (['MODEL.MSG.DEPTHS', '[2, 2.5]'], 'write a list'),
         (['MODEL.MSG.MANIP_TYPE', 'shove'], "MODEL.MSG: manip_type is 'shove': write one of 'shuf', 'none', 'mean', "),
         (['MODEL.MSG.MANIP_TYPE', '[shuf, none, mean]'], 'write one exchange, or a list of 2, one per stage'),
-        (['TRAIN.OPTIMIZER.NAME', 'lion'], 'write one of adamw, sgd'),
+        (['TRAIN.OPTIMIZER.NAME', 'lino'], 'timm has none of that name, did you mean lion.: write adamw, sgd, or'),
+        (['TRAIN.OPTIMIZER.NAME', 'kron'], "'kron': its random numbers are not in its state, so no run could resume"),
+        (['TRAIN.OPTIMIZER.NAME', 'adahessian'], 'needs second-order gradients, which training does not compute'),
+        (['TRAIN.OPTIMIZER.NAME', 'fusedlamb'], 'needs a GPU and apex, which is not supported'),
+        (['TRAIN.OPTIMIZER.NAME', 'adan', 'TRAIN.OPTIMIZER.BETAS', '[0.9, 0.99]'], 'adan does not work with betas'),
+        (['TRAIN.OPTIMIZER.ARGS', 'lr=1'], 'TRAIN.OPTIMIZER.ARGS has lr: write TRAIN.BASE_LR'),
+        (['TRAIN.OPTIMIZER.ARGS', 'rho'], "TRAIN.OPTIMIZER.ARGS has 'rho': write name=value pairs"),
+        (
+            ['TRAIN.OPTIMIZER.NAME', 'lion', 'TRAIN.OPTIMIZER.ARGS', 'rho=1'],
+            "lion does not work with ARGS rho=1: .*'rho'",
+        ),
+        (['TRAIN.OPTIMIZER.NAME', 'muon', 'TRAIN.OPTIMIZER.ARGS', 'conv_mode=x'], 'conv_mode=x: Invalid conv_mode: x'),
+        (['TRAIN.OPTIMIZER.NAME', 'muon', 'TRAIN.OPTIMIZER.ARGS', 'adjust_lr_fn=x'], 'muon does not work with .*_fn=x'),
+        (['DATA.IMG_SIZES', '[14, 28]'], r'DATA.IMG_SIZE_EPOCHS is \[\]: write the first epoch of each of the 2'),
+        ([*SIZES, 'DATA.IMG_SIZE_EPOCHS', '[0, 2]'], 'from 0 on and below TRAIN.EPOCHS, 2'),
+        ([*SIZES, 'DATA.IMG_SIZE_BATCHES', '[2]'], r'DATA.IMG_SIZE_BATCHES is \[2\]: write one for each of 2'),
+        ([*SIZES, 'TRAIN.LR_SCHEDULER.NAME', 'step'], 'step schedule counts them: write TRAIN.LR_SCHEDULER.UNIT epoch'),
+        ([*SIZES, 'DATA.IMG_SIZES', '[1, 28]'], r'DATA.IMG_SIZES is \[1, 28\]: write at least MODEL.MSG.PATCH_SIZE'),
+        ([*SIZES, 'MODEL.MSG.APE', 'True'], 'needs a network of any size: write MODEL.MSG.APE False'),
+        ([*SIZES, 'MODEL.TYPE', 'timm:vit_tiny_patch16_224'], 'vit_tiny_patch16_224 has a fixed one: leave out'),
+        ([*SIZES, 'THROUGHPUT_MODE', 'True'], '--throughput times one image size: leave out DATA.IMG_SIZES'),
         (['TRAIN.LR_SCHEDULER.NAME', 'poly'], 'write one of cosine, linear, step'),
         (['DATA.DATASET', 'cifar'], 'write one of imagenet'),
         (['MODEL.TYPE', 'swin'], 'write one of msg'),

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from timm.scheduler import create_scheduler_v2
 
 from engine.distributed import Process
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
 from tests.helpers.golden import golden
-from tests.helpers.runs import CPU, build_run
+from tests.helpers.runs import CPU, build_run, build_trainer
 
 SCHEDULES = golden('train_v1')['schedules']
 IMAGENET = {'DATA__BATCH_SIZE': '128', 'TRAIN__EPOCHS': '300', 'TRAIN__WARMUP_EPOCHS': '20', 'TRAIN__BASE_LR': '5e-4'}
@@ -34,6 +35,25 @@ def test_first_update_without_warm_up_runs_at_the_peak(tiny_config, name):
     assert groups[0]['lr'] == 0.1
     scheduler.step_update(0)
     assert groups[0]['lr'] == pytest.approx(0.1)
+
+
+def test_a_schedule_by_epoch_is_that_of_timms_trainer(tiny_config):
+    config = tiny_config(TRAIN__LR_SCHEDULER__UNIT='epoch', TRAIN__EPOCHS='6', TRAIN__WARMUP_EPOCHS='2')
+    model, train = torch.nn.Linear(2, 2), config.TRAIN
+    state = build_trainer(config, model).state
+    optimizer = torch.optim.SGD(model.parameters(), lr=train.BASE_LR)
+    kwargs = {'num_epochs': 6, 'warmup_epochs': 2, 'warmup_lr': train.WARMUP_LR, 'min_lr': train.MIN_LR}
+    expected, _ = create_scheduler_v2(optimizer, sched='cosine', **kwargs)
+    for epoch in range(6):
+        for step in range(4):
+            assert state.lr == pytest.approx(optimizer.param_groups[0]['lr'], rel=1e-12), (epoch, step)
+            state.step += 1
+            if (epoch, step) != (3, 0):
+                state.advance()
+            else:  # which does not delay the next epoch
+                state.skip()
+        state.end_epoch()
+        expected.step(epoch + 1)
 
 
 @pytest.mark.parametrize(('steps', 'world_size', 'images'), [('4', 2, 512), ('0', 1, 64), ('1', 1, 64)])

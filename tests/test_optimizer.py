@@ -1,11 +1,17 @@
-import pytest
-import torch
+import copy
 
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.precision import Precision
 from lr_scheduler import build_scheduler
 from models import MSGTransformer
-from optimizer import build_optimizer
+from optimizer import build_optimizer, usable_optimizers
 from tests.helpers.golden import golden
+from tests.helpers.runs import build_trainer, differences, is_identical
 
 RECORD = golden('train_v1')
 
@@ -90,9 +96,83 @@ def test_fused_sgd_equals_the_formula_though_its_first_update_is_skipped(tiny_co
         torch.testing.assert_close(model.weight.detach(), expected)
 
 
+def test_options_of_optimizers_of_timm(tiny_config):
+    model = torch.nn.Linear(2, 2)
+    lion = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='lion'), model, lr=3)
+    assert isinstance(lion, timm.optim.Lion)
+    assert (lion.defaults['lr'], lion.defaults['betas']) == (3, (0.9, 0.99))  # timm's
+    assert [group['weight_decay'] for group in lion.param_groups] == [0.05, 0.0]
+    options = {'TRAIN__OPTIMIZER__BETAS': '(0.8, 0.9)', 'TRAIN__OPTIMIZER__EPS': '1e-4'}
+    lamb = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='lamb', **options), model)
+    assert (lamb.defaults['betas'], lamb.defaults['eps']) == ((0.8, 0.9), 1e-4)
+    options = {'TRAIN__OPTIMIZER__MOMENTUM': '0.7', 'TRAIN__OPTIMIZER__ARGS': 'trust_coeff=0.01 eps=1e-8'}
+    lars = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='lars', **options), model)
+    assert (lars.defaults['momentum'], lars.defaults['trust_coeff'], lars.defaults['eps']) == (0.7, 0.01, 1e-8)
+    model = MSGTransformer(img_size=28, embed_dim=8, depths=(1,), num_heads=(1,), shuffle_size=(1,))
+    muon = build_optimizer(tiny_config(TRAIN__OPTIMIZER__NAME='muon'), model)
+    assert 'layers.0.blocks.0.attn.relative_position_bias_table' in names_by_group(model, muon)[1]
+    assert [group.get('use_fallback', False) for group in muon.param_groups] == [False, True]  # by AdamW
+    amsgrad = build_optimizer(tiny_config(TRAIN__OPTIMIZER__ARGS='amsgrad=True'), torch.nn.Linear(2, 2))
+    assert (type(amsgrad), amsgrad.defaults['amsgrad'], amsgrad.defaults['fused']) == (torch.optim.AdamW, True, True)
+
+
+def trainer_of(config):
+    """A trainer of a network with convolutions, matrices that are large enough to be factored, and vectors."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(32, 40), nn.LayerNorm(40), nn.Linear(40, 3)
+    return build_trainer(config, nn.Sequential(*layers))
+
+
+def train(trainer, updates):
+    for number in updates:
+        images = torch.randn((4, 3, 3, 3), generator=torch.Generator().manual_seed(number))
+        trainer.step_schedule_and_ema(trainer.train_step([(images, torch.arange(4) % 3)]))
+
+
+@pytest.mark.parametrize('name', usable_optimizers())
+def test_every_optimizer_skips_updates_and_resumes_bit_for_bit(tiny_config, tmp_path, name):
+    config = tiny_config(TRAIN__OPTIMIZER__NAME=name, TRAIN__BASE_LR='0.01', TRAIN__NONFINITE='skip')
+    trainer, state = (whole := trainer_of(config)), whole.state
+    train(trainer, (1, 2))
+    before = copy.deepcopy(state.state_dict())
+    loss_fn, trainer.loss_fn = trainer.loss_fn, lambda batch: {'loss': loss_fn(batch)['loss'] * float('nan')}
+    train(trainer, (3,))
+    trainer.loss_fn = loss_fn
+    assert state.skipped == 1
+    assert all(is_identical(before[entry], state.state_dict()[entry]) for entry in ('model', 'optimizer'))
+    save_checkpoint(tmp_path / 'checkpoint.pth', state.state_dict())
+    checkpoint = load_checkpoint(tmp_path / 'checkpoint.pth')
+    resumed = trainer_of(config)
+    resumed.state.model.load_state_dict(checkpoint['model'])
+    assert resumed.state.load_state_dict(checkpoint, 0, 1) == []
+    train(trainer, (4, 5))
+    train(resumed, (4, 5))
+    assert differences(state.state_dict(), resumed.state.state_dict()) == []
+    assert not is_identical(before['model'], state.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ('before', 'now', 'message'),
+    [
+        ({'NAME': 'nadamw'}, {'NAME': 'adopt'}, 'NAdamW and Adopt keep different states'),  # under the same names
+        ({'NAME': 'lamb'}, {}, 'Lamb and AdamW keep different states'),
+        ({'NAME': 'rmsprop', 'MOMENTUM': '0'}, {'NAME': 'rmsprop'}, 'it lacks averages of gradients'),
+    ],
+)
+def test_state_of_another_optimizer_is_refused(tiny_config, before, now, message):
+    configs = [
+        tiny_config(**{f'TRAIN__OPTIMIZER__{key}': value for key, value in options.items()})
+        for options in (before, now)
+    ]
+    trainer = trainer_of(configs[0])
+    train(trainer, (1,))
+    with pytest.raises(CheckpointError, match=rf'{message}\): write its TRAIN.OPTIMIZER'):
+        trainer_of(configs[1]).state.load_state_dict(trainer.state.state_dict(), 0, 1)
+
+
 def test_unknown_name_is_refused(tiny_config):
     config = tiny_config().clone()
     config.defrost()
-    config.TRAIN.OPTIMIZER.NAME = 'lion'
-    with pytest.raises(ValueError, match='write adamw or sgd'):
+    config.TRAIN.OPTIMIZER.NAME = 'adamx'
+    with pytest.raises(ValueError, match='timm has none of that name, did you mean adam.*: write adamw, sgd'):
         build_optimizer(config, torch.nn.Linear(2, 2))

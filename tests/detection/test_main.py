@@ -311,6 +311,7 @@ def test_every_key_is_read(finished, tiny):
     run(TAG='adamw', MODEL__PRETRAINED=checkpoint, **ONE_EPOCH)
     run(TAG='adamw', **ONE_EPOCH)
     run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', INPUT__CROP_PROB='1.0', **ONE_EPOCH)
-    run(TAG='timm', MODEL__BACKBONE='timm:resnet18', MODEL__TIMM_ARGS='channels=(8,8,8,8)', **ONE_EPOCH)
+    timm = {'MODEL__BACKBONE': 'timm:resnet18', 'MODEL__TIMM_ARGS': 'channels=(8,8,8,8)'}
+    run(TAG='timm', TRAIN__OPTIMIZER__NAME='lamb', **timm, **ONE_EPOCH)
     config = run(EVAL_MODE='True', MODEL__RESUME=checkpoint, SHOW='1')
     assert set(config.leaves()) - reads == {'BASE'}  # which `load_config` reads

@@ -21,7 +21,7 @@ def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp
     monkeypatch.setattr(metrics, 'write', lambda kind, updates, **record: written.append((kind, updates, record)))
     config = tiny_config()
     state = build_trainer(config, build_model(config), steps_per_epoch=8).state
-    state.images_per_update, state.step = 4, 2
+    state.phases, state.step = [state.phase._replace(images_per_update=4)], 2
     train_meter = TrainMeter(logging.getLogger('test'), metrics, state, epochs=2)
 
     def update(seconds, loss, grad_norm, skipped=NO):
@@ -59,7 +59,7 @@ def test_eta_leaves_out_the_update_that_compiles(tiny_config, monkeypatch, caplo
     monkeypatch.setattr(meter.time, 'monotonic', lambda: clock[0])
     config = tiny_config()
     state = build_trainer(config, build_model(config), steps_per_epoch=8).state
-    state.images_per_update = 4
+    state.phases = [state.phase._replace(images_per_update=4)]
     train_meter = TrainMeter(logging.getLogger('test'), MetricsLog(None), state, epochs=2)
     with caplog.at_level(logging.INFO, 'test'):
         for seconds in (60.0, 1.0, 1.0):

@@ -33,6 +33,23 @@ RECIPES = {
         'TRAIN__ACCUMULATION_STEPS': '2',
         'TRAIN__CLIP_GRAD': '1',
     },
+    'lamb': {
+        'TRAIN__OPTIMIZER__NAME': 'lamb',
+        'TRAIN__LR_SCHEDULER__UNIT': 'epoch',
+        'TRAIN__LAYER_DECAY': '0.7',
+        'TRAIN__NONFINITE': 'skip',
+    },
+    'muon': {
+        'TRAIN__OPTIMIZER__NAME': 'muon',
+        'TRAIN__OPTIMIZER__ARGS': 'ns_steps=3 betas=(0.9,0.98)',
+        'AMP_OPT_LEVEL': 'O1',
+    },
+    'sizes': {
+        'DATA__IMG_SIZES': '[14, 28]',
+        'DATA__IMG_SIZE_EPOCHS': '[0, 1]',
+        'DATA__IMG_SIZE_BATCHES': '[8, 4]',
+        'TRAIN__OPTIMIZER__NAME': 'adan',
+    },
 }
 
 # Two short epochs with everything that draws random numbers

@@ -19,7 +19,7 @@ from engine.run import Run
 from engine.run_folder import RunFolder
 from engine.run_lock import RunLock
 from engine.signals import StopRequest
-from engine.state import TrainingState
+from engine.state import Phase, TrainingState
 from engine.trainer import Trainer
 from lr_scheduler import build_scheduler
 from optimizer import build_optimizer
@@ -64,14 +64,15 @@ def build_trainer(config, model, optimizer=None, steps_per_epoch=4, run=None):
     run = run or build_run(config)
     optimizer = optimizer or build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, steps_per_epoch)
-    state = TrainingState(model, optimizer, scheduler, run.precision, TrainSampler(1), CPU, steps_per_epoch, 4, 1)
+    phases = [Phase(0, steps_per_epoch, images_per_epoch=4, images_per_update=1)]
+    state = TrainingState(model, optimizer, scheduler, run.precision, TrainSampler(1), CPU, phases)
     network = distribute(model, CPU)
 
     def loss_fn(batch):
         images, targets = batch
         return {'loss': nn.functional.cross_entropy(network(images), targets)}
 
-    return Trainer(run, state, network, None, loss_fn, None, 'acc1', {})
+    return Trainer(run, state, network, [None], loss_fn, None, 'acc1', {})
 
 
 def folder_of(config):

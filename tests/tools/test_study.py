@@ -172,6 +172,15 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_saved(small, tmp_path):
     assert finished_run(project, tmp_path, 'msg', 0, opts)['epochs']
     (tmp_path / 'msg' / 'seed0' / 'ckpt_epoch_0.pth').unlink()
     assert finished_run(project, tmp_path, 'msg', 0, opts) is None
+    early, opts_early = tmp_path / 'msg' / 'seed1', [*opts, 'TRAIN.EPOCHS', '4', 'TRAIN.PATIENCE', '1']
+    program = (early / 'config.yaml').read_text()
+    for before, now in (('EPOCHS: 1', 'EPOCHS: 4'), ('PATIENCE: 0', 'PATIENCE: 1')):
+        program = program.replace(f'  {before}\n', f'  {now}\n')
+    (early / 'config.yaml').write_text(program)
+    assert finished_run(project, tmp_path, 'msg', 1, opts_early) is None
+    metrics = (early / 'metrics.jsonl').read_text().splitlines()
+    (early / 'metrics.jsonl').write_text('\n'.join([*metrics[:-1], metrics[-1][:-1] + ', "early_stop": 1}']) + '\n')
+    assert len(finished_run(project, tmp_path, 'msg', 1, opts_early)['epochs']) == 1
     with pytest.raises(StudyError, match='TRAIN.EPOCHS has changed from 1 to 2'):
         finished_run(project, tmp_path, 'msg', 0, [*opts, 'TRAIN.EPOCHS', '2'])
 
@@ -301,6 +310,9 @@ def test_pairs_are_seeds_of_both_and_ema_weights_count_where_there_are_any():
     assert b.values == accuracies['b']
     assert b.difference.mean == pytest.approx(3.0)
     assert b.curves.tolist() == [[1.0, 25.0], [1.0, 41.0], [1.0, 90.0]]
+    results = results_of(epochs)
+    results['runs'][-1]['epochs'] = [{'acc1': 90.0}]  # stopped early
+    assert summarise(results)[1].curves.tolist() == [[1.0, 25.0], [1.0, 41.0], [90.0, 90.0]]
 
 
 def test_tables_have_both_intervals_and_the_comparisons():

@@ -42,9 +42,10 @@ def log_throughput(task: Task, config: CfgNode) -> None:
             log_inference(run, network)
             run.logger.info('give --data-path to time training and its loader too')
             return
-        loaders = task.build_loaders(config, run.process.rank, run.process.world_size)
+        train_loader, eval_loader = task.build_loaders(config, run.process.rank, run.process.world_size)
+        phases = task.phases(config, train_loader)
         run = run._replace(teacher=task.build_teacher(run))
-        trainer = build_trainer(run, task, network, start, *loaders, provenance={})
+        trainer = build_trainer(run, task, network, start, phases, eval_loader, provenance={})
         log_inference(run, trainer.state.model)
         log_training(run, trainer)
 

@@ -89,7 +89,7 @@ class StudyRuns:
 def finished_run(
     study: Study, output: Path, variant: str, seed: int, opts: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The result of a run, as plain data; None if it has not saved its last epoch.
+    """The result of a run, as plain data; None if it has not saved its last epoch, of early stopping too.
 
     Raises:
         StudyError: its folder holds a run with other settings.
@@ -103,11 +103,13 @@ def finished_run(
         raise StudyError(
             f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
         )
-    last = folder / f'ckpt_epoch_{config.TRAIN.EPOCHS - 1}.pth'
-    if not last.exists():
+    epochs = read_run(folder, variant).epochs if (folder / 'metrics.jsonl').exists() else []
+    is_last = epochs and (epochs[-1].get('early_stop') or epochs[-1]['epoch'] == config.TRAIN.EPOCHS - 1)
+    last = folder / f'ckpt_epoch_{epochs[-1]["epoch"]}.pth' if is_last else None
+    if last is None or not last.exists():
         return None
     checkpoint = peek_checkpoint(last)
-    epochs, images = read_run(folder, variant).epochs, checkpoint['data']['train']['images']
+    images = checkpoint['data']['train']['images']
     speeds = [record['images_per_s'] for record in epochs if record.get('images_per_s')]
     if not speeds:
         raise StudyError(f'{folder / "metrics.jsonl"} does not have the speed of an epoch: write another --output')

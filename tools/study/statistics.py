@@ -128,6 +128,12 @@ def metric_curve(run: dict[str, Any], metric: str) -> list[float]:
     return [epoch.get(f'ema_{metric}', epoch.get(metric, math.nan)) for epoch in run['epochs']]
 
 
+def _same_length(curves: Sequence[list[float]]) -> np.ndarray:
+    """Curves as an array; those of runs that stopped early keep their last value."""
+    longest = max(map(len, curves))
+    return np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
+
+
 def compare_pairs(results: dict[str, Any]) -> list[tuple[str, str, Difference]]:
     """Labels and differences of the study's `comparisons`, as far as they have seeds in common."""
     final = {summary.variant: summary.values for summary in summarise(results)}
@@ -168,7 +174,7 @@ def summarise(results: dict[str, Any]) -> list[Summary]:
             continue
         first, own = next(iter(seeds.values())), final[name]
         difference = None if name == results['reference'] else paired_difference(own, reference)
-        curves = np.array([metric_curve(run, metric) for run in seeds.values()])
+        curves = _same_length([metric_curve(run, metric) for run in seeds.values()])
         sizes = first['parameters'], first['multiply_adds']
         summaries.append(Summary(name, results['labels'][name], *sizes, own, curves, difference))
     return summaries

@@ -1,0 +1,45 @@
+"""Progressive image sizes: the phases of a run that trains on images of several sizes, one after the other."""
+
+import copy
+
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.build import build_sample_transform, build_train_loader, check_pairs
+
+
+def phase_configs(config: CfgNode) -> list[tuple[int, CfgNode]]:
+    """First epoch and config of each size of `DATA.IMG_SIZES`; the whole run with the config where there are none."""
+    data = config.DATA
+    sizes, epochs, batches = data.IMG_SIZES, data.IMG_SIZE_EPOCHS, data.IMG_SIZE_BATCHES
+    if not sizes:
+        return [(0, config)]
+    configs = []
+    for size, batch in zip(sizes, batches or [data.BATCH_SIZE] * len(sizes), strict=True):
+        phase = config.clone()
+        phase.defrost()
+        phase.DATA.IMG_SIZE, phase.DATA.BATCH_SIZE = size, batch
+        phase.freeze()
+        configs.append(phase)
+    return list(zip(epochs, configs, strict=True))
+
+
+def size_phases(config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode, DataLoader]]:
+    """First epoch, config and training loader of each size: the samples and the sampler of a loader in other sizes.
+
+    Args:
+        config: the config tree.
+        loader: from `build_loaders`.
+
+    Raises:
+        DataError: the data do not make a batch.
+    """
+    phases = []
+    for first_epoch, phase in phase_configs(config):
+        if phase is config:
+            return [(0, config, loader)]
+        check_pairs(phase)
+        dataset = copy.copy(loader.dataset.dataset)
+        dataset.transform = build_sample_transform(phase, is_train=True)
+        phases.append((first_epoch, phase, build_train_loader(phase, dataset, loader.sampler)))
+    return phases
