@@ -533,6 +533,13 @@ _C.TEST = KeyGroup()
 _C.TEST.CROP = Key(
     True, 'Evaluate on the centre crop of an image resized to 256/224 of the size; False resizes the whole image'
 )
+_C.TEST.CLASSES = Key(
+    'all',
+    "With --eval, classes of the evaluated images: all of the network's, or a subset, named as in training: other "
+    'outputs of the network are left out (docs/evaluation.md)',
+    choices=('all', 'subset'),
+    affects='nothing',
+)
 _C.TEST.COMPILE = Key(False, 'Evaluate, and measure throughput, with torch.compile')
 
 
@@ -600,6 +607,8 @@ def _check(config: CfgNode) -> None:
             f'COMPILE_MODE {config.COMPILE_MODE} uses CUDA graphs, whose gradients may be wrong with '
             f'TRAIN.ACCUMULATION_STEPS (https://github.com/pytorch/pytorch/issues/169545): write COMPILE_MODE default'
         )
+    if config.TEST.CLASSES == 'subset' and not config.EVAL_MODE:
+        raise ConfigError('TEST.CLASSES subset is for --eval: training needs all classes in val/: leave it out')
     if len(config.MODEL.MSG.DEPTHS) < train.FROZEN_STAGES:
         raise ConfigError(
             f'TRAIN.FROZEN_STAGES is {train.FROZEN_STAGES}: write at most {len(config.MODEL.MSG.DEPTHS)}, '

@@ -1,44 +1,130 @@
 """Evaluation of a classifier: metrics over a split, on any number of processes."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.recfunctions import unstructured_to_structured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import IGNORED, Preprocess, SkippedImages
+from data import IGNORED, ImageDataset, Preprocess, SkippedImages
 from engine.distributed import all_reduce_sum, gather_on_main_process, on_main_process
 from engine.evaluation import EvaluationLoop, Poll, no_poll
 from engine.run import Run
 from models.build import maybe_compile
 
+# Top-5 accuracy of so many classes or fewer is always 100 %
+MAX_TRIVIAL = 5
+
 
 class Accuracy(NamedTuple):
-    """Mean cross entropy, and top-1 and top-5 accuracy in percent, of `images` images."""
+    """Mean cross entropy, and top-1 and top-5 accuracy in percent, of `images` images.
+
+    Attributes:
+        val_loss: mean cross entropy.
+        acc1: top-1 accuracy.
+        acc5: top-5 accuracy; None for five classes or fewer.
+        images: number of images.
+        results: of this process's images, for the report; None during training.
+        dataset: the images.
+    """
 
     val_loss: float
     acc1: float
-    acc5: float
+    acc5: float | None
     images: int
+    results: 'ImageResults | None' = None
+    dataset: ImageDataset | None = None
 
     @classmethod
     def from_sums(cls, sums: Tensor) -> 'Accuracy':
-        """Means from sums (4,): of the loss, of top-1 and top-5 hits, and the number of images."""
+        """Means from sums (4,): of the loss, of top-1 and top-5 hits (NaN for none), and the number of images."""
         loss, top1, top5, images = sums.tolist()
         count = images or math.nan  # all images of a batch may be bad ones
-        return cls(loss / count, 100 * top1 / count, 100 * top5 / count, int(images))
+        acc5 = None if math.isnan(top5) else 100 * top5 / count
+        return cls(loss / count, 100 * top1 / count, acc5, int(images))
 
     @property
     def metrics(self) -> dict[str, float]:
         """The metrics by name."""
-        return {'val_loss': self.val_loss, 'acc1': self.acc1, 'acc5': self.acc5}
+        top5 = {} if self.acc5 is None else {'acc5': self.acc5}
+        return {'val_loss': self.val_loss, 'acc1': self.acc1} | top5
 
     def write_report(self, run: Run, suffix: str) -> None:
-        """Write nothing: the log has all of it."""
+        """Write `predictions`, `classes`, `confusion` and others to the run's folder; see `evaluation_report`."""
+        from evaluation_report import write_report  # scikit-learn and matplotlib, which training does not need
+
+        write_report(run, self.dataset, self.results.table(), suffix, has_top5=self.acc5 is not None)
+
+
+class ImageResults:
+    """Collects what a report says of each image of this process: a few numbers, whatever the number of classes.
+
+    Args:
+        indices: of the images in the dataset, in the order of the loader.
+    """
+
+    dtype = np.dtype(
+        [
+            ('index', np.int64),  # of the image in the dataset
+            ('target', np.int64),  # index of the true class
+            ('prediction', np.int64),  # index of the predicted class
+            ('probability', np.float64),  # of the predicted class
+            ('target_probability', np.float64),  # of the true class
+            ('in_top5', np.int64),  # 1 if the true class is among the five most likely ones, else 0
+            ('loss', np.float64),
+        ]
+    )
+
+    def __init__(self, indices: Iterable[int]):
+        self._indices = iter(indices)
+        self._rows = [np.zeros((0, len(self.dtype)))]
+
+    def add(self, logits: Tensor, top: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (B, K).
+            top: the most likely classes, most likely first, (B, at most 5).
+            targets: class indices (B,); `IGNORED` images are left out.
+        """
+        known, own = targets != IGNORED, targets.clamp(min=0)[:, None]
+        log_probabilities = logits.float().log_softmax(dim=1)
+        loss = -log_probabilities.gather(1, own)
+        probability = log_probabilities.gather(1, top[:, :1]).exp()
+        in_top5 = (top == own).any(dim=1, keepdim=True)
+        values = torch.cat((own, top[:, :1], probability, (-loss).exp(), in_top5, loss), dim=1)  # float32
+        indices = torch.tensor(list(islice(self._indices, len(targets))), dtype=torch.float64)
+        self._rows.append(torch.cat((indices[:, None], values.cpu().double()), dim=1)[known.cpu()].numpy())
+
+    def table(self) -> np.ndarray:
+        """A row for each image, (images,) of `dtype`."""
+        return unstructured_to_structured(np.concatenate(self._rows), self.dtype)
+
+
+class SelectedClasses(nn.Module):
+    """A classifier that computes the logits of some of its classes, in a given order.
+
+    Args:
+        network: the classifier.
+        indices: of the classes.
+    """
+
+    def __init__(self, network: nn.Module, indices: list[int]):
+        super().__init__()
+        self.network = network
+        device = next(network.parameters()).device
+        self.register_buffer('indices', torch.tensor(indices, device=device))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images."""
+        return self.network(images)[:, self.indices]
 
 
 @torch.inference_mode()
@@ -61,6 +147,7 @@ def validate(
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
     preprocess = Preprocess(run.config, device)
     skipped = skipped or SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
+    results = None if run.is_training_run else ImageResults(loader.sampler)
     loop = EvaluationLoop(run, loader, poll)
     for batch in loop:
         skipped.count(batch.skipped)
@@ -68,22 +155,25 @@ def validate(
         with run.precision.autocast():
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), targets, reduction='sum', ignore_index=IGNORED)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        batch_sums = torch.stack((loss, hits[:, 0].sum(), hits.sum(), (targets != IGNORED).sum()))
+        top = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
+        hits = top == targets[:, None]
+        top5 = hits.sum() if logits.shape[1] > MAX_TRIVIAL else loss.new_full((), math.nan)
+        batch_sums = torch.stack((loss, hits[:, 0].sum(), top5, (targets != IGNORED).sum()))
         sums += batch_sums
+        if results is not None:
+            results.add(logits, top, targets)
         loop.log(partial(_log_text, batch_sums, sums))
-    accuracy = Accuracy.from_sums(all_reduce_sum(sums))
-    run.logger.info(f' * Acc@1 {accuracy.acc1:.3f} Acc@5 {accuracy.acc5:.3f}')
+    accuracy = Accuracy.from_sums(all_reduce_sum(sums))._replace(results=results, dataset=loader.dataset)
+    top5 = '' if accuracy.acc5 is None else f' Acc@5 {accuracy.acc5:.3f}'
+    run.logger.info(f' * Acc@1 {accuracy.acc1:.3f}{top5}')
     run.logger.info(f'Accuracy of the network on the {accuracy.images} test images: {accuracy.acc1:.1f}%')
     return accuracy
 
 
 def _log_text(batch_sums: Tensor, sums: Tensor) -> str:
     now, mean = Accuracy.from_sums(batch_sums), Accuracy.from_sums(sums)
-    return (
-        f'Loss {now.val_loss:.4f} ({mean.val_loss:.4f})\tAcc@1 {now.acc1:.3f} ({mean.acc1:.3f})\t'
-        f'Acc@5 {now.acc5:.3f} ({mean.acc5:.3f})'
-    )
+    top5 = '' if mean.acc5 is None else f'\tAcc@5 {now.acc5:.3f} ({mean.acc5:.3f})'
+    return f'Loss {now.val_loss:.4f} ({mean.val_loss:.4f})\tAcc@1 {now.acc1:.3f} ({mean.acc1:.3f}){top5}'
 
 
 class MeanAveragePrecision(NamedTuple):

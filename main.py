@@ -12,7 +12,8 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -33,13 +34,14 @@ from data import (
     class_weights,
     size_phases,
 )
+from data.class_names import class_indices
 from distillation import Teacher, build_distillation, build_teacher
 from engine.distributed import once_per_node
 from engine.evaluation import EvaluateFn
 from engine.run import Run, run_parser
 from engine.run_task import run_task
 from engine.task import LossFn, Task
-from evaluation import validate, validate_multi_label
+from evaluation import SelectedClasses, validate, validate_multi_label
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.build import head_pattern, maybe_compile
@@ -150,6 +152,18 @@ class Classification(Task):
         """Top-1 and top-5 accuracy."""
         skipped = SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
         return lambda network, poll, suffix: validate(run, network, loader, poll, skipped)
+
+    def select_classes(
+        self, run: Run, network: nn.Module, dataset: ImageDataset, checkpoint: Mapping[str, Any]
+    ) -> nn.Module:
+        """The classes of `TEST.CLASSES`."""
+        model = run.config.MODEL
+        if run.config.TEST.CLASSES == 'all':
+            return network
+        path, known = model.RESUME or model.PRETRAINED, checkpoint.get('classes')
+        indices = class_indices(dataset.classes, known, model.NUM_CLASSES, dataset.samples.where, path)
+        run.logger.info(f'TEST.CLASSES subset: {len(indices)} of {model.NUM_CLASSES} classes are evaluated')
+        return SelectedClasses(network, indices)
 
 
 class MultiLabelClassification(Classification):

@@ -105,11 +105,13 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
     transform = build_sample_transform(config, is_train)
     folder = Path(config.DATA.DATA_PATH)
     samples = once_per_node(lambda: _open_samples(config, folder, split).share())
-    if len(samples.classes) != config.MODEL.NUM_CLASSES:
+    if len(samples.classes) != config.MODEL.NUM_CLASSES and config.TEST.CLASSES == 'all':
+        remedy = f'write --opts MODEL.NUM_CLASSES {len(samples.classes)}'
+        if config.EVAL_MODE and len(samples.classes) < config.MODEL.NUM_CLASSES:
+            remedy = "if they are some of the network's, write --opts TEST.CLASSES subset"
         raise DataError(
             f'{samples.where} has {len(samples.classes)} classes, but MODEL.NUM_CLASSES is '
-            f'{config.MODEL.NUM_CLASSES}: write --opts MODEL.NUM_CLASSES {len(samples.classes)}, or give another '
-            f'--data-path'
+            f'{config.MODEL.NUM_CLASSES}: {remedy}, or give another --data-path'
         )
     if samples.is_multi_label and not config.DATA.MULTI_LABEL:
         raise DataError(
@@ -118,6 +120,17 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
         )
     on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'replace' if is_train else 'ignore'
     return ImageDataset(samples, transform, on_error, config.DATA.MULTI_LABEL)
+
+
+def open_for_evaluation(config: CfgNode, split: str) -> ImageDataset:
+    """Open `train` or `val` with evaluation's transform, whatever its classes.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    samples = _open_samples(config, Path(config.DATA.DATA_PATH), split).share()
+    on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'ignore'
+    return ImageDataset(samples, build_sample_transform(config, is_train=False), on_error)
 
 
 def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:

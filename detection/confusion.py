@@ -5,13 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torchvision.ops import box_area, box_convert, box_iou
 
-from data.drawn_text import fit_font, shorten
-
 BACKGROUND = 'background'
-MAX_NAME = 30  # characters of a class on the axes
 
 
 def confusion_matrix(
@@ -85,26 +81,6 @@ def match_boxes(a: torch.Tensor, b: torch.Tensor, min_iou: float) -> list[tuple[
             used_a.add(i)
             used_b.add(j)
     return chosen
-
-
-def draw_confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix: colours are fractions of a row, numbers are counts where there is room for them."""
-    names, face = fit_font([shorten(name, MAX_NAME) for name in (*class_names, BACKGROUND)])
-    size = min(max(0.32 * len(names) + 2, 4), 24)
-    figure = Figure(figsize=(size + 1, size), layout='constrained')
-    axes = figure.subplots()
-    fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    axes.imshow(fractions, cmap='Blues', vmin=0, vmax=1)
-    axes.set(xlabel='detected as', ylabel='object')
-    font = max(min(9, 500 / len(names)), 3)
-    axes.set_xticks(range(len(names)), names, rotation=90, font=face, fontsize=font, parse_math=False)
-    axes.set_yticks(range(len(names)), names, font=face, fontsize=font, parse_math=False)
-    if len(names) <= 40:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                color = 'white' if fractions[i, j] > 0.5 else 'black'
-                axes.text(j, i, str(count), ha='center', va='center', color=color, fontsize=font)
-    return figure
 
 
 def _by_image(entries: Any) -> dict[Any, list[dict[str, Any]]]:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from detection.confusion import BACKGROUND, confusion_matrix, draw_confusion
+from data.figures import draw_confusion
+from detection.confusion import BACKGROUND, confusion_matrix
 from detection.data.coco import CocoDataset, Target
 from detection.models.masks import BoxMasks
 from engine.config_tree import ConfigError
@@ -243,7 +244,8 @@ class CocoEvaluation:
         with report_write_errors(folder):
             for name, table in (('classes', self.class_rows()), ('confusion', rows)):
                 (folder / f'{name}{suffix}.csv').write_text(''.join(map(csv_row, table)), encoding='utf-8')
-            draw_confusion(counts, self.class_names).savefig(folder / f'confusion{suffix}.png', dpi=100)
+            figure = draw_confusion(counts, names, rows='object', columns='detected as')
+            figure.savefig(folder / f'confusion{suffix}.png', dpi=100)
 
 
 def _class_precision(precision: np.ndarray) -> list[float]:

@@ -87,7 +87,7 @@ class EvaluationLoop:
 
 
 def evaluate_with_ema(
-    run: Run, evaluate: EvaluateFn, network: nn.Module, ema_network: nn.Module | None, poll: Poll = no_poll
+    run: Run, evaluate: EvaluateFn, network: nn.Module, ema_network: nn.Module | None = None, poll: Poll = no_poll
 ) -> dict[str, Evaluation]:
     """Evaluate a network, then its EMA weights if there are any.
 

@@ -33,6 +33,7 @@ def prediction_parser(
     epilog: str | None = None,
     stored: Mapping[str, Path] | None = None,
     backends: Sequence[str] = (),
+    needs_images: bool = True,
 ) -> argparse.ArgumentParser:
     """A parser of images and of a trained network; read it with `parse_intermixed_args`.
 
@@ -41,13 +42,14 @@ def prediction_parser(
         epilog: examples, kept as they are written.
         stored: see `add_network_flags`.
         backends: see `add_network_flags`.
+        needs_images: whether images must be named.
     """
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'
-    add('images', nargs='+', type=home_path, metavar='IMAGES', help=images)
+    add('images', nargs='+' if needs_images else '*', type=home_path, metavar='IMAGES', help=images)
     add_network_flags(parser, stored, backends=backends)
     add('--limit', type=positive_int, metavar='N', help='use only N images, chosen at random but always the same')
     workers = min(available_cores(), 4)

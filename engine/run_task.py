@@ -205,8 +205,10 @@ def evaluate(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     network, _ = run.precision.prepare(network)
     loader = task.build_eval_loader(run.config, run.process.rank, run.process.world_size)
     log_notes(run, {'val': loader.dataset})
-    warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
-    ema_network = load_ema(network, start.checkpoint)
-    evaluations = evaluate_with_ema(run, task.build_evaluation(run, loader), network, ema_network)
+    networks = [x for x in (network, load_ema(network, start.checkpoint)) if x is not None]
+    selected = [task.select_classes(run, x, loader.dataset, start.checkpoint) for x in networks]
+    if selected == networks:  # no classes were found by name
+        warn_of_other_classes(run, start.checkpoint, loader.dataset.classes)
+    evaluations = evaluate_with_ema(run, task.build_evaluation(run, loader), *selected)
     for name, evaluation in evaluations.items():
         evaluation.write_report(run, '_ema' if name == 'ema' else '')

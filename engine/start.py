@@ -206,7 +206,11 @@ def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: 
     else:
         _warn_of_other_network(run, path, checkpoint, tree)
     starts = tuple(key for key in _EVALUATION_KEYS if key.endswith(('.', '_')))
-    names = [name for name in tree.keys if name in _EVALUATION_KEYS or name.startswith(starts)]
+    names = [
+        name
+        for name, key in tree.keys.items()
+        if (name in _EVALUATION_KEYS or name.startswith(starts)) and key.affects != 'nothing'
+    ]
     changed = tree.changed_keys(run.config, checkpoint.get('config') or run.config, names)
     if changed and run.config.EVAL_MODE:
         run.logger.warning(

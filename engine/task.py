@@ -164,6 +164,25 @@ class Task(ABC):
         """
         return network
 
+    def select_classes(
+        self, run: Run, network: nn.Module, dataset: SampleList, checkpoint: Mapping[str, Any]
+    ) -> nn.Module:
+        """Restrict a network to the classes of a dataset that is to be evaluated, by name.
+
+        Args:
+            run: the run.
+            network: the network, with its weights.
+            dataset: the images.
+            checkpoint: the checkpoint of the network.
+
+        Returns:
+            The network itself where its classes are those of the dataset, in the same order.
+
+        Raises:
+            UserError: the dataset has classes that the network does not know.
+        """
+        return network
+
     def compiles(self, config: CfgNode) -> bool:
         """Whether training or evaluation compiles the network."""
         return False

@@ -32,9 +32,6 @@ SECTIONS = {
     'pytorch/vision': 'torchvision',
 }
 
-# Keys and values that are not there yet. A cell with one of them is not checked.
-PENDING = {'TEST.CLASSES'}
-
 
 def section(title, text=PAGE, level=2):
     """The text below a heading, up to the next one of its level."""
@@ -98,8 +95,6 @@ def load(cell):
 
 @pytest.mark.parametrize('cell', sorted(CELLS))
 def test_settings_load_and_defaults_are_as_said(cell, monkeypatch):
-    if PENDING & set(cell.split()):
-        pytest.skip('not there yet')
     if 'MODEL.TIMM_ARGS' not in cell:  # which only the network can check
         monkeypatch.setattr(config, 'check_network', lambda *_, **options: None)
     loaded, name = load(cell)
@@ -123,12 +118,7 @@ def test_flags_and_keys_in_the_text_exist(repository):
         flags = re.findall(r'(?<!\S)--\w[\w-]*', code)
         unknown = {*keys, *flags} - theirs - OUR_FLAGS - config.TREE.keys.keys()
         unknown -= {key[: len(name)] for name in unknown for key in theirs if key.startswith(f'{name}.')}  # groups
-        assert unknown <= PENDING | {'--naflex-'}, code
-
-
-def test_nothing_is_pending_that_is_there():
-    values = {value for key in config.TREE.keys.values() for value in key.choices}
-    assert not PENDING & {*config.TREE.keys, *values}
+        assert unknown <= {'--naflex-'}, code
 
 
 # Checkpoints

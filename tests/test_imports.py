@@ -48,7 +48,8 @@ ALLOWED = {
         'optimizer',
         'trackers',
     ),
-    'evaluation': ('data', 'engine', 'models'),
+    'evaluation': ('data', 'engine', 'evaluation_report', 'models'),
+    'evaluation_report': ('data', 'engine', 'text_files', 'utils'),
     'distillation': ('data', 'engine', 'extensions', 'models', 'utils'),
     'main': (
         'config',

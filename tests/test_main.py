@@ -23,9 +23,10 @@ def test_eval_evaluates_and_never_trains(tiny_config, image_tree, monkeypatch):
 
     def files():
         paths = (path for path in folder_of(config).rglob('*') if path.is_file() and path.name != 'log_rank0.txt')
-        return {path: path.read_bytes() for path in paths}
+        return {path: path.read_bytes() for path in paths if path.suffix not in ('.csv', '.png')}  # of the report
 
     before = files()
+    assert not list(folder_of(config).glob('*.csv'))  # training writes no report
     monkeypatch.setattr(Trainer, 'train_step', lambda *_: pytest.fail('--eval trains'))
     results = []
     validate = program.validate
@@ -99,7 +100,8 @@ def test_evaluation_counts_every_image_once_at_any_batch_size(tiny_config, image
     targets = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
     assert result.val_loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
     assert result.acc1 == pytest.approx(100 * (logits.argmax(1) == targets).double().mean().item())
-    assert result.acc5 == 100
+    assert result.acc5 is None  # of three classes
+    assert result.metrics.keys() == {'val_loss', 'acc1'}
 
 
 def test_top_five_of_many_classes(tiny_config):
@@ -216,7 +218,7 @@ def test_evaluation_on_more_processes_than_images(tmp_path, tiny_config):
     root = write_images(tmp_path / 'tree', classes=2, val=1)
     flags = ['--data-path', root, '--opts', 'MODEL.NUM_CLASSES', '2']
     torch.save({'model': build_model(tiny_config(MODEL__NUM_CLASSES='2')).state_dict()}, tmp_path / 'w.pth')
-    printed = []
+    printed, reports = [], []
     for run, launcher in ((run_here, []), (start, [*TORCHRUN, '3'])):
         done = run(
             *launcher, 'main.py', '--cfg', TINY, '--output', tmp_path, '--eval', '--resume', tmp_path / 'w.pth', *flags
@@ -225,5 +227,8 @@ def test_evaluation_on_more_processes_than_images(tmp_path, tiny_config):
         printed.append(
             [line.split('INFO')[1] for line in done.stdout.splitlines() if 'Acc' in line and 'Test' not in line]
         )
+        reports.append({path.name: path.read_bytes() for path in (tmp_path / 'tiny' / 'default').glob('*.csv')})
     assert printed[0] == printed[1]
     assert len(printed[0]) == 2
+    assert reports[0] == reports[1]
+    assert reports[0].keys() == {'predictions.csv', 'classes.csv', 'confusion.csv'}

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from data.build import EvalTransform
+from data.class_names import with_words
 from data.file_loader import InferenceLoader, print_above_bar
 from data.images import choose_images, find_images, report_other_files
 from data.preprocess import Preprocess
@@ -30,7 +31,7 @@ from models.registry import stored_weights
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.export.exported import BACKENDS, backend_of, files_read, load_exported
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, stream_text
-from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line, with_words
+from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line
 from utils import UserError, exit_on_user_error, home_path, orderly_termination, positive_int, printable
 
 STDOUT = Path('-')

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from timm.data import ImageNetInfo
-
 from text_files import csv_row
 from utils import printable
 
@@ -35,12 +33,6 @@ class Prediction(NamedTuple):
         """Name, index and probability of each class."""
         for index, probability in zip(self.indices, self.probabilities, strict=True):
             yield class_names[index], index, probability
-
-
-def with_words(names: Sequence[str]) -> list[str]:
-    """Class names, those that are WordNet ids of ImageNet with the first name they stand for: n01440764 tench."""
-    words = ImageNetInfo('imagenet-1k').label_descriptions(as_dict=True)
-    return [f'{name} {words[name].split(",")[0]}' if name in words else name for name in names]
 
 
 def text_line(prediction: Prediction, class_names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from detection.confusion import confusion_matrix, draw_confusion, match_boxes
+from detection.confusion import confusion_matrix, match_boxes
 
 CATEGORIES = [{'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}]
 
@@ -63,9 +63,3 @@ def test_boxes_are_matched_once_from_the_highest_iou_down(seed):
         left_a.remove(i)
         left_b.remove(j)
     assert match_boxes(a, b, 0.5) == expected
-
-
-def test_drawing_has_a_row_and_a_column_per_class_and_for_the_background():
-    axes = draw_confusion(np.array([[5, 0, 1], [2, 3, 0], [0, 4, 0]]), ['cat', 'dog_$1']).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog_$1', 'background']
-    assert [text.get_text() for text in axes.texts] == ['5', '1', '2', '3', '4']
