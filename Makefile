@@ -144,7 +144,8 @@ $(OUTPUT)/versions/%/installed: Makefile requirements.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	grep -vE '^(torch|torchvision|timm|numpy)==' requirements.txt > $(@D)/requirements.txt
-	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt $(VERSIONS) $$(grep ^pytest requirements-dev.txt | cut -d' ' -f1)
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt $(VERSIONS) \
+		$$(grep -hoE '^(pytest|onnx)[^ ]*' requirements-dev.txt requirements-export.txt)
 	touch $@
 
 test-versions: $(OUTPUT)/versions/oldest/installed $(OUTPUT)/versions/newest/installed

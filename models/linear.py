@@ -43,6 +43,8 @@ def choose_library(choice: str) -> str:
 
 def mkl_leaves_avx512_unused() -> bool:
     """Whether the processor has AVX-512 instructions that MKL does not use: AMD processors."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # PyTorch before 2.11
+        return False
     cpu = torch.cpu.get_capabilities()
     return 'AMD' in cpu.get('cpu_name', '') and cpu.get('avx512_f', False) and not _mkl_assumes_intel()
 

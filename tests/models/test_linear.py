@@ -248,7 +248,8 @@ AMD, INTEL = 'AMD EPYC 9554', 'Intel(R) Xeon(R) Platinum 8488C'
     ],
 )
 def test_choice_by_processor(monkeypatch, choice, name, avx512, mkl_assumes_intel, library):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'cpu_name': name, 'avx512_f': avx512})
+    capabilities = {'cpu_name': name, 'avx512_f': avx512}
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
     monkeypatch.setattr(linear, '_mkl_assumes_intel', lambda: mkl_assumes_intel)
     assert choose_library(choice) == library
     monkeypatch.setattr(linear, 'HAS_OPERATOR', False)
