@@ -135,7 +135,7 @@ test-timm: $(OUTPUT)/timm/downloaded
 	OMP_NUM_THREADS=1 $(PY) -m pytest -c $(<D)/pyproject.toml -p tests.helpers.timm_plugin -n 2 -rx $(<D)/tests/test_models.py
 
 # The network's tests with the oldest and the newest versions that pyproject.toml allows; torchvision is torch's.
-OLDEST := torch==2.6.0 torchvision==0.21.0 timm==1.0.27 numpy==2.0.2
+OLDEST := torch==2.10.0 torchvision==0.25.0 timm==1.0.27 numpy==2.0.2
 NEWEST := 'torch<3' torchvision 'timm<2' numpy
 
 $(OUTPUT)/versions/oldest/installed: VERSIONS := $(OLDEST)

@@ -175,7 +175,7 @@ def check_on_meta(config: 'CfgNode', build: Callable[..., nn.Module]) -> None:
 def parse_timm_args(
     text: str,
     key: str = 'MODEL.TIMM_ARGS',
-    reserved: Mapping[str, str] = RESERVED,
+    reserved: Mapping[str, str] | None = None,
     example: str = 'embed_dim=96 depths=(2,2,6,2)',
 ) -> dict[str, Any]:
     """Parse `name=value` pairs separated by spaces, as in timm's `--model-kwargs`.
@@ -185,13 +185,13 @@ def parse_timm_args(
     Args:
         text: the pairs.
         key: the config key whose value they are, for messages.
-        reserved: names that must not be set, and what to write instead.
+        reserved: names that must not be set, and what to write instead; None for `RESERVED`.
         example: pairs, for messages.
 
     Raises:
         ValueError: the text has another form, or sets a reserved name.
     """
-    arguments = {}
+    arguments, reserved = {}, RESERVED if reserved is None else reserved
     for pair in text.split():
         name, equals, value = pair.partition('=')
         if not (name.isidentifier() and equals):

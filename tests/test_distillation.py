@@ -178,7 +178,7 @@ def taught(tiny_config, image_tree, tmp_path):
     """A function that trains with options; and the path of a checkpoint that can teach."""
 
     def train(**options):
-        options = {'DATA__DATA_PATH': str(image_tree), 'SAVE_STEPS': '3', 'TENSORBOARD': 'False'} | options
+        options = {'DATA__DATA_PATH': str(image_tree), 'SAVE_STEPS': '3', 'TRACKER': 'none'} | options
         program.main(config := tiny_config(**options))
         return config
 

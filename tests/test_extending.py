@@ -61,7 +61,7 @@ def commands_with(text):
 
 def test_every_example_is_used():
     assert all(any(name in command for command in COMMANDS) for name in EXAMPLES)
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 def test_an_exchange_in_one_file(folder):

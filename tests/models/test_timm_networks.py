@@ -87,7 +87,7 @@ NOT_OF_THE_NETWORK = [
     'cache_dir=/tmp/x',
     'model_name=resnet34',
     'pretrained_strict=False',
-    'pretrained_model_args={}',
+    *(['pretrained_model_args={}'] if 'pretrained_model_args' in timm_networks.RESERVED else []),  # timm >= 1.0.31
     'kwargs_filter=()',
     'model_cfg={}',
     'out_indices=(0,)',

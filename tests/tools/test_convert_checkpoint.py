@@ -36,7 +36,7 @@ def test_weights_survive_conversion_to_safetensors_and_back(tmp_path, tiny_confi
 @pytest.mark.parametrize(
     ('source', 'target', 'choice', 'message'),
     [
-        ('a.pth', 'b.onnx', 'auto', 'b.onnx has an unknown suffix: write .pth or .safetensors'),
+        ('a.pth', 'b.onnx', 'auto', 'b.onnx has an unknown suffix: write .pth, .safetensors, or a folder'),
         ('a.pth', 'b.pth', 'ema', 'a.pth holds no EMA weights: write --pretrained-weights raw'),
         ('nowhere.pth', 'b.pth', '', 'nowhere.pth does not exist'),
         ('nowhere.pth', 'a.pth', '', 'nowhere.pth does not exist'),
