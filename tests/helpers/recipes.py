@@ -53,7 +53,7 @@ RECIPES = {
 }
 
 # Two short epochs with everything that draws random numbers
-COMMON = {'TRAIN__EPOCHS': '2', 'SAVE_STEPS': '1', 'SAVE_KEEP': '0', 'DATA__NUM_WORKERS': '0', 'PRINT_FREQ': '1'}
+COMMON = {'TRAIN__EPOCHS': '2', 'SAVE_STEPS': '2', 'SAVE_KEEP': '0', 'DATA__NUM_WORKERS': '0', 'PRINT_FREQ': '1'}
 COMMON |= {'MODEL__DROP_PATH_RATE': '0.3', 'MODEL__DROP_RATE': '0.1', 'TRAIN__EMA_DECAY': '0.9'}
 
 

@@ -120,3 +120,11 @@ def test_pip_installs_the_network_alone(tmp_path):
         installed = {path.name for path in (site / 'msg_transformer').glob(pattern)}
         assert installed == {path.name for path in (ROOT / 'models').glob(pattern)}
     run_in(tmp_path / 'empty', USE, python=python, path=sysconfig.get_path('purelib'))
+
+
+def test_the_oldest_versions_are_those_of_make_test_versions():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    tested = next(line for line in (ROOT / 'Makefile').read_text().splitlines() if line.startswith('OLDEST := '))
+    for requirement in project['dependencies']:
+        name, lower = requirement.partition(',')[0].split('>=')
+        assert any(f'{pin}.'.startswith(f'{name}=={lower}.') for pin in tested.split()), requirement
