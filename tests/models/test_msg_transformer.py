@@ -17,7 +17,7 @@ OPTIONS = {
     'no qkv bias': {'qkv_bias': False},
     'qk scale': {'qk_scale': 0.5},
     'mlp ratio': {'mlp_ratio': 2.5},
-    'dropout': {'drop_rate': 0.1, 'attn_drop_rate': 0.1, 'drop_path_rate': 0.3},
+    'dropout': {'drop_rate': 0.1, 'attn_drop_rate': 0.1, 'drop_path_rate': 0.1},
     'no shuffle': {'manip_type': 'none'},
     'grey': {'in_chans': 1},
     'checkpoint': {'use_checkpoint': True},
