@@ -141,7 +141,9 @@ def shared_keys(task: str) -> KeyGroup:
         False, 'Apply the EXIF orientation when images are read; False reads them as stored, as published'
     )
     c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
-    c.DATA.NUM_WORKERS = Key(8, 'Loader processes per rank; 0 loads in the training process', min=0, affects='nothing')
+    c.DATA.NUM_WORKERS = Key(
+        8, 'DataLoader workers per rank; 0 loads in the training process', min=0, affects='nothing'
+    )
 
     c.MODEL = KeyGroup()
     c.MODEL.NAME = Key(
@@ -332,7 +334,7 @@ _C.DATA.DATASET = Key(
     'imagenet',
     'Format of DATA_PATH: imagenet, a tree of class folders; shards, of tools.pack_dataset; zip, <split>.zip with '
     '<split>_map.txt; table, images and labels in a CSV or Parquet file; webdataset, tars with .cls or .json; '
-    'huggingface, a saved DatasetDict; or a dataset of your own (docs/data.md)',
+    'huggingface, a saved DatasetDict; or a custom dataset (docs/data.md)',
     choices=DATASET_NAMES,
     affects='nothing',
 )
@@ -344,8 +346,8 @@ _C.DATA.MULTI_LABEL = Key(
 )
 _C.DATA.SAMPLING = Key(
     'uniform',
-    'Images of an epoch: uniform, each once; or draws with replacement, in which all classes are equally frequent '
-    '(balanced), or in proportion to the square root of their sizes (sqrt)',
+    'How an epoch samples images: uniform, each image once; balanced, with replacement, all classes equally often; '
+    'sqrt, with replacement, in proportion to the square root of the class sizes',
     choices=('uniform', 'balanced', 'sqrt'),
 )
 _C.DATA.PIPELINE = Key(
@@ -426,8 +428,8 @@ _C.TRAIN.BCE_THRESHOLD = Key(
 _C.TRAIN.BCE_SUM = Key(False, 'Sum bce over the classes instead of taking their mean', used_with='TRAIN.LOSS bce')
 _C.TRAIN.CLASS_WEIGHTS = Key(
     'none',
-    'Weights of the classes in the loss, from their numbers of training images n: none, balanced (proportional to 1/n) '
-    'or sqrt (to its square root)',
+    'Class weights in the loss, from the number n of training images of each class: none; balanced, proportional to '
+    '1/n; sqrt, proportional to 1/sqrt(n)',
     choices=('none', 'balanced', 'sqrt'),
 )
 _C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
@@ -465,8 +467,8 @@ _C.AUG.TRANSFORM = Key(
 )
 _C.AUG.REPEATS = Key(
     1,
-    'Repeated augmentation: times in a row that an epoch takes an image, each augmented differently; the epoch has as '
-    'many samples as before, so fewer images',
+    'Repeated augmentation: each drawn image appears this many times in a row, augmented differently. The epoch length '
+    'is unchanged, so an epoch sees fewer distinct images',
     min=1,
 )
 _C.AUG.REPROB = Key(0.25, 'Probability of random erasing', min=0, max=1)
@@ -498,7 +500,7 @@ _C.DISTILL.TEACHER = Key(
     affects='nothing',
     stored=lambda teacher: '',  # programs that load a checkpoint need no teacher
 )
-_C.DISTILL.WEIGHTS = Key(
+_C.DISTILL.TEACHER_WEIGHTS = Key(
     '',
     "File with the weights of a teacher timm:<name>; '' takes timm's pretrained weights, which are downloaded",
     is_path=True,
@@ -513,7 +515,10 @@ _C.DISTILL.KIND = Key(
     used_with='DISTILL.TEACHER',
 )
 _C.DISTILL.TEMPERATURE = Key(
-    1.0, 'Divisor of the logits of both in soft distillation', min=0.01, used_with='DISTILL.KIND soft'
+    1.0,
+    'Temperature T of soft distillation: student and teacher logits are divided by T',
+    min=0.01,
+    used_with='DISTILL.KIND soft',
 )
 _C.DISTILL.WEIGHT = Key(
     0.5,
@@ -535,8 +540,8 @@ _C.TEST.CROP = Key(
 )
 _C.TEST.CLASSES = Key(
     'all',
-    "With --eval, classes of the evaluated images: all of the network's, or a subset, named as in training: other "
-    'outputs of the network are left out (docs/evaluation.md)',
+    'Classes to evaluate with --eval: all, or subset, only those in the dataset, matched by name; other logits are '
+    'dropped (docs/evaluation.md)',
     choices=('all', 'subset'),
     affects='nothing',
 )
@@ -633,10 +638,10 @@ def _check_teacher(config: CfgNode) -> None:
             check_timm_name('DISTILL.TEACHER', teacher)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    elif distill.WEIGHTS:
+    elif distill.TEACHER_WEIGHTS:
         raise ConfigError(
-            f'DISTILL.WEIGHTS is a file for a teacher timm:<name>, and DISTILL.TEACHER is {teacher}: leave it out '
-            f'(the share of the loss is DISTILL.WEIGHT)'
+            f'DISTILL.TEACHER_WEIGHTS is a file for a teacher timm:<name>, and DISTILL.TEACHER is {teacher}: leave it '
+            f'out (the weight of the distillation loss is DISTILL.WEIGHT)'
         )
     if config.DATA.MULTI_LABEL:
         raise ConfigError('DISTILL.TEACHER teaches one class per image: write DATA.MULTI_LABEL False, or no teacher')

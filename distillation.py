@@ -51,7 +51,8 @@ def register_teacher(name: str) -> Callable[[Callable], Callable]:
 class Teacher:
     """A frozen network that gives logits for the images that the student sees.
 
-    It is no part of the student: it is in no checkpoint and not wrapped in DDP. Every process has its own.
+    The teacher is separate from the student: it is not saved in checkpoints and not wrapped in DDP. Each process has a
+    copy.
 
     Args:
         name: for messages.
@@ -246,7 +247,7 @@ def describe(network: nn.Module, run: Run) -> dict[str, Any]:
 
 
 def load_timm_teacher(model: str, run: Run) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a network of timm with the weights of `DISTILL.WEIGHTS`, or with timm's pretrained ones.
+    """Build a network of timm with the weights of `DISTILL.TEACHER_WEIGHTS`, or with timm's pretrained ones.
 
     Args:
         model: timm's name.
@@ -259,7 +260,7 @@ def load_timm_teacher(model: str, run: Run) -> tuple[nn.Module, dict[str, Any]]:
         TeacherError: timm has no pretrained weights, or they cannot be fetched.
         CheckpointError: the file cannot be read, or is of another network.
     """
-    path = run.config.DISTILL.WEIGHTS
+    path = run.config.DISTILL.TEACHER_WEIGHTS
     if not path:
         built = []  # on the process of the node that downloads; the others find the file then
         once_per_node(lambda: built.append(_create_pretrained(model)))
@@ -283,7 +284,7 @@ def _create_pretrained(model: str) -> nn.Module:
     except Exception as error:  # of timm, the hub, the network or the disk
         raise TeacherError(
             f'{TIMM}{model}: the pretrained weights cannot be fetched ({shortened(first_line(error))}): '
-            f'give a file of them with DISTILL.WEIGHTS'
+            f'give a file of them with DISTILL.TEACHER_WEIGHTS'
         ) from error
 
 
@@ -300,7 +301,7 @@ def load_checkpoint_teacher(path: str, run: Run, task: Task) -> tuple[nn.Module,
     if not checkpoint.get('config'):
         raise CheckpointError(
             f'{path} has no config, so its network is unknown: for weights of timm, write DISTILL.TEACHER timm:<name> '
-            f'DISTILL.WEIGHTS {path}'
+            f'DISTILL.TEACHER_WEIGHTS {path}'
         )
     flags = Namespace(resume=path, cfg=None, opts=['DEVICE', 'cpu'], stored=(), pretrained_weights='auto')
     config, network, _, _ = load_predictor(flags, task, checkpoint=checkpoint, log=run.logger.info)

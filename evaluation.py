@@ -64,7 +64,7 @@ class Accuracy(NamedTuple):
 
 
 class ImageResults:
-    """Collects what a report says of each image of this process: a few numbers, whatever the number of classes.
+    """Collects the per-image results for the report of `--eval`: a few numbers per image, for any number of classes.
 
     Args:
         indices: of the images in the dataset, in the order of the loader.
@@ -199,7 +199,7 @@ class MeanAveragePrecision(NamedTuple):
         return {'val_loss': self.val_loss, 'map': self.mean_ap}
 
     def write_report(self, run: Run, suffix: str) -> None:
-        """Write nothing: the log has all of it."""
+        """Write no report: the log has the mAP."""
 
 
 @torch.inference_mode()

@@ -78,7 +78,7 @@ def _write_files(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
     save('calibration', draw_calibration(ece, bins))
     known = recall[images > 0]
     lines = [
-        f'mean accuracy of classes {100 * known.mean():.2f}%, expected calibration error (ECE) {100 * ece:.2f}%',
+        f'mean per-class accuracy {100 * known.mean():.2f}%, expected calibration error (ECE) {100 * ece:.2f}%',
         'lowest accuracy: ' + ', '.join(f'{names[i]} {100 * recall[i]:.1f}%' for i in _lowest(recall, images)[:5]),
     ]
     if count <= MAX_MATRIX:

@@ -65,14 +65,17 @@ def build_optimizer(
             for parameter in (p for group in groups for p in group['params']):
                 optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
         return optimizer
-    reason = why_not(options.NAME)
+    reason = unsupported_reason(options.NAME)
     if reason:
         raise ValueError(f'TRAIN.OPTIMIZER.NAME is {options.NAME!r}: {reason}')
     return get_optimizer_class(options.NAME)(groups, lr=lr, **timm_options(config) | arguments)
 
 
 def timm_options(config: CfgNode) -> dict[str, Any]:
-    """What an optimizer of timm takes of `TRAIN.OPTIMIZER`: EPS and BETAS where they are not those of AdamW."""
+    """Keyword arguments for an optimizer of timm, from `TRAIN.OPTIMIZER`.
+
+    EPS and BETAS are passed only if they differ from AdamW's defaults.
+    """
     options = config.TRAIN.OPTIMIZER
     info = get_optimizer_info(options.NAME)
     arguments = {}
@@ -85,8 +88,8 @@ def timm_options(config: CfgNode) -> dict[str, Any]:
     return arguments
 
 
-def why_not(name: str) -> str:
-    """Why an optimizer cannot be used, and the remedy; empty where it can."""
+def unsupported_reason(name: str) -> str:
+    """Reason why an optimizer is not supported, with a suggestion; empty if it is supported."""
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, usable_optimizers(), n=1)
         return f'timm has none of that name{f", did you mean {near[0]}?" if near else ""}: write {_EXAMPLES}'
@@ -105,7 +108,7 @@ _EXAMPLES = 'adamw, sgd, or another one of timm.optim.list_optimizers(), such as
 
 def usable_optimizers() -> list[str]:
     """Names of the optimizers that can be used; timm has them all."""
-    return [name for name in list_optimizers() if not why_not(name)]
+    return [name for name in list_optimizers() if not unsupported_reason(name)]
 
 
 def optimizers_with(option: str) -> list[str]:

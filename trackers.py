@@ -37,7 +37,7 @@ class Tracker:
         """
 
     def write(self, record: dict[str, Any]) -> None:
-        """Get a record.
+        """Log one record of `metrics.jsonl`.
 
         Args:
             record: `kind` ('train' or 'epoch'), `updates` (of the run so far), `epoch` and the metrics by name; one
@@ -46,7 +46,7 @@ class Tracker:
         raise NotImplementedError
 
     def close(self) -> None:
-        """End with the run's training, whether or not it has failed."""
+        """Called when training ends, also after an error."""
 
 
 # Values of TRACKER
@@ -89,8 +89,8 @@ class TensorBoardTracker(Tracker):
 class WandbTracker(Tracker):
     """A run of Weights & Biases, which a run that resumes continues.
 
-    The variables of Weights & Biases take effect, such as WANDB_MODE and WANDB_PROJECT. Without WANDB_MODE, nothing is
-    sent: the run is in the folder `wandb`, for `wandb sync`.
+    The environment variables of Weights & Biases take effect, such as WANDB_MODE and WANDB_PROJECT. Without WANDB_MODE,
+    nothing is sent: the run is in the folder `wandb`, for `wandb sync`.
     """
 
     package = 'wandb'
@@ -125,7 +125,7 @@ class WandbTracker(Tracker):
 class MlflowTracker(Tracker):
     """A run of MLflow, which a run that resumes continues.
 
-    The variables of MLflow take effect, such as MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME. Without
+    The environment variables of MLflow take effect, such as MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME. Without
     MLFLOW_TRACKING_URI, runs are in the database `mlflow.db` of the output folder.
     """
 
@@ -171,7 +171,7 @@ def metrics_of(record: dict[str, Any]) -> dict[str, float | None]:
 
 
 def run_name(config: CfgNode) -> str:
-    """What trackers call a run."""
+    """Display name of a run in trackers."""
     return f'{config.MODEL.NAME}/{config.TAG}'
 
 

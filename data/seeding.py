@@ -42,7 +42,7 @@ def _seed(entropy: Sequence[int]) -> None:
 class SeededDataset(Dataset):
     """A dataset whose random augmentation is a function of (seed, epoch, index), in whichever process.
 
-    Neither the number of loader processes nor an interruption of the run changes what the network sees. An image that
+    Neither the number of DataLoader workers nor an interruption of the run changes what the network sees. An image that
     an epoch draws several times is augmented differently each time.
 
     Args:

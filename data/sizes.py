@@ -9,7 +9,10 @@ from data.build import build_sample_transform, build_train_loader, check_pairs
 
 
 def phase_configs(config: CfgNode) -> list[tuple[int, CfgNode]]:
-    """First epoch and config of each size of `DATA.IMG_SIZES`; the whole run with the config where there are none."""
+    """Split a run into phases by `DATA.IMG_SIZES`: the first epoch and the config of each phase.
+
+    Without `DATA.IMG_SIZES`, one phase with the given config.
+    """
     data = config.DATA
     sizes, epochs, batches = data.IMG_SIZES, data.IMG_SIZE_EPOCHS, data.IMG_SIZE_BATCHES
     if not sizes:
@@ -25,11 +28,14 @@ def phase_configs(config: CfgNode) -> list[tuple[int, CfgNode]]:
 
 
 def size_phases(config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode, DataLoader]]:
-    """First epoch, config and training loader of each size: the samples and the sampler of a loader in other sizes.
+    """Build the training loader of each phase. All phases share the dataset's samples and the sampler of `loader`.
 
     Args:
         config: the config tree.
         loader: from `build_loaders`.
+
+    Returns:
+        First epoch, config and loader of each phase.
 
     Raises:
         DataError: the data do not make a batch.

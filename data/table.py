@@ -83,7 +83,7 @@ class Table(Samples):
                 raise self._wrong_paths()
 
     def _finds_images(self) -> bool:
-        """Whether an image exists, of the first, the last and one between."""
+        """Whether at least one of the first, middle and last images exists."""
         return any(os.path.exists(self._path(index)) for index in (0, len(self) // 2, len(self) - 1))
 
     def _wrong_paths(self) -> DataError:

@@ -1,4 +1,4 @@
-"""The format of WebDataset tars of others: `<key>.jpg` with the class in `<key>.cls` or `<key>.json`.
+"""The format of existing WebDataset tars: `<key>.jpg` with the class in `<key>.cls` or `<key>.json`.
 
 When a split is opened, the headers of its tars are read once, by Python's tarfile, and give a table of offsets. So a
 sample is one read, in any order.
@@ -36,7 +36,7 @@ _MAX_HEADER_BYTES = 1 << 20  # of a member's name and other headers, and of its 
 
 
 class WebDataset(TarSamples):
-    """The samples of `folder/<split>/*.tar` or, beside each other, `folder/*<split>*.tar`, in the order of their names.
+    """The samples of `folder/<split>/*.tar` or `folder/*<split>*.tar`, in the order of their names.
 
     Labels are class indices, which `classnames.txt` may name, or names of classes, which are numbered in their order.
     The classes of both splits are those of `train`, if there is one.

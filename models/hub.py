@@ -53,7 +53,7 @@ def save_for_hf(
     )
     path = Path(folder) / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
-    # timm >= 1.0.30 repeats the number of classes here, and transformers passes it a second time.
+    # Since timm 1.0.31, model_args repeats the number of classes, and transformers passes it a second time.
     config.get('model_args', {}).pop('num_classes', None)
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 

@@ -164,7 +164,7 @@ SIZES = ['DATA.IMG_SIZES', '[14, 28]', 'DATA.IMG_SIZE_EPOCHS', '[0, 1]']
         (['EVAL_MODE', 'True', 'THROUGHPUT_MODE', 'True', 'MODEL.RESUME', 'x'], 'give one of them'),
         (['MODEL.RESUME', 'x', 'MODEL.PRETRAINED', 'y'], 'give one of them'),
         (['DISTILL.TEACHER', 'timm:resnet19'], 'DISTILL.TEACHER is timm:resnet19: .* did you mean timm:resnet18'),
-        (['DISTILL.TEACHER', 'x.pth', 'DISTILL.WEIGHTS', 'y.pth'], 'x.pth: leave it out .* is DISTILL.WEIGHT'),
+        (['DISTILL.TEACHER', 'x.pth', 'DISTILL.TEACHER_WEIGHTS', 'y.pth'], 'x.pth: leave it out .* is DISTILL.WEIGHT'),
         (['DISTILL.TEACHER', 'x.pth', 'MODEL.NUM_CLASSES', '0'], 'MODEL.NUM_CLASSES is 0: write their number'),
         (['DISTILL.TEACHER', 'x.pth', 'DISTILL.CLASSES', '[cat]'], "the teacher's class of each of the 3 student"),
         ([*MULTI_LABEL, 'DISTILL.TEACHER', 'x.pth'], 'DISTILL.TEACHER teaches one class per image'),

@@ -124,7 +124,7 @@ def test_classes_are_found_by_name(build):
 def test_weights_of_a_timm_teacher_from_a_file(build, tmp_path):
     network = timm.create_model('test_efficientnet', num_classes=4)
     save_checkpoint(path := tmp_path / 'four.pth', {'model': network.state_dict(), 'classes': list('abcd')})
-    options = {'DISTILL__TEACHER': 'timm:test_efficientnet', 'DISTILL__WEIGHTS': str(path)}
+    options = {'DISTILL__TEACHER': 'timm:test_efficientnet', 'DISTILL__TEACHER_WEIGHTS': str(path)}
     teacher = build(**options).teacher
     assert teacher.identity == {'name': 'timm:test_efficientnet', 'sha256': hash_weights(network)}
     assert (teacher.size, teacher.find_classes(['b', 'a'])) == ((160, 160), [1, 0])
@@ -134,7 +134,7 @@ def test_weights_of_a_timm_teacher_from_a_file(build, tmp_path):
     with pytest.raises(CheckpointError, match='four.pth holds a different model'):
         build(**options | {'DISTILL__TEACHER': 'timm:test_vit'})
     offline = mock.patch.object(timm, 'create_model', side_effect=OSError('no route\nto host'))
-    message = r'timm:resnet18: .* cannot be fetched \(no route.*\): give a file of them with DISTILL.WEIGHTS'
+    message = r'timm:resnet18: .* cannot be fetched \(no route.*\): give a file of them with DISTILL.TEACHER_WEIGHTS'
     with offline, pytest.raises(TeacherError, match=message):
         build(DISTILL__TEACHER='timm:resnet18')
 

@@ -84,7 +84,7 @@ def test_report_of_raw_and_ema_weights(tiny_config, tmp_path):
     files += ['hardest.png', 'confident.png']
     log = log_of(config)
     assert f'report: {", ".join(files)} in {folder}' in log
-    assert f'report: mean accuracy of classes {100 * (right / images).mean():.2f}%, expected calibration' in log
+    assert f'report: mean per-class accuracy {100 * (right / images).mean():.2f}%, expected calibration' in log
     for name in files:
         ema = folder / name.replace('.', '_ema.')
         for file in (folder / name, ema):

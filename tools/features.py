@@ -165,7 +165,7 @@ def features_of_split(
         extract: see `build_extractor`.
         split: `train` or `val`.
         batch_size: images at a time.
-        workers: loader processes.
+        workers: DataLoader workers.
         limit: use only so many images, a random but fixed choice.
 
     Raises:
@@ -191,7 +191,7 @@ def features_of_split(
 
 
 def knn_accuracy(train: Features, val: Features, neighbours: int) -> float:
-    """Top-1 accuracy, as a fraction, of votes of the nearest neighbours by cosine, weighted with exp(cosine / 0.07).
+    """Top-1 accuracy, as a fraction, of weighted k-NN with cosine similarity and vote weights exp(similarity / 0.07).
 
     Raises:
         UserError: there are fewer training images.
@@ -266,7 +266,7 @@ def parse_option() -> argparse.Namespace:
     add('--data-path', type=home_path, metavar='DIR', help='in place of images: a dataset with train/ and val/')
     add('--output', type=home_path, metavar='FILE', help='features to write, .npz or .parquet')
     add('--stage', type=positive_int, metavar='N', help="stage, from 1 (default: the classifier's input)")
-    add('--tokens', choices=('patches', 'msg'), help='tokens of the stage whose mean is taken (patches)')
+    add('--tokens', choices=('patches', 'msg'), help='tokens to average: patches or msg (default: patches)')
     add('--knn', type=positive_int, metavar='K', help='print the accuracy of K nearest neighbours, such as 20')
     add('--linear-probe', action='store_true', help='print the accuracy of logistic regression')
     add('--batch-size', type=positive_int, default=64, metavar='N', help='batch size (64)')
@@ -281,7 +281,7 @@ def parse_option() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> tuple[int, int]:
-    """Compute features, write them, and print what they are worth.
+    """Compute features, write them, and print their k-NN and linear-probe accuracy.
 
     Returns:
         Numbers of image files that cannot be read, and of all.
