@@ -100,7 +100,7 @@ def test_settings_load_and_defaults_are_as_said(cell, monkeypatch):
     loaded, name = load(cell)
     default = config.TREE.keys[name].default if name else None
     for remark in CELLS[cell]:
-        said = re.search(r'and here ([\d.e-]*\d|True|False|msg|adamw|bicubic|cosine)\b', remark)
+        said = re.search(r'; here ([\d.e-]*\d|True|False|msg|adamw|bicubic|cosine)\b', remark)
         if name and re.search(r'\b[Ss]ame default', remark):
             value = get(loaded, name, '')
             assert str(value) == str(default) or value == pytest.approx(default, rel=1e-4), remark
