@@ -305,6 +305,10 @@ def load_checkpoint_teacher(path: str, run: Run, task: Task) -> tuple[nn.Module,
         )
     flags = Namespace(resume=path, cfg=None, opts=['DEVICE', 'cpu'], stored=(), pretrained_weights='auto')
     config, network, _, _ = load_predictor(flags, task, checkpoint=checkpoint, log=run.logger.info)
+    if config.DATA.MULTI_LABEL:
+        raise TeacherError(
+            f'the teacher {path} was trained on several classes per image: give one of DATA.MULTI_LABEL False'
+        )
     (mean, std), side = mean_and_std(config), config.DATA.IMG_SIZE
     size = (config.MODEL.MSG.IN_CHANS, side, side)
     return network, {'input_size': size, 'mean': mean, 'std': std, 'classes': checkpoint.get('classes')}

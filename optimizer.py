@@ -91,8 +91,8 @@ def timm_options(config: CfgNode) -> dict[str, Any]:
 def unsupported_reason(name: str) -> str:
     """Reason why an optimizer is not supported, with a suggestion; empty if it is supported."""
     if name not in list_optimizers():
-        near = difflib.get_close_matches(name, usable_optimizers(), n=1)
-        return f'timm has none of that name{f", did you mean {near[0]}?" if near else ""}: write {_EXAMPLES}'
+        near = difflib.get_close_matches(name.lower(), usable_optimizers(), n=1)
+        return f'timm has none of that name: {f"did you mean {near[0]}?" if near else f"write {_EXAMPLES}"}'
     info = get_optimizer_info(name)
     if isinstance(info.opt_class, str):
         return f'it needs a GPU and {info.opt_class.partition(".")[0]}, which is not supported: write {_EXAMPLES}'

@@ -55,7 +55,8 @@ def build_loaders(
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    check_pairs(config)
+    if not config.DATA.IMG_SIZES:  # whose phases are checked one by one
+        check_pairs(config)
     dataset = open_dataset(config, 'train', once_per_node)
     eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
     if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
@@ -65,8 +66,17 @@ def build_loaders(
     return build_train_loader(config, dataset, sampler), eval_loader
 
 
-def check_pairs(config: CfgNode) -> None:
+def _flag_of(key: str) -> str:
+    """What to write for a key of the batch size."""
+    return '--batch-size' if key == 'DATA.BATCH_SIZE' else key
+
+
+def check_pairs(config: CfgNode, key: str = 'DATA.BATCH_SIZE') -> None:
     """Refuse batches whose images Mixup and CutMix cannot pair.
+
+    Args:
+        config: the config tree.
+        key: the key that sets the batch size, for messages.
 
     Raises:
         DataError: their size is odd.
@@ -74,8 +84,8 @@ def check_pairs(config: CfgNode) -> None:
     size = config.DATA.BATCH_SIZE
     if uses_mixup(config) and size % 2:
         raise DataError(
-            f'DATA.BATCH_SIZE is {size}, but Mixup and CutMix pair the images of a batch: '
-            f'write an even --batch-size, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
+            f'{key} is {size}, but Mixup and CutMix pair the images of a batch: '
+            f'write an even {_flag_of(key)}, or --opts AUG.MIXUP 0 AUG.CUTMIX 0'
         )
 
 
@@ -130,7 +140,7 @@ def open_for_evaluation(config: CfgNode, split: str) -> ImageDataset:
     """
     samples = _open_samples(config, Path(config.DATA.DATA_PATH), split).share()
     on_error = 'stop' if config.DATA.ON_ERROR == 'stop' else 'ignore'
-    return ImageDataset(samples, build_sample_transform(config, is_train=False), on_error)
+    return ImageDataset(samples, build_sample_transform(config, is_train=False), on_error, samples.is_multi_label)
 
 
 def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:
@@ -198,7 +208,11 @@ class EvalTransform:
 
 
 def build_train_loader(
-    config: CfgNode, dataset: Dataset, sampler: TrainSampler, collate_fn: Callable | None = None
+    config: CfgNode,
+    dataset: Dataset,
+    sampler: TrainSampler,
+    collate_fn: Callable | None = None,
+    key: str = 'DATA.BATCH_SIZE',
 ) -> DataLoader:
     """Build the loader of full batches, with augmentation that depends on the seed and on the keys of the sampler.
 
@@ -207,6 +221,7 @@ def build_train_loader(
         dataset: indexed by sample.
         sampler: draws its samples.
         collate_fn: makes a batch of a list of samples; None stacks them.
+        key: the key that sets the batch size, for messages.
 
     Raises:
         DataError: one batch per process needs more images.
@@ -214,8 +229,8 @@ def build_train_loader(
     size, world_size = config.DATA.BATCH_SIZE, sampler.world_size
     if len(dataset) < size * world_size:
         raise DataError(
-            f'{len(dataset)} training images make no full batch: DATA.BATCH_SIZE {size} on {world_size} '
-            f'process(es) needs {size * world_size}: write a smaller --batch-size'
+            f'{len(dataset)} training images make no full batch: {key} {size} on {world_size} '
+            f'process(es) needs {size * world_size}: write a smaller {_flag_of(key)}'
         )
     return build_loader(config, SeededDataset(dataset, config.SEED), sampler, size, collate_fn, drop_last=True)
 

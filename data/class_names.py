@@ -43,7 +43,10 @@ def class_indices(classes: Sequence[str], known: Sequence[str] | None, count: in
     indices = {same_letters(str(name)): index for index, name in enumerate(known)}
     missing = [name for name in classes if same_letters(name) not in indices]
     if len(missing) == len(classes) and all(name.isdecimal() and int(name) < count for name in classes):
-        return [int(name) for name in classes]
+        numbers = [int(name) for name in classes]
+        if len(set(numbers)) < len(numbers):
+            raise DataError(f'{where} has two classes of the same number, such as 7 and 07: rename one')
+        return numbers
     if missing:
         more = f' and {len(missing) - 3} more' if len(missing) > 3 else ''
         raise DataError(

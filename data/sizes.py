@@ -44,8 +44,9 @@ def size_phases(config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode,
     for first_epoch, phase in phase_configs(config):
         if phase is config:
             return [(0, config, loader)]
-        check_pairs(phase)
+        key = 'DATA.IMG_SIZE_BATCHES' if config.DATA.IMG_SIZE_BATCHES else 'DATA.BATCH_SIZE'
+        check_pairs(phase, key)
         dataset = copy.copy(loader.dataset.dataset)
         dataset.transform = build_sample_transform(phase, is_train=True)
-        phases.append((first_epoch, phase, build_train_loader(phase, dataset, loader.sampler)))
+        phases.append((first_epoch, phase, build_train_loader(phase, dataset, loader.sampler, key=key)))
     return phases

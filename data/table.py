@@ -67,13 +67,14 @@ class Table(Samples):
         if not rows.names:
             raise DataError(f'{path} has no rows of {split}: add some, such as with {split} in the column split')
         self.folder, self.split_folder, self.where = folder, folder / split, str(path)
-        self.classes, self.notes, self.names = list(rows.classes), list(rows.notes), rows.names
-        self._labels, self._label_ends = rows.labels, rows.label_ends
+        self.classes, indices = _classes_of_both_splits(rows, folder, split)
+        self.notes, self.names = list(rows.notes), rows.names
+        self._labels, self._label_ends = indices[rows.labels], rows.label_ends
         self.is_multi_label = rows.label_ends is not None
-        self.targets = rows.labels
+        self.targets = self._labels
         if self.is_multi_label:
             starts = np.concatenate(([0], rows.label_ends[:-1]))
-            first = rows.labels[starts.clip(max=len(rows.labels) - 1)]
+            first = self._labels[starts.clip(max=len(rows.labels) - 1)]
             self.targets = np.where(starts < rows.label_ends, first, -1).astype(np.int32)
         self._in_split = rows.in_split
         if not self._finds_images():
@@ -101,7 +102,7 @@ class Table(Samples):
     def find_classes(folder: Path, split: str) -> list[str]:
         """Sorted names of the classes; empty if the split has no rows."""
         path = find_table(folder, split)
-        return [] if path is None else list(_read_rows(path, folder, split).classes)
+        return [] if path is None else _classes_of_both_splits(_read_rows(path, folder, split), folder, split)[0]
 
     def labels(self, index: int) -> list[int]:
         """Class indices of a sample; see `Samples.labels`."""
@@ -208,6 +209,20 @@ def _read_version(path: Path, folder: Path, split: str, version: tuple[int, int]
     return Rows(names, np.frombuffer(in_split, np.bool_), classes, numbers, label_ends, notes)
 
 
+def _classes_of_both_splits(rows: Rows, folder: Path, split: str) -> tuple[list[str], np.ndarray]:
+    """Names of the classes, and the index of each class of a split's rows among them.
+
+    With several labels per image, they are the labels of both splits: one of them may lack a rare class.
+    """
+    other = 'val' if split == 'train' else 'train'
+    path = None if rows.label_ends is None else find_table(folder, other)
+    labels = LabelList()
+    for label in [*rows.classes, *(() if path is None else _read_rows(path, folder, other).classes)]:
+        labels.append(label)
+    classes, numbers = labels.number()
+    return classes, numbers[: len(rows.classes)]
+
+
 def _labels_of(values: dict[str, Any], name: str, place: str) -> list[str]:
     """The labels of a row.
 
@@ -262,7 +277,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
         header = text.readline(_MAX_LINE)
         delimiter = max(',;\t', key=header.count)  # the first of them where there is none
         text.seek(0)
-        rows = csv.reader(iter(lambda: text.readline(_MAX_LINE), ''), delimiter=delimiter)
+        rows = csv.reader(iter(lambda: text.readline(_MAX_LINE), ''), delimiter=delimiter, strict=True)
         names = next(rows, [])
         columns = _find_columns(names, path)
         yield str(path), list(columns)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from engine.config_tree import ConfigError
-from engine.distributed import distribute
+from engine.distributed import distribute, on_main_process
 from engine.evaluation import evaluate_with_ema, load_ema
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
 from engine.run import Run, start_run
@@ -19,6 +19,7 @@ from engine.start import SCRATCH, Start, find_start, record_teacher, resume_trai
 from engine.state import Phase, TrainingState, updates_before
 from engine.task import Task
 from engine.trainer import Trainer
+from trackers import check_trackers
 
 # Options of an optimizer that are not logged: parameter groups have values of their own
 _GROUP_OPTIONS = ('lr', 'weight_decay')
@@ -50,13 +51,14 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     if start.kind == SCRATCH and run.config.TRAIN.FROZEN_STAGES >= 0:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
     check_course(run, task, start)
+    on_main_process(lambda: check_trackers(run.config))
     log_config(run, task)
     run = run._replace(teacher=task.build_teacher(run))
     start = record_teacher(run, start)
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
     phases = task.phases(run.config, train_loader)
     for first_epoch, config, loader in phases:
-        check_course(run, task, start, len(loader))
+        check_course(run._replace(config=config), task, start, len(loader))
         if len(phases) > 1:
             run.logger.info(
                 f'from epoch {first_epoch} on: images of {config.DATA.IMG_SIZE} px, {config.DATA.BATCH_SIZE} per '

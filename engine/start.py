@@ -344,13 +344,14 @@ def resume_training(run: Run, task: Task, state: TrainingState, start: Start, pr
     if start.kind == CONTINUE and changes:
         raise _another_run(run, changes)
     notes = state.load_state_dict(checkpoint, run.process.rank, run.process.world_size) + data_changes
-    if data_changes:
-        state.max_accuracy = -1.0
-        run.logger.warning(f'other data than before: {"; ".join(data_changes)}: the best metric is reset')
+    changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
+    other_data = data_changes + [str(key) for key in changed if key.affects == 'data']
+    if other_data:
+        state.forget_best()
+        run.logger.warning(f'other data than before: {"; ".join(other_data)}: the best metric is reset')
     warn_of_other_classes(run, checkpoint, provenance['classes'])
     origins = (recorded_origin(checkpoint), provenance.get('origin'))
     notes += changed_teacher(*map(recorded_teacher, origins))
-    changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
     if changed:
         run.logger.warning(
             f'other settings than before: {"; ".join(map(str, changed))}: undo with --opts {options_before(changed)}'

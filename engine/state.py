@@ -178,6 +178,10 @@ class TrainingState:
         self.stale_evaluations = 0 if is_better else self.stale_evaluations + 1
         self.max_accuracy = metric if is_better else self.max_accuracy
 
+    def forget_best(self) -> None:
+        """Forget the best metric, which is of other data."""
+        self.max_accuracy, self.stale_evaluations = -1.0, 0
+
     def end_epoch(self) -> None:
         """Go on to the next epoch, perhaps with another learning rate."""
         self.epoch, self.step = self.epoch + 1, 0

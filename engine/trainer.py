@@ -19,7 +19,7 @@ from engine.run import Run
 from engine.signals import COMPILED_UPDATE, UPDATE, Stopped
 from engine.state import TrainingState, phase_index
 from logger import MetricsLog
-from trackers import build_trackers, check_trackers
+from trackers import build_trackers
 from utils import atomic_write, report_write_errors
 
 
@@ -108,7 +108,6 @@ class Trainer:
         if run.stop.agreed():
             run.logger.info('stopped by a signal before training: start again')
             raise Stopped
-        on_main_process(lambda: check_trackers(run.config))
         if run.process.rank == 0:
             with report_write_errors(run.output_dir):
                 dump = run.config.dump().encode()

@@ -24,6 +24,7 @@ def save_for_hf(
     label_names: Sequence[str] = (),
     model_args: Mapping[str, Any] | None = None,
     data_config: Mapping[str, Any] | None = None,
+    multi_label: bool = False,
 ) -> None:
     """Save a classifier as a folder for the Hugging Face hub: `config.json` and `model.safetensors`.
 
@@ -36,6 +37,7 @@ def save_for_hf(
         label_names: names of the classes, in order; those of the network's pretrained weights unless given.
         model_args: arguments that the network was created with, in addition to those that timm records.
         data_config: preprocessing in timm's terms, such as `input_size` and `crop_pct`, if it is not the default.
+        multi_label: whether an image may have several classes, so that `transformers` gives a probability for each.
 
     Raises:
         ValueError: there are not as many names as classes.
@@ -46,7 +48,8 @@ def save_for_hf(
     timm.models.save_for_hf(
         model,
         folder,
-        model_config={'label_names': names} if names else {},
+        model_config=({'label_names': names} if names else {})
+        | ({'problem_type': 'multi_label_classification'} if multi_label else {}),
         model_args=dict(model_args or {}),
         safe_serialization=True,
         **({'data_config': dict(data_config)} if data_config else {}),

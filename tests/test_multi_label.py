@@ -1,5 +1,6 @@
 """Images of several classes: labels, evaluation, and what cannot be."""
 
+import json
 import math
 
 import numpy as np
@@ -149,3 +150,32 @@ def test_several_classes_need_the_key(tiny_config, image_tree, monkeypatch):
     assert open_dataset(tiny_config(**folders), 'val')[5].target.tolist() == [1, 0, 1]
     with pytest.raises(DataError, match='has images of several classes, or of none: write --opts DATA.MULTI_LABEL'):
         open_dataset(tiny_config(DATA__DATA_PATH=str(image_tree)), 'val')
+
+
+def test_tools_and_a_run_of_one_class_from_a_table_of_several(tiny_config, image_tree, tmp_path):
+    for split, count in (('train', 8), ('val', 4)):
+        paths = sorted((image_tree / split).glob('*/*.*'))
+        rows = [f'{path.relative_to(image_tree)},{path.parent.name}|all' for path in paths]
+        (image_tree / f'{split}.csv').write_text('\n'.join(['path,labels', *rows[: 2 * count]]))  # val lacks nothing
+    options = {'DATA__DATA_PATH': str(image_tree), 'TRAIN__EPOCHS': '2', 'DATA__BATCH_SIZE': '4'}
+    several = OPTIONS | {'DATA__DATASET': 'table'}
+    config = tiny_config(TAG='several', **options, **several)
+    program.main(config)
+    checkpoint = folder_of(config) / 'ckpt_epoch_0.pth'
+    assert records(config, 'epoch')[0]['map'] > 0
+
+    # Another metric starts again from nothing
+    one = tiny_config(TAG='one', MODEL__RESUME=str(checkpoint), **options)
+    program.main(one)
+    assert 'DATA.MULTI_LABEL has changed from True to False: the best metric is reset' in log_of(one)
+    assert records(one, 'epoch')[-1]['max_accuracy'] == records(one, 'epoch')[-1]['acc1']
+
+    command = ['-m', 'tools.features', '--resume', checkpoint, '--data-path', image_tree, '--workers', '0']
+    done = run_here(*command, '--output', tmp_path / 'f.npz')
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / 'f.npz') as file:
+        assert set(file['class']) == {'all|class_0', 'all|class_1'}
+    done = run_here(*command, '--knn', '3')
+    assert 'need one class per image' in done.stderr
+    done = run_here('-m', 'tools.convert_checkpoint', checkpoint, f'{tmp_path}/hf/')
+    assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['problem_type'] == 'multi_label_classification'

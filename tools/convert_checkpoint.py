@@ -77,7 +77,7 @@ def save_folder(source: Path, folder: Path, choice: str = 'auto') -> str:
     crop = {'crop_pct': 0.875, 'crop_mode': 'center'} if config.TEST.CROP else {'crop_pct': 1.0, 'crop_mode': 'squash'}
     data_config = {'input_size': size, 'interpolation': config.DATA.INTERPOLATION, 'mean': mean, 'std': std, **crop}
     with report_write_errors(folder):
-        save_for_hf(network, folder, classes, named_network_args(config), data_config)
+        save_for_hf(network, folder, classes, named_network_args(config), data_config, config.DATA.MULTI_LABEL)
     return f'network, preprocessing and {len(classes)} class names'
 
 

@@ -157,6 +157,7 @@ def features_of_split(
     batch_size: int = 64,
     workers: int = 0,
     limit: int | None = None,
+    needs_one_class: bool = False,
 ) -> Features:
     """Features of a split of `DATA.DATA_PATH`, prepared as for evaluation.
 
@@ -167,18 +168,23 @@ def features_of_split(
         batch_size: images at a time.
         workers: DataLoader workers.
         limit: use only so many images, a random but fixed choice.
+        needs_one_class: refuse images of several classes.
 
     Raises:
-        DataError: the data cannot be used.
+        UserError: the data cannot be used.
     """
     dataset, targets, kept = open_for_evaluation(predictor.config, split), [], []
+    if dataset.multi_label and needs_one_class:
+        raise UserError(f'--knn and --linear-probe need one class per image, and {dataset.samples.where} has several')
     indices = choose_images(range(len(dataset)), limit)
     loader = build_loader(predictor.config, dataset, indices, batch_size, workers=workers)
 
     def batches() -> Iterator[Tensor]:
         position = 0
         for batch in tqdm(loader, desc=split, unit=' batches', leave=False, disable=None):
-            known = batch.target != IGNORED  # with DATA.ON_ERROR skip, bad images are left out
+            known = (
+                batch.target.reshape(len(batch.target), -1)[:, 0] != IGNORED
+            )  # with DATA.ON_ERROR skip, bad images are left out
             kept.extend(indices[position + i] for i in known.nonzero().flatten().tolist())
             targets.extend(batch.target[known].tolist())
             position += len(known)
@@ -187,7 +193,14 @@ def features_of_split(
     features = _compute(predictor, extract, batches())
     names = dataset.samples.names
     shown = [f'{split}/{index if names is None else names[index]}' for index in kept]
-    return Features(shown, [dataset.classes[target] for target in targets], features)
+    return Features(shown, [_class_text(dataset.classes, target) for target in targets], features)
+
+
+def _class_text(classes: Sequence[str], target: int | list[float]) -> str:
+    """The class of an image, or its classes with | between them."""
+    if isinstance(target, int):
+        return classes[target]
+    return '|'.join(name for name, is_shown in zip(classes, target, strict=True) if is_shown)
 
 
 def knn_accuracy(train: Features, val: Features, neighbours: int) -> float:
@@ -297,7 +310,7 @@ def run(args: argparse.Namespace) -> tuple[int, int]:
     extract = build_extractor(predictor.model, args.stage, args.tokens)
     unreadable = files = 0
     if args.data_path:
-        sizes = args.batch_size, args.workers, args.limit
+        sizes = args.batch_size, args.workers, args.limit, bool(args.knn or args.linear_probe)
         splits = [features_of_split(predictor, extract, split, *sizes) for split in SPLITS]
         names, classes = ([x for part in splits for x in part[i]] for i in (0, 1))
         features = Features(names, classes, np.concatenate([part.features for part in splits]))

@@ -86,6 +86,11 @@ def test_several_labels(folder):
     assert samples.load(2) == (b'2', [1, 2])
     assert samples.targets.tolist() == [1, -1, 1]
     assert samples.empty_classes() == []
+    write(folder / 'val.csv', 'path,labels\nphotos/dog.jpg,word\nphotos/cat.jpg,bird\n')  # without rare classes
+    val = Table(folder, 'val')
+    assert val.classes == Table.find_classes(folder, 'train') == Table(folder, 'train').classes
+    assert [[val.classes[label] for label in val.labels(i)] for i in (0, 1)] == [['word'], ['bird']]
+    (folder / 'val.csv').unlink()
     write(folder / 'train.csv', 'path,label\nphotos/dog.jpg,pet|dog\nphotos/cat.jpg,pet\n')
     samples = Table(folder, 'train')
     assert (samples.classes, samples.labels(0), samples.is_multi_label) == (['pet', 'pet|dog'], [1], False)
@@ -105,6 +110,7 @@ def test_several_labels(folder):
         ('path,label\nphotos/dog,a', "names 'photos/dog', but the image is 'photos/dog.jpg': write all"),
         ('path,label\ndog/0,a', "names 'dog/0', but the image is 'train/dog/0.jpg': write all"),
         ('image,label\ncat.jpg,a', "names 'cat.jpg', but the image is 'photos/cat.jpg': write all"),
+        ('path,label,note\nphotos/dog.jpg,a,"5 inch\nphotos/cat.jpg,b,', 'train.csv cannot be read .*unexpected end'),
         (
             'path,label\nphotos/cow.jpg,a',
             "names 'photos/cow.jpg', but .*photos/cow.jpg does not exist",

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import main as program
+from tests.helpers.images import write_images
 from tests.helpers.runs import PLAIN, folder_of, log_of, records
 
 # A network that does not change, so that only the first evaluation is better than none
@@ -14,7 +15,7 @@ def last_epoch(config):
     return records(config, 'epoch')[-1]
 
 
-def test_a_run_stops_when_its_metric_does_not_improve(tiny_config, image_tree):
+def test_a_run_stops_when_its_metric_does_not_improve(tiny_config, image_tree, tmp_path):
     options = {'DATA__DATA_PATH': str(image_tree), 'EVAL_FREQ': '2', **STILL}
     config = tiny_config(TRAIN__PATIENCE='2', **options)
     program.main(config)
@@ -34,6 +35,9 @@ def test_a_run_stops_when_its_metric_does_not_improve(tiny_config, image_tree):
     resumed = tiny_config(TAG='resumed', MODEL__RESUME=resume, TRAIN__PATIENCE='3', **options)
     program.main(resumed)
     assert last_epoch(resumed)['epoch'] == 7
+    options['DATA__DATA_PATH'] = str(write_images(tmp_path / 'more', train=9))
+    program.main(tiny_config(TAG='more', MODEL__RESUME=resume, TRAIN__PATIENCE='2', **options))
+    assert last_epoch(tiny_config(TAG='more'))['epoch'] == 11  # the count starts again: first 7, then 9 and 11
 
 
 def test_an_improvement_starts_the_count_again(tiny_config, image_tree, monkeypatch):

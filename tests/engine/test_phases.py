@@ -53,7 +53,7 @@ def test_sizes_and_learning_rates_follow_the_phases(tiny_config, image_tree, mon
 def test_odd_batches_of_a_phase_are_refused_before_training(tiny_config, image_tree):
     options = SIZES | {'DATA__IMG_SIZE_BATCHES': '[8, 3]', 'TRAIN__EPOCHS': '3'}
     config = tiny_config(DATA__DATA_PATH=str(image_tree), **options)
-    with pytest.raises(DataError, match='DATA.BATCH_SIZE is 3, but Mixup and CutMix pair'):
+    with pytest.raises(DataError, match='DATA.IMG_SIZE_BATCHES is 3, but .* write an even DATA.IMG_SIZE_BATCHES'):
         program.main(config)
 
 
