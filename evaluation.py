@@ -1,7 +1,7 @@
 """Evaluation of a classifier: metrics over a split, on any number of processes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -181,17 +181,23 @@ class MeanAveragePrecision(NamedTuple):
 
     Attributes:
         val_loss: mean binary cross entropy, over images and classes.
-        mean_ap: mean over the classes of their average precision, in percent; NaN if no class is present.
-        present: number of classes that at least one image shows; the others have no average precision.
-        classes: number of classes.
+        average_precision: of each class, in percent, (classes,); NaN for a class that no image shows.
+        positives: number of images that show each class, (classes,).
+        names: names of the classes.
         images: number of images.
     """
 
     val_loss: float
-    mean_ap: float
-    present: int
-    classes: int
+    average_precision: np.ndarray
+    positives: np.ndarray
+    names: Sequence[str]
     images: int
+
+    @property
+    def mean_ap(self) -> float:
+        """Mean over the classes that have an average precision, in percent; NaN if none has."""
+        known = self.average_precision[~np.isnan(self.average_precision)]
+        return float(known.mean()) if len(known) else math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -199,7 +205,10 @@ class MeanAveragePrecision(NamedTuple):
         return {'val_loss': self.val_loss, 'map': self.mean_ap}
 
     def write_report(self, run: Run, suffix: str) -> None:
-        """Write no report: the log has the mAP."""
+        """Write the average precision of each class to the run's folder; every rank calls it, and rank 0 writes."""
+        from evaluation_report import write_average_precision  # scikit-learn and matplotlib take seconds to import
+
+        write_average_precision(run, self.names, self.positives, self.average_precision, suffix)
 
 
 @torch.inference_mode()
@@ -232,23 +241,25 @@ def validate_multi_label(
         batches.append((logits[is_kept].float().cpu(), targets[is_kept].cpu()))
         loop.log(lambda pair=batches[-1]: f'Loss {F.binary_cross_entropy_with_logits(*pair).item():.4f}')
     gathered = gather_on_main_process([torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True)])
-    result = on_main_process(lambda: _mean_average_precision(*map(np.concatenate, zip(*gathered, strict=True))))
+    names = loader.dataset.classes
+    result = on_main_process(lambda: _mean_average_precision(*map(np.concatenate, zip(*gathered, strict=True)), names))
+    present, absent = (result.positives > 0).sum(), (result.positives == 0).sum()
     run.logger.info(f' * mAP {result.mean_ap:.3f}')
-    absent = result.classes - result.present
     run.logger.info(
-        f'mAP of the network on the {result.images} test images: {result.mean_ap:.1f}%, over {result.present} classes'
+        f'mAP of the network on the {result.images} test images: {result.mean_ap:.1f}%, over {present} classes'
         + (f'; {absent} classes that no image shows are left out' if absent else '')
     )
     return result
 
 
-def _mean_average_precision(logits: np.ndarray, targets: np.ndarray) -> MeanAveragePrecision:
+def _mean_average_precision(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> MeanAveragePrecision:
     """Metrics of all images: logits and targets of 0 and 1, (images, classes)."""
     from sklearn.metrics import average_precision_score  # takes a second to import
 
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))
-    present = np.flatnonzero(targets.any(axis=0))
-    mean_ap = math.nan
-    if len(present) and np.isfinite(logits).all():  # a network that diverges has none
-        mean_ap = 100 * float(np.mean([average_precision_score(targets[:, i], logits[:, i]) for i in present]))
-    return MeanAveragePrecision(loss.item(), mean_ap, len(present), targets.shape[1], len(targets))
+    positives = targets.sum(axis=0).astype(np.int64)
+    precision = np.full(len(names), np.nan)
+    if np.isfinite(logits).all():  # a network that diverges has none
+        for i in positives.nonzero()[0]:
+            precision[i] = 100 * average_precision_score(targets[:, i], logits[:, i])
+    return MeanAveragePrecision(loss.item(), precision, positives, names, len(targets))

@@ -53,6 +53,35 @@ def write_report(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
     on_main_process(write)
 
 
+def write_average_precision(
+    run: Run, names: Sequence[str], positives: np.ndarray, average_precision: np.ndarray, suffix: str
+) -> None:
+    """Write the average precision of each class; every rank calls it at the same point, and rank 0 writes.
+
+    Args:
+        run: the run.
+        names: names of the classes.
+        positives: number of images that show each class, (classes,).
+        average_precision: in percent, (classes,); NaN where it is not defined.
+        suffix: at the end of the file's name.
+
+    Raises:
+        OutputError: the file cannot be written, in every process.
+    """
+    path = run.output_dir / f'classes{suffix}.csv'
+
+    def write() -> None:
+        rows = [['class', 'index', 'images', 'average_precision']]
+        for i, (name, count, value) in enumerate(zip(names, positives, average_precision, strict=True)):
+            rows.append([name, i, int(count), '' if np.isnan(value) else f'{value:.2f}'])
+        content = ''.join(map(csv_row, rows)).encode(errors='surrogateescape')
+        with report_write_errors(run.output_dir):
+            atomic_write(path, lambda file: file.write(content))
+        run.logger.info(f'report{suffix}: {path.name} in {run.output_dir}')
+
+    on_main_process(write)
+
+
 def _write_files(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: str, has_top5: bool) -> None:
     names, written = with_words(dataset.classes), []
 

@@ -112,7 +112,7 @@ def test_evaluation_gives_the_mean_average_precision(tiny_config):
     expected = average_precision_score(targets[:, :3], logits[kept, :3], average='macro')
     assert result.mean_ap == pytest.approx(100 * expected)
     assert result.val_loss == pytest.approx(F.binary_cross_entropy_with_logits(logits[kept], targets.float()).item())
-    assert (result.present, result.classes, result.images) == (3, 4, 10)
+    assert (result.positives.tolist(), result.images) == (targets.sum(0).tolist(), 10)
     assert math.isnan(validate_multi_label(build_run(config), Scores(logits * math.inf), loader).mean_ap)
 
 
@@ -163,6 +163,14 @@ def test_tools_and_a_run_of_one_class_from_a_table_of_several(tiny_config, image
     program.main(config)
     checkpoint = folder_of(config) / 'ckpt_epoch_0.pth'
     assert records(config, 'epoch')[0]['map'] > 0
+
+    evaluation = tiny_config(TAG='several', EVAL_MODE='True', MODEL__RESUME=str(checkpoint), **options, **several)
+    program.main(evaluation)
+    rows = (folder_of(evaluation) / 'classes.csv').read_text().splitlines()
+    assert rows[0] == 'class,index,images,average_precision'
+    assert rows[1].startswith('all,0,8,100.00')  # every image shows it
+    values = [float(row.split(',')[-1]) for row in rows[1:]]
+    assert np.mean(values) == pytest.approx(records(config, 'epoch')[0]['map'], abs=0.01)
 
     # Another metric starts again from nothing
     one = tiny_config(TAG='one', MODEL__RESUME=str(checkpoint), **options)
