@@ -128,7 +128,7 @@ SIZES = ['DATA.IMG_SIZES', '[14, 28]', 'DATA.IMG_SIZE_EPOCHS', '[0, 1]']
         (['MODEL.MSG.DEPTHS', '[2, 2.5]'], 'write a list'),
         (['MODEL.MSG.MANIP_TYPE', 'shove'], "MODEL.MSG: manip_type is 'shove': write one of 'shuf', 'none', 'mean', "),
         (['MODEL.MSG.MANIP_TYPE', '[shuf, none, mean]'], 'write one exchange, or a list of 2, one per stage'),
-        (['TRAIN.OPTIMIZER.NAME', 'lino'], 'timm has none of that name, did you mean lion.: write adamw, sgd, or'),
+        (['TRAIN.OPTIMIZER.NAME', 'lino'], 'timm has none of that name: did you mean lion'),
         (['TRAIN.OPTIMIZER.NAME', 'kron'], "'kron': its random numbers are not in its state, so no run could resume"),
         (['TRAIN.OPTIMIZER.NAME', 'adahessian'], 'needs second-order gradients, which training does not compute'),
         (['TRAIN.OPTIMIZER.NAME', 'fusedlamb'], 'needs a GPU and apex, which is not supported'),

@@ -50,6 +50,7 @@ def group_of(pid):
     return [int(process) for process, group, state in rows if int(group) == pid and state[0] != 'Z']
 
 
+@pytest.mark.slow
 @needs_proc
 def test_workers_have_a_server_of_one_thread_and_outlive_signals_to_the_process_group():
     with started_program('wait') as (process, (program, server, *started, seconds)):

@@ -158,6 +158,7 @@ def test_a_file_of_one_size(classifier, export, format_, name):
     assert [line.partition(':')[0] for line in out.splitlines()[:2]] == ['33 x 57, batch 1', '33 x 57, batch 3']
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_detector_exports_its_backbone(tmp_path, export):
     config = tiny_detector()

@@ -118,6 +118,7 @@ print(peak_mb() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_forty_objects_in_a_large_photo_take_less_than_a_gigabyte():
     done = start('-c', PHOTO)

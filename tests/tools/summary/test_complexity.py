@@ -78,6 +78,7 @@ def test_published_counts_of_detectors(monkeypatch, name, parameters, published,
     assert counted.measured + 2 * added['norms'] + added['biases'] == pytest.approx(published, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_the_documented_table_of_exchanges_is_the_one_that_is_printed():
     counts = count_exchanges(load_config(ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'))
     documented = (ROOT / 'docs' / 'exchange.md').read_text()
