@@ -1,7 +1,7 @@
 """Evaluation of a classifier: metrics over a split, on any number of processes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -127,6 +127,31 @@ class SelectedClasses(nn.Module):
         return self.network(images)[:, self.indices]
 
 
+def predict_batches(
+    run: Run, network: nn.Module, loop: EvaluationLoop, skipped: SkippedImages | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute the logits (B, classes) of each batch of an evaluation; call it in inference mode.
+
+    Args:
+        run: the run.
+        network: the network.
+        loop: over this process's batches.
+        skipped: of earlier evaluations, which have logged their bad images; None if there are none.
+
+    Yields:
+        Logits and targets, on the device.
+    """
+    forward = maybe_compile(network.eval(), run.config, run.config.TEST.COMPILE)
+    preprocess = Preprocess(run.config, run.process.device)
+    skipped = skipped or SkippedImages(loop.loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
+    for batch in loop:
+        skipped.count(batch.skipped)
+        images, targets = preprocess(batch)
+        with run.precision.autocast():
+            logits = forward(images)
+        yield logits, targets
+
+
 @torch.inference_mode()
 def validate(
     run: Run, network: nn.Module, loader: DataLoader, poll: Poll = no_poll, skipped: SkippedImages | None = None
@@ -143,17 +168,10 @@ def validate(
         skipped: of earlier evaluations, which have logged their bad images.
     """
     device = run.process.device
-    forward = maybe_compile(network.eval(), run.config, run.config.TEST.COMPILE)
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
-    preprocess = Preprocess(run.config, device)
-    skipped = skipped or SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
     results = None if run.is_training_run else ImageResults(loader.sampler)
     loop = EvaluationLoop(run, loader, poll)
-    for batch in loop:
-        skipped.count(batch.skipped)
-        images, targets = preprocess(batch)
-        with run.precision.autocast():
-            logits = forward(images)
+    for logits, targets in predict_batches(run, network, loop, skipped):
         loss = F.cross_entropy(logits.float(), targets, reduction='sum', ignore_index=IGNORED)
         top = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
         hits = top == targets[:, None]
@@ -226,22 +244,13 @@ def validate_multi_label(
         poll: called after each batch, equally often in every process.
         skipped: of earlier evaluations, which have logged their bad images.
     """
-    device = run.process.device
-    forward = maybe_compile(network.eval(), run.config, run.config.TEST.COMPILE)
-    preprocess = Preprocess(run.config, device)
-    skipped = skipped or SkippedImages(loader.dataset, run.config.DATA.ERROR_LIMIT, run.logger.warning)
-    loop, classes = EvaluationLoop(run, loader, poll), len(loader.dataset.classes)
-    batches = [(torch.zeros(0, classes), torch.zeros(0, classes))]  # a shard may be empty
-    for batch in loop:
-        skipped.count(batch.skipped)
-        images, targets = preprocess(batch)
-        with run.precision.autocast():
-            logits = forward(images)
+    loop, names = EvaluationLoop(run, loader, poll), loader.dataset.classes
+    batches = [(torch.zeros(0, len(names)), torch.zeros(0, len(names)))]  # a shard may be empty
+    for logits, targets in predict_batches(run, network, loop, skipped):
         is_kept = targets[:, 0] != IGNORED
         batches.append((logits[is_kept].float().cpu(), targets[is_kept].cpu()))
         loop.log(lambda pair=batches[-1]: f'Loss {F.binary_cross_entropy_with_logits(*pair).item():.4f}')
     gathered = gather_on_main_process([torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True)])
-    names = loader.dataset.classes
     result = on_main_process(lambda: _mean_average_precision(*map(np.concatenate, zip(*gathered, strict=True)), names))
     present, absent = (result.positives > 0).sum(), (result.positives == 0).sum()
     run.logger.info(f' * mAP {result.mean_ap:.3f}')

@@ -1,6 +1,6 @@
 """The report of `--eval` on a classifier: tables and figures in the run's folder, and a summary in the log."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +74,8 @@ def write_average_precision(
         rows = [['class', 'index', 'images', 'average_precision']]
         for i, (name, count, value) in enumerate(zip(names, positives, average_precision, strict=True)):
             rows.append([name, i, int(count), '' if np.isnan(value) else f'{value:.2f}'])
-        content = ''.join(map(csv_row, rows)).encode(errors='surrogateescape')
         with report_write_errors(run.output_dir):
-            atomic_write(path, lambda file: file.write(content))
+            _write_csv(path, rows)
         run.logger.info(f'report{suffix}: {path.name} in {run.output_dir}')
 
     on_main_process(write)
@@ -92,9 +91,8 @@ def _write_files(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
     def save(name: str, figure: Figure, dpi: int = 100) -> None:
         atomic_write(file(name, '.png'), lambda target: figure.savefig(target, format='png', dpi=dpi))
 
-    def write_csv(name: str, rows: Iterator[list]) -> None:
-        content = ''.join(map(csv_row, rows)).encode(errors='surrogateescape')  # names of files need not be Unicode
-        atomic_write(file(name, '.csv'), lambda target: target.write(content))
+    def write_csv(name: str, rows: Iterable[list]) -> None:
+        _write_csv(file(name, '.csv'), rows)
 
     target, prediction, count = results['target'], results['prediction'], len(names)
     write_csv('predictions', _prediction_rows(dataset, results, has_top5))
@@ -113,7 +111,7 @@ def _write_files(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
     if count <= MAX_MATRIX:
         counts = confusion_matrix(target, prediction, labels=range(count))
         rows = ([name, *row] for name, row in zip(dataset.classes, counts.tolist(), strict=True))
-        write_csv('confusion', iter([['', *dataset.classes], *rows]))
+        write_csv('confusion', [['', *dataset.classes], *rows])
         save('confusion', draw_confusion(counts, names, rows='class', columns='predicted as'), dpi=120)
         pairs = [f'{names[i]} as {names[j]} {n} of {total}' for i, j, n, total in confusions(counts)[:5]]
         lines += [f'most frequent confusions: {", ".join(pairs)}'] if pairs else []
@@ -128,6 +126,11 @@ def _write_files(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
     for line in lines:
         run.logger.info(f'report{suffix}: {printable(line)}')
     run.logger.info(f'report{suffix}: {", ".join(written)} in {run.output_dir}')
+
+
+def _write_csv(path: Path, rows: Iterable[list]) -> None:
+    content = ''.join(map(csv_row, rows)).encode(errors='surrogateescape')  # names of files need not be Unicode
+    atomic_write(path, lambda file: file.write(content))
 
 
 def _prediction_rows(dataset: ImageDataset, results: np.ndarray, has_top5: bool) -> Iterator[list]:

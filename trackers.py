@@ -10,7 +10,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from extensions import ExtensionError, Registry
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, leaves
 
 
 class Tracker:
@@ -106,7 +106,7 @@ class WandbTracker(Tracker):
             resume='allow',
             mode=os.environ.get('WANDB_MODE', 'offline'),
             dir=self.folder,
-            config=plain(self.config),
+            config=dict(leaves(self.config)),
             settings=wandb.Settings(silent=True, console='off'),
         )
         self.run.define_metric('*', step_metric='updates')
@@ -150,7 +150,7 @@ class MlflowTracker(Tracker):
         experiment = self.client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
         run = self.client.create_run(experiment_id, run_name=run_name(self.config))
-        for key, value in plain(self.config).items():
+        for key, value in leaves(self.config):
             self.client.log_param(run.info.run_id, key, value)
         return run.info.run_id
 
@@ -173,14 +173,6 @@ def metrics_of(record: dict[str, Any]) -> dict[str, float | None]:
 def run_name(config: CfgNode) -> str:
     """Display name of a run in trackers."""
     return f'{config.MODEL.NAME}/{config.TAG}'
-
-
-def plain(config: CfgNode, prefix: str = '') -> dict[str, Any]:
-    """The config's values by dotted names."""
-    values = {}
-    for key, value in config.items():
-        values |= plain(value, f'{prefix}{key}.') if isinstance(value, CfgNode) else {prefix + key: value}
-    return values
 
 
 def stored_id(path: Path, create: Callable[[], str]) -> str:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -100,6 +100,15 @@ def printable(text: object) -> str:
     """A text as one line that a terminal shows: control characters and undecodable bytes of file names are escaped."""
     shown = (char if char.isprintable() else repr(char)[1:-1] for char in str(text))
     return ''.join(shown)
+
+
+def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every leaf of a nested mapping."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}', value
 
 
 def shortened(text: object, length: int = 200) -> str:

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from engine.config_keys import ChangedKey, Key, KeyGroup
 from extensions import absolute, as_flags, import_modules, missing_modules
 from text_files import read_yaml
-from utils import UserError, shortened
+from utils import UserError, leaves, shortened
 
 # Names of the tasks: values of the key TASK
 TASKS = ('classification', 'detection')
@@ -338,15 +338,6 @@ def _read_with_bases(path: Path) -> list[tuple[Path, Mapping[str, Any]]]:
 
     read(Path(os.path.expanduser(path)), ())
     return files
-
-
-def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every leaf of a nested mapping."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f'{prefix}{name}.')
-        else:
-            yield f'{prefix}{name}', value
 
 
 def get(config: CfgNode, name: str, source: str) -> Any:

@@ -11,8 +11,8 @@ from yacs.config import CfgNode
 
 from engine.checkpoint import CheckpointError
 from engine.config_keys import ChangedKey
-from engine.config_tree import ConfigTree, get, leaves
-from utils import first_line
+from engine.config_tree import ConfigTree, get
+from utils import first_line, leaves
 
 
 def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = 'auto') -> tuple[dict[str, Tensor], str]:

@@ -152,24 +152,31 @@ def test_private_parts_of_torchvision_are_imported_in_one_place():
     assert users == {'detection.models.torchvision_private'}
 
 
-IMPORT_ALL = """
+IMPORT = """
 import importlib, sys, torch
 from torch import nn
 from torch.optim import optimizer
 for name in sys.argv[1:]:
+    before = set(sys.modules)
     importlib.import_module(name)
     hooks = [optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks]
     hooks += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
     hooks += [nn.modules.module._global_backward_hooks]
     assert not any(hooks), name
     assert torch.get_default_dtype() is torch.float32 and torch.is_grad_enabled(), name
+    for loaded in set(sys.modules) - before if {alone} else ():
+        if loaded.partition('.')[0] in {packages}:
+            del sys.modules[loaded]
 """
 
 
-def test_every_module_imports_and_registers_no_global_hook():
-    """Each alone too, since there are no circles."""
+@pytest.mark.parametrize('alone', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_module_imports_and_registers_no_global_hook(alone):
+    """One after the other, and each alone, which takes a minute."""
+    rooms = {module.partition('.')[0] for module in MODULES}
     names = [name for name in MODULES if not name.endswith('__main__')]
-    command = [sys.executable, '-c', IMPORT_ALL, *names]
+    code = IMPORT.replace('{packages}', repr(rooms)).replace('{alone}', str(alone))
+    command = [sys.executable, '-c', code, *names]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -62,7 +62,8 @@ def test_tensorboard_has_the_same_metrics(tiny_config, image_tree):
     assert not (folder_of(tiny_config(TAG='without')) / 'tensorboard').exists()
     config = tiny_config(DATA__DATA_PATH=str(image_tree))
     program.main(config)
-    (folder_of(config) / 'ckpt_epoch_1.pth').unlink()
+    for name in ('ckpt_epoch_1.pth', 'ckpt_best.pth'):  # so that the last epoch is repeated
+        (folder_of(config) / name).unlink(missing_ok=True)
     program.main(config)
     events = EventAccumulator(str(folder_of(config) / 'tensorboard')).Reload()
     for kind, key in (('train', 'loss'), ('train', 'lr'), ('epoch', 'acc1'), ('epoch', 'val_loss')):
