@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import detection.main as detection_program
 import main as program
 from data.device_copies import DeviceCopies
 from engine.checkpoint import load_checkpoint
@@ -13,8 +14,13 @@ from engine.precision import Precision, build_precision, import_apex_amp
 from engine.trainer import Trainer
 from models import MSGTransformer, attention, build_model
 from models.attention import attend, choose_path
+from models.exchange import EXCHANGES
 from tests.helpers.attention import relative_errors
-from tests.helpers.golden import fill_, golden, images, labels, micro
+from tests.helpers.coco_data import write_coco
+from tests.helpers.detectors import tiny_detector
+from tests.helpers.extensions import forgotten_modules
+from tests.helpers.golden import fill_, golden, images, labels, micro, normal
+from tests.helpers.recipes import RECIPES, options_of
 from tests.helpers.runs import PLAIN, RANDOM, differences, folder_of, last_checkpoint, records
 from tools.benchmark.cases import Setting
 from tools.benchmark.classifiers import ClassifierCase
@@ -78,10 +84,25 @@ def test_paths_without_the_kernel_equal_the_formula(monkeypatch, shape, dtype):
     assert max(relative_errors(attend, *shape, dtype, 'cuda')) < (2e-3 if dtype is torch.float16 else 1.2e-2)
 
 
+@pytest.mark.parametrize('name', EXCHANGES)
+def test_exchanges_equal_those_on_the_cpu(name):
+    """Outputs and gradients, on a grid whose border cuts regions."""
+    results = []
+    for device in ('cpu', 'cuda'):
+        exchange = fill_(EXCHANGES[name](48, 2)).to(device)
+        msg = normal('msg', (2, 5, 3, 48)).to(device).requires_grad_()
+        exchanged = exchange(msg)
+        exchanged.square().sum().backward()
+        gradients = [parameter.grad for parameter in exchange.parameters()]
+        results.append([tensor.cpu() for tensor in (exchanged, msg.grad, *gradients)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('exchange', ['shuf', ['mix', 'attention', 'global']])
 @pytest.mark.parametrize('compile_mode', ['compiled', 'graphs'])
 @pytest.mark.parametrize('mode', ['inference', 'train'])
-def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode):
-    network, device = fill_(micro()), torch.device('cuda')
+def test_compiled_cases_equal_eager_ones_and_are_measured(mode, compile_mode, exchange):
+    network, device = fill_(micro(manip_type=exchange)), torch.device('cuda')
     settings = [Setting(mode, compile_mode=x, size=56) for x in ('eager', compile_mode)]
     eager, compiled = (ClassifierCase(copy.deepcopy(network), setting, device) for setting in settings)
     compiled.images, compiled.targets = eager.images, eager.targets
@@ -120,6 +141,50 @@ def test_resumed_run_ends_with_the_same_bits(tiny_config, image_tree, determinis
     again = tiny_config(TAG='again', MODEL__RESUME=str(start), DATA__NUM_WORKERS='2', **options)
     program.main(again)
     assert differences(last_checkpoint(whole), last_checkpoint(again)) == []
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_recipes_resume_bit_for_bit(tiny_config, image_tree, deterministic, recipe):
+    options = {'DATA__DATA_PATH': str(image_tree)} | deterministic | options_of(recipe, image_tree)
+    with forgotten_modules():
+        whole = tiny_config(TAG='whole', **options)
+        program.main(whole)
+        inside = sorted(folder_of(whole).glob('ckpt_epoch_1_step_*.pth'))
+        resumed = tiny_config(TAG='resumed', MODEL__RESUME=str(inside[len(inside) // 2]), **options)
+        program.main(resumed)
+    assert differences(last_checkpoint(whole), last_checkpoint(resumed)) == []
+
+
+@pytest.mark.parametrize('options', [{}, {'IMG_SIZES': '[28, 42]', 'IMG_SIZE_EPOCHS': '[0, 1]'}])
+def test_training_with_cuda_graphs(tiny_config, image_tree, options):
+    options = {f'DATA__{key}': value for key, value in options.items()} | PLAIN
+    options |= {'DEVICE': 'cuda', 'AMP_OPT_LEVEL': 'O0', 'DATA__DATA_PATH': str(image_tree), 'TRAIN__EPOCHS': '2'}
+    losses = []
+    for compiles in ('False', 'True'):
+        config = tiny_config(TAG=compiles, TRAIN__COMPILE=compiles, COMPILE_MODE='reduce-overhead', **options)
+        program.main(config)
+        losses.append([record['train_loss'] for record in records(config, 'epoch')])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize('level', ['O0', 'O1'])
+def test_a_detector_trains_evaluates_and_resumes(tmp_path, level):
+    options = ['OUTPUT', str(tmp_path), 'DATA.DATA_PATH', str(write_coco(tmp_path / 'coco')), 'DEVICE', 'cuda']
+    options += ['AMP_OPT_LEVEL', level, 'SAVE_STEPS', '2', 'SAVE_KEEP', '0', 'MODEL.BOX.SCORE', '0.0']
+    whole = tiny_detector(*options, 'TAG', 'whole')
+    detection_program.main(whole)
+    start = folder_of(whole) / 'ckpt_epoch_1_step_2.pth'
+    detection_program.main(tiny_detector(*options, 'TAG', 'again', 'MODEL.RESUME', str(start)))
+    again = tiny_detector(*options, 'TAG', 'again')
+    for one, two in zip(records(whole, 'epoch')[-1:], records(again, 'epoch')[-1:], strict=True):
+        assert two['train_loss'] == pytest.approx(one['train_loss'], rel=0.05)
+    detection_program.main(
+        tiny_detector(
+            *options, 'TAG', 'eval', 'EVAL_MODE', 'True', 'MODEL.RESUME', str(folder_of(again) / 'ckpt_epoch_1.pth')
+        )
+    )
+    folder = folder_of(tiny_detector(*options, 'TAG', 'eval'))
+    assert 'box AP' in (folder / 'log_rank0.txt').read_text()
 
 
 @pytest.mark.skipif(import_apex_amp() is None, reason='NVIDIA Apex with its amp is not installed')
