@@ -145,6 +145,8 @@ def test_resumed_run_ends_with_the_same_bits(tiny_config, image_tree, determinis
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_recipes_resume_bit_for_bit(tiny_config, image_tree, deterministic, recipe):
+    if recipe == 'albumentations':
+        pytest.importorskip('albumentations')
     options = {'DATA__DATA_PATH': str(image_tree)} | deterministic | options_of(recipe, image_tree)
     with forgotten_modules():
         whole = tiny_config(TAG='whole', **options)
