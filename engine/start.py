@@ -50,8 +50,8 @@ CONTINUE, EVALUATE = 'continue', 'evaluate'
 # Keys MODEL.PRETRAINED_<option> that a run's origin records
 _PRETRAINED_OPTIONS = ('weights', 'head', 'missing')
 
-# Keys of what the network sees, for which an evaluation with another value is an error too
-_INPUT_KEYS = ('DATA.EXIF',)
+# Keys of what the network sees and of what its logits mean, for which an evaluation with another value is an error too
+_INPUT_KEYS = ('DATA.EXIF', 'DATA.MULTI_LABEL')
 
 # Keys, and starts of the names of keys, that change what an evaluation measures, of the same network on the same images
 _EVALUATION_KEYS = ('DATA.IMG_SIZE', 'DATA.INTERPOLATION', 'DATA.PIPELINE', 'INPUT.TEST_', 'INPUT.MAX_LONG', 'TEST.')

@@ -17,6 +17,7 @@ from data.image_folder import ClassFolders
 from data.images import PartError
 from data.multi_label import multi_hot
 from data.python_dataset import register_dataset
+from engine.checkpoint import CheckpointError
 from evaluation import validate_multi_label
 from tests.helpers.extensions import forgotten_modules
 from tests.helpers.paths import TINY
@@ -171,6 +172,10 @@ def test_tools_and_a_run_of_one_class_from_a_table_of_several(tiny_config, image
     assert rows[1].startswith('all,0,8,100.00')  # every image shows it
     values = [float(row.split(',')[-1]) for row in rows[1:]]
     assert np.mean(values) == pytest.approx(records(config, 'epoch')[0]['map'], abs=0.01)
+
+    without = tiny_config(TAG='several', EVAL_MODE='True', MODEL__RESUME=str(checkpoint), **options)
+    with pytest.raises(CheckpointError, match='write --opts DATA.MULTI_LABEL True'):
+        program.main(without)
 
     # Another metric starts again from nothing
     one = tiny_config(TAG='one', MODEL__RESUME=str(checkpoint), **options)
