@@ -12,6 +12,7 @@ from torchvision.utils import draw_bounding_boxes
 from data.drawn_text import fit_font, shorten
 from data.images import choose_images
 from detection.data import CocoDataset
+from detection.detections import Detections
 from detection.models.masks import BoxMasks
 
 MIN_SHORT = 400  # pixels; smaller images are enlarged
@@ -19,24 +20,16 @@ MAX_LONG = 4000  # pixels of an enlarged image
 MAX_NAME = 40  # characters of a name with its score
 
 
-def draw_detections(
-    image: Tensor, detections: dict[str, Tensor | BoxMasks], class_names: list[str], threshold: float = 0.5
-) -> Image.Image:
+def draw_detections(image: Tensor, detections: Detections) -> Image.Image:
     """Draw boxes, masks, and names with scores, highest scores on top; small images are enlarged to make names legible.
 
     Args:
         image: (3, H, W) in [0, 1].
-        detections: of `Detector.detect`: `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,) and perhaps `masks`.
-        class_names: names of the labels, from label 1.
-        threshold: lowest score that is drawn.
+        detections: of the image.
     """
-    scores = detections['scores'].cpu()
-    order = scores.argsort()
-    order = order[scores[order] >= threshold]
-    chosen = {key: x.cpu()[order] for key, x in detections.items()}
-    labels, shown = chosen['labels'].tolist(), chosen['scores']
-    texts = [f'{class_names[i - 1]} {score:.0%}' for i, score in zip(labels, shown, strict=True)]
-    return _draw(image, chosen['boxes'], texts, chosen.get('masks'))
+    shown = detections.select(detections.scores.argsort())
+    texts = [f'{detection.name} {detection.score:.0%}' for detection in shown]
+    return _draw(image, shown.boxes, texts, shown.box_masks)
 
 
 def draw_ground_truth(image: Tensor, target: dict[str, Tensor], class_names: list[str]) -> Image.Image:

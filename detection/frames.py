@@ -1,20 +1,18 @@
 """Images and video frames for prediction, in batches, and their detections."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from data.file_loader import InferenceLoader
-from data.images import decode_image
-from detection.tta import Detections, build_detect_fn
-from engine.predictor import Predictor
+from detection.detections import Detections
+from detection.detector import ImageDetector
 
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
 
@@ -33,13 +31,8 @@ class Frame(NamedTuple):
     pixels: Tensor
 
 
-def decode(data: bytes, name: str, upright: bool = True) -> Tensor:
-    """Pixels (3, H, W) of an encoded image, uint8, perhaps turned as its EXIF orientation says."""
-    return pil_to_tensor(decode_image(data, name, upright=upright))
-
-
 def frames_of_images(images: InferenceLoader) -> Iterator[Frame]:
-    """The images of a loader with `decode`, one at a time, that can be read."""
+    """The images of a loader with `read_pixels`, one at a time, that can be read."""
     for batch in images:
         if batch.images is not None:
             yield Frame(images.paths[batch.indices[0]], None, batch.images[0])
@@ -72,23 +65,7 @@ class Video:
         self.capture.release()
 
 
-class FrameDetector:
-    """Finds objects in frames.
-
-    Args:
-        predictor: the network, with its config.
-        batch_size: frames at a time; their detections do not depend on it, see `build_detect_fn`.
-    """
-
-    def __init__(self, predictor: Predictor, batch_size: int = 1):
-        self.device, self.batch_size = predictor.device, batch_size
-        self.detect: Callable[[list[Tensor]], list[Detections]] = build_detect_fn(predictor.config, predictor.model)
-
-    @torch.inference_mode()
-    def __call__(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Detections]]:
-        """Each frame with its detections, highest scores first, on the CPU."""
-        frames = iter(frames)
-        while batch := list(islice(frames, self.batch_size)):
-            images = [frame.pixels.to(self.device).float() / 255 for frame in batch]
-            for frame, detections in zip(batch, self.detect(images), strict=True):
-                yield frame, {key: x.cpu() for key, x in detections.items()}
+def detect_frames(detector: ImageDetector, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Detections]]:
+    """Each frame with its detections; only a batch of frames is kept at a time."""
+    frames, copies = tee(frames)
+    return zip(frames, detector.stream(frame.pixels for frame in copies), strict=True)

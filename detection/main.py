@@ -29,6 +29,7 @@ from data.device_copies import DeviceCopies
 from detection.config import TREE, check_schedule, get_config
 from detection.data import build_eval_loader, build_loaders, with_classes_of_data
 from detection.data.coco import CocoDataset
+from detection.detections import Detections
 from detection.draw import beside, draw_detections, draw_ground_truth
 from detection.evaluation import CocoEvaluation
 from detection.lr_scheduler import build_scheduler
@@ -198,7 +199,8 @@ def validate(run: Run, network: Detector, loader: DataLoader, poll: Poll = no_po
         loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')
         index = process.rank + loop.step * process.world_size  # in the dataset, as there is one image per batch
         if index < run.config.SHOW:
-            picture = draw_detections(images[0], detections[0], classes, run.config.SHOW_SCORE)
+            shown = Detections.from_output(detections[0], classes, images[0].shape[1:]).above(run.config.SHOW_SCORE)
+            picture = draw_detections(images[0], shown)
             if loader.dataset.is_labelled:
                 picture = beside(draw_ground_truth(images[0], targets[0], classes), picture)
             save_picture(picture, run.output_dir / f'show{suffix}', targets[0]['image_id'])

@@ -2,42 +2,23 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from detection.detections import Detection, Detections
 from detection.frames import Frame
-from detection.tta import Detections
 from text_files import csv_row
 from utils import printable
 
 COLUMNS = ('path', 'frame', 'class', 'label', 'score', 'x1', 'y1', 'x2', 'y2')
 
 
-class Found(NamedTuple):
-    """An object that has been found; `label` is its class's number from 1, `box` x1, y1, x2, y2 in pixels."""
-
-    name: str
-    label: int
-    score: float
-    box: list[float]
-
-
-def found_objects(detections: Detections, class_names: Sequence[str], min_score: float) -> list[Found]:
-    """The objects of an image with at least a score, highest first."""
-    columns = (detections[key].tolist() for key in ('labels', 'scores', 'boxes'))
-    return [
-        Found(class_names[label - 1], label, score, box)
-        for label, score, box in zip(*columns, strict=True)
-        if score >= min_score
-    ]
-
-
-def text_line(frame: Frame, found: Found) -> str:
+def text_line(frame: Frame, detection: Detection) -> str:
     """Path, with the frame number of a video, class, score and corners, separated by tabs; controls are escaped."""
     path = frame.path if frame.number is None else f'{frame.path}:{frame.number}'
-    corners = ' '.join(f'{x:.1f}' for x in found.box)
-    return f'{printable(path)}\t{printable(found.name)}\t{found.score:.3f}\t{corners}'
+    corners = ' '.join(f'{x:.1f}' for x in detection.box)
+    return f'{printable(path)}\t{printable(detection.name)}\t{detection.score:.3f}\t{corners}'
 
 
 def csv_header() -> str:
@@ -45,12 +26,12 @@ def csv_header() -> str:
     return csv_row(COLUMNS)
 
 
-def csv_rows(frame: Frame, objects: Sequence[Found]) -> Iterator[str]:
+def csv_rows(frame: Frame, detections: Detections) -> Iterator[str]:
     """A row per object; `frame` is empty for images."""
     number = '' if frame.number is None else frame.number
-    for found in objects:
-        corners = (f'{x:.2f}' for x in found.box)
-        yield csv_row([frame.path, number, found.name, found.label, f'{found.score:.4f}', *corners])
+    for detection in detections:
+        corners = (f'{x:.2f}' for x in detection.box)
+        yield csv_row([frame.path, number, detection.name, detection.label, f'{detection.score:.4f}', *corners])
 
 
 class CocoJson:
@@ -67,24 +48,22 @@ class CocoJson:
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
 
-    def add(self, frame: Frame, detections: Detections, min_score: float) -> None:
+    def add(self, frame: Frame, detections: Detections) -> None:
         """Add an image or a frame."""
-        image_id, (height, width) = len(self.images) + 1, frame.pixels.shape[1:]
+        image_id, (height, width) = len(self.images) + 1, detections.size
         image = {'id': image_id, 'file_name': str(frame.path), 'width': width, 'height': height}
         self.images.append(image | ({} if frame.number is None else {'frame': frame.number}))
-        kept = detections['scores'] >= min_score
-        chosen = {key: x[kept.nonzero()[:, 0]] for key, x in detections.items()}
-        masks = chosen['masks'].segmentations() if 'masks' in chosen else [None] * len(chosen['boxes'])
-        columns = (chosen[key].tolist() for key in ('boxes', 'labels', 'scores'))
-        for (x1, y1, x2, y2), label, score, mask in zip(*columns, masks, strict=True):
+        masks = detections.box_masks.segmentations() if detections.box_masks else [None] * len(detections)
+        for detection, mask in zip(detections, masks, strict=True):
+            x1, y1, x2, y2 = detection.box
             annotation = {
                 'id': len(self.annotations) + 1,
                 'image_id': image_id,
-                'category_id': label,
+                'category_id': detection.label,
                 'bbox': [round(x, 2) for x in (x1, y1, x2 - x1, y2 - y1)],
                 'area': round((x2 - x1) * (y2 - y1), 2),
                 'iscrowd': 0,
-                'score': round(score, 5),
+                'score': round(detection.score, 5),
             }
             if mask is not None:
                 annotation |= {'area': int(coco_mask.area(mask)), 'segmentation': mask}

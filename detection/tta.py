@@ -12,10 +12,11 @@ from detection.data.transforms import resized_shape
 from detection.models.build import Detector
 from detection.models.masks import BoxMasks
 
-Detections = dict[str, Tensor | BoxMasks]
+# What the network returns for an image, see `Detector.detect`
+Output = dict[str, Tensor | BoxMasks]
 
 
-def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]], list[Detections]]:
+def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]], list[Output]]:
     """A function from images (3, H, W) in [0, 1] to their detections, with the augmentation of `TEST`, if any.
 
     An image's detections do not depend on the others, but for rounding errors: only images that are resized to one
@@ -27,11 +28,11 @@ def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]]
     """
     shorts = config.TEST.SHORTS or [config.INPUT.TEST_SHORT]
 
-    def detect_alike(images: Sequence[Tensor], short: int) -> list[Detections]:
+    def detect_alike(images: Sequence[Tensor], short: int) -> list[Output]:
         by_shape = defaultdict(list)
         for i, image in enumerate(images):
             by_shape[resized_shape(*image.shape[1:], short, config.INPUT.MAX_LONG)].append(i)
-        found: dict[int, Detections] = {}
+        found: dict[int, Output] = {}
         for indices in by_shape.values():
             found |= zip(indices, model.detect([images[i] for i in indices], short), strict=True)
         return [found[i] for i in range(len(images))]
@@ -39,7 +40,7 @@ def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]]
     if len(shorts) == 1 and not config.TEST.FLIP:
         return lambda images: detect_alike(images, shorts[0])
 
-    def detect(images: list[Tensor]) -> list[Detections]:
+    def detect(images: list[Tensor]) -> list[Output]:
         views = []
         for short in shorts:
             views.append(detect_alike(images, short))
@@ -52,7 +53,7 @@ def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]]
     return detect
 
 
-def mirror(detections: Detections, width: int) -> Detections:
+def mirror(detections: Output, width: int) -> Output:
     """Detections of a mirrored image, in the image itself, of this width in pixels."""
     x1, y1, x2, y2 = detections['boxes'].unbind(dim=1)
     mirrored = detections | {'boxes': torch.stack((width - x2, y1, width - x1, y2), dim=1)}
@@ -62,9 +63,9 @@ def mirror(detections: Detections, width: int) -> Detections:
     return mirrored
 
 
-def merge(views: tuple[Detections, ...], nms_iou: float, limit: int) -> Detections:
+def merge(views: tuple[Output, ...], nms_iou: float, limit: int) -> Output:
     """The best detections of all views of an image: NMS within each class, then those with the highest scores."""
-    merged: Detections = {key: torch.cat([view[key] for view in views]) for key in ('boxes', 'labels', 'scores')}
+    merged: Output = {key: torch.cat([view[key] for view in views]) for key in ('boxes', 'labels', 'scores')}
     if 'masks' in views[0]:
         masks = [view['masks'] for view in views]
         merged['masks'] = BoxMasks(torch.cat([x.probabilities for x in masks]), merged['boxes'], masks[0].size)

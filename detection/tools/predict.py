@@ -11,9 +11,10 @@ if __name__ == '__main__':
 
     startup.before_imports()
 
+import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ from tqdm import tqdm
 
 from data.file_loader import InferenceLoader, exit_if_unreadable, print_above_bar
 from data.images import DataError, choose_images, find_images, report_other_files
+from detection.detections import Detections
+from detection.detector import ImageDetector
 from detection.draw import draw_detections
-from detection.frames import VIDEO_SUFFIXES, Frame, FrameDetector, Video, decode, frames_of_images
+from detection.frames import VIDEO_SUFFIXES, Frame, Video, detect_frames, frames_of_images
+from detection.images import read_pixels
 from detection.main import TASK
-from detection.prediction_formats import CocoJson, csv_header, csv_rows, found_objects, text_line
-from detection.tta import Detections
-from engine.predictor import Predictor, load_predictor, prediction_parser
+from detection.prediction_formats import CocoJson, csv_header, csv_rows, text_line
+from engine.predictor import load_predictor, prediction_parser
 from utils import (
     UserError,
     atomic_write,
@@ -40,6 +43,8 @@ from utils import (
     printable,
     report_write_errors,
 )
+
+DetectFn = Callable[[Iterable[Frame]], Iterator[tuple[Frame, Detections]]]
 
 EPILOG = """
 examples:
@@ -108,7 +113,6 @@ class Results:
 
     Args:
         class_names: of the network.
-        min_score: minimum score of what is printed, drawn and written.
         csv: file of CSV; None for none.
         json: file of JSON; None for none.
 
@@ -116,8 +120,8 @@ class Results:
         OutputError: a file cannot be written, which is found out on entering the context.
     """
 
-    def __init__(self, class_names: list[str], min_score: float, csv: Path | None, json: Path | None):
-        self.class_names, self.min_score, self.csv, self.json = class_names, min_score, csv, json
+    def __init__(self, class_names: list[str], csv: Path | None, json: Path | None):
+        self.csv, self.json = csv, json
         self.coco, self.csv_file = CocoJson(class_names), None
 
     def __enter__(self) -> 'Results':
@@ -142,13 +146,12 @@ class Results:
         Raises:
             OutputError: the file of CSV cannot be written.
         """
-        objects = found_objects(detections, self.class_names, self.min_score)
         if self.csv_file:
-            self._write_rows(csv_rows(frame, objects))
+            self._write_rows(csv_rows(frame, detections))
         if self.json:
-            self.coco.add(frame, detections, self.min_score)
-        for found in objects:
-            print_above_bar(text_line(frame, found))
+            self.coco.add(frame, detections)
+        for detection in detections:
+            print_above_bar(text_line(frame, detection))
 
     def _write_rows(self, rows: Iterable[str]) -> None:
         with report_write_errors(self.csv.parent):
@@ -176,15 +179,20 @@ def predict_images(
         drawing = drawings[frame.path]
         try:
             drawing.parent.mkdir(parents=True, exist_ok=True)
-            draw_detections(frame.pixels / 255, found, results.class_names, results.min_score).save(drawing)
+            draw_detections(frame.pixels / 255, found).save(drawing)
         except (OSError, ValueError) as error:
             raise UserError(f'{drawing}: {error}') from error
 
 
-def predict_video(
-    path: Path, detector: FrameDetector, results: Results, drawing: Path | None, limit: int | None
-) -> bool:
+def predict_video(path: Path, detect: DetectFn, results: Results, drawing: Path | None, limit: int | None) -> bool:
     """Report and draw the frames of a video, or the first of them.
+
+    Args:
+        path: of the video.
+        detect: finds the objects.
+        results: gets them.
+        drawing: video to draw; None for none.
+        limit: the most frames; None for all.
 
     Returns:
         Whether it can be read; if not, a line on stderr says so.
@@ -199,12 +207,11 @@ def predict_video(
         if writer:
             stack.callback(writer.close)
         frames = (frame for _, frame in zip(range(limit or sys.maxsize), video, strict=False))
-        for frame, found in tqdm(detector(frames), unit=' frames', leave=False, disable=None):
+        for frame, found in tqdm(detect(frames), unit=' frames', leave=False, disable=None):
             count += 1
             results.add(frame, found)
             if writer:
-                picture = draw_detections(frame.pixels / 255, found, results.class_names, results.min_score)
-                writer.write(np.asarray(picture))
+                writer.write(np.asarray(draw_detections(frame.pixels / 255, found)))
     if count == 0:
         print(printable(f'error: video {path} cannot be read'), file=sys.stderr)
     return count > 0
@@ -217,7 +224,12 @@ def main() -> None:
     add('--output', type=home_path, metavar='DIR', help='folder to draw the images and videos into')
     add('--csv', type=home_path, metavar='FILE', help='CSV to write, a row per object, as they are found')
     add('--json', type=home_path, metavar='FILE', help="JSON to write, in COCO's format, with scores and masks")
-    add('--score', type=float, metavar='S', help='minimum score of what is printed and drawn (SHOW_SCORE)')
+    add(
+        '--score',
+        type=float,
+        metavar='S',
+        help='minimum score of a detection (MODEL.BOX.SCORE; without this flag: SHOW_SCORE)',
+    )
     add(
         '--batch-size',
         type=positive_int,
@@ -226,15 +238,17 @@ def main() -> None:
         help='batch size, in images or frames; it changes only the speed (1)',
     )
     args = parser.parse_intermixed_args()
+    if args.score is not None:
+        args.opts = [*args.opts, 'MODEL.BOX.SCORE', args.score]
     with exit_on_user_error(), orderly_termination():
-        predictor = load_predictor(args, TASK)
-        unreadable, count = run(args, predictor)
+        detector = ImageDetector(load_predictor(args, TASK), args.batch_size)
+        unreadable, count = run(args, detector)
         if args.output:
             print(printable(args.output))
     exit_if_unreadable(unreadable, count)
 
 
-def run(args: object, predictor: Predictor) -> tuple[int, int]:
+def run(args: argparse.Namespace, detector: ImageDetector) -> tuple[int, int]:
     """Predict as the command line says.
 
     Returns:
@@ -243,12 +257,15 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
     Raises:
         UserError: something cannot be read or written.
     """
-    min_score = predictor.config.SHOW_SCORE if args.score is None else args.score
     videos = [path for path in args.images if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
     sources = [path for path in args.images if path not in videos]
     if args.csv and args.csv == args.json:
         raise DataError(f'--csv and --json are both {args.csv}: write two files')
-    detector = FrameDetector(predictor, args.batch_size)
+    min_score = detector.config.SHOW_SCORE if args.score is None else args.score
+
+    def detect(frames: Iterable[Frame]) -> Iterator[tuple[Frame, Detections]]:
+        return ((frame, found.above(min_score)) for frame, found in detect_frames(detector, frames))
+
     drawings = output_paths(sources, videos, args.output) if args.output else None
     paths: Sequence[Path] = ()
     if sources:
@@ -256,14 +273,14 @@ def run(args: object, predictor: Predictor) -> tuple[int, int]:
         found = find_images(sources) if drawings is None else drawings.keys() - set(videos)
         paths = choose_images(sorted(found), args.limit)
     unreadable = 0
-    with Results(predictor.class_names, min_score, args.csv, args.json) as results:
+    with Results(detector.class_names, args.csv, args.json) as results:
         if paths:
-            transform = partial(decode, upright=predictor.config.DATA.EXIF)
-            images = InferenceLoader(predictor.config, paths, transform, workers=args.workers)
-            predict_images(detector(frames_of_images(images)), results, drawings)
+            transform = partial(read_pixels, upright=detector.config.DATA.EXIF)
+            images = InferenceLoader(detector.config, paths, transform, workers=args.workers)
+            predict_images(detect(frames_of_images(images)), results, drawings)
             unreadable = images.unreadable
         for path in videos:
-            unreadable += not predict_video(path, detector, results, drawings and drawings[path], args.limit)
+            unreadable += not predict_video(path, detect, results, drawings and drawings[path], args.limit)
     return unreadable, len(videos) + len(paths)
 
 

@@ -99,6 +99,7 @@ def test_masks_are_interpolated():
 
 PHOTO = """
 import torch
+from detection.detections import Detections
 from detection.draw import draw_detections
 from detection.models.masks import BoxMasks
 
@@ -108,12 +109,12 @@ def peak_mb():  # getrusage would count the process that started this one
 
 corners = torch.rand(40, 2) * torch.tensor([2000, 1500])
 boxes = torch.cat((corners, corners + torch.rand(40, 2) * torch.tensor([2000, 1500]) + 10), dim=1)
-detections = {'boxes': boxes, 'labels': torch.ones(40, dtype=torch.int64), 'scores': torch.full((40,), 0.9)}
+labels, scores = torch.ones(40, dtype=torch.int64), torch.full((40,), 0.9)
 before = peak_mb()
 image = torch.rand(3, 3000, 4000)
-detections['masks'] = BoxMasks(torch.rand(40, 1, 28, 28), boxes, (3000, 4000))
-draw_detections(image, detections, ['thing'])
-assert len(detections['masks'].rle()) == 40
+masks = BoxMasks(torch.rand(40, 1, 28, 28), boxes, (3000, 4000))
+draw_detections(image, Detections(boxes, scores, labels, ['thing'] * 40, (3000, 4000), masks))
+assert len(masks.rle()) == 40
 print(peak_mb() - before)
 """
 

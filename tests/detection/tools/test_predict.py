@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from data import DataError
 from data.file_loader import SOME_UNREADABLE
 from detection.config import load_config
+from detection.detections import Detections
 from detection.frames import Frame, frames_of_images
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco
@@ -179,14 +180,14 @@ def test_an_interrupted_prediction_keeps_what_it_has(coco, weights, tmp_path, mo
 
 def test_rows_are_written_as_they_come(tmp_path):
     pixels, box = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.tensor([[1.0, 2, 3, 4]])
-    found = {'boxes': box, 'labels': torch.tensor([1]), 'scores': torch.tensor([0.9])}
-    with Results(['=a'], 0.5, tmp_path / 'new' / 'found.csv', tmp_path / 'new' / 'found.json') as results:
+    found = Detections(box, torch.tensor([0.9]), torch.tensor([1]), ['=a'], (9, 9))
+    with Results(['=a'], tmp_path / 'new' / 'found.csv', tmp_path / 'new' / 'found.json') as results:
         results.add(Frame(Path('a\udce9\x1b.png'), None, pixels), found)
         row = (tmp_path / 'new' / 'found.csv').read_bytes().splitlines()[1]
         assert row == b"a\xe9\x1b.png,,'=a,1,0.9000,1.00,2.00,3.00,4.00"
         assert json.loads((tmp_path / 'new' / 'found.json').read_text())['images'] == []
     assert json.loads((tmp_path / 'new' / 'found.json').read_text())['images'][0]['file_name'] == 'a\udce9\x1b.png'
-    with pytest.raises(OutputError), Results(['a'], 0.5, tmp_path, None):
+    with pytest.raises(OutputError), Results(['a'], tmp_path, None):
         pass
 
 
@@ -245,12 +246,12 @@ def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
 
 def test_interrupted_files_keep_what_has_been_found(tmp_path):
     frame = Frame(tmp_path / 'a.png', None, torch.zeros(3, 8, 8))
-    found = {'boxes': torch.tensor([[0.0, 0, 4, 4]]), 'labels': torch.tensor([1]), 'scores': torch.tensor([0.9])}
+    found = Detections(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([0.9]), torch.tensor([1]), ['=box'], (8, 8))
     table, objects = tmp_path / 'new' / 'found.csv', tmp_path / 'new' / 'found.json'
     rows = []
 
     def detect():
-        with Results(['=box'], 0.5, table, objects) as results:
+        with Results(['=box'], table, objects) as results:
             results.add(frame, found)
             rows.extend(table.read_text().splitlines())
             raise KeyboardInterrupt
