@@ -265,6 +265,12 @@ def shared_keys(task: str) -> KeyGroup:
     c.TRAIN.ACCUMULATION_STEPS = Key(
         0, 'Gradient accumulation: batches per update; 0 and 1 are off', min=0, flag='--accumulation-steps'
     )
+    c.TRAIN.VIRTUAL_RANKS = Key(
+        0,
+        'Virtual ranks: the run trains as if it had this many processes, a power of two, with the same bits on any '
+        'number of processes that divides it; BATCH_SIZE is per virtual rank (docs/training.md). 0 is off',
+        min=0,
+    )
     c.TRAIN.NONFINITE = Key(
         'stop',
         'Where a loss or gradient norm is not finite, on any rank: stop the run before the update, or skip the update',
@@ -588,11 +594,29 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
         raise ConfigError('--eval and --throughput exclude each other: give one of them')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         raise ConfigError('--resume goes on from a checkpoint, --pretrained takes its weights only: give one of them')
+    _check_virtual_ranks(config)
     try:
         check_optimizer(config)
         check_network(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_virtual_ranks(config: CfgNode) -> None:
+    """Refuse settings that do not go with virtual ranks."""
+    count = config.TRAIN.VIRTUAL_RANKS
+    if count & (count - 1):
+        powers = [2**i for i in range(count.bit_length() + 1)][-2:]
+        raise ConfigError(
+            f'TRAIN.VIRTUAL_RANKS is {count}: write a power of two, such as {powers[0]} or {powers[1]}, or 0 for none'
+        )
+    if count and (config.AMP_BACKEND == 'apex' or config.AMP_OPT_LEVEL == 'O2'):
+        raise ConfigError(
+            'TRAIN.VIRTUAL_RANKS does not work with Apex: write AMP_BACKEND native and AMP_OPT_LEVEL O0 or O1, or '
+            'TRAIN.VIRTUAL_RANKS 0'
+        )
+    if count and config.THROUGHPUT_MODE:
+        raise ConfigError('--throughput times processes without virtual ranks: write TRAIN.VIRTUAL_RANKS 0')
 
 
 def _check(config: CfgNode) -> None:
@@ -607,10 +631,11 @@ def _check(config: CfgNode) -> None:
             f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
             f'write both for a short run'
         )
-    if train.ACCUMULATION_STEPS > 1 and train.COMPILE and config.COMPILE_MODE != 'default':
+    several = 'ACCUMULATION_STEPS' if train.ACCUMULATION_STEPS > 1 else 'VIRTUAL_RANKS' if train.VIRTUAL_RANKS else ''
+    if several and train.COMPILE and config.COMPILE_MODE != 'default':
         raise ConfigError(
             f'COMPILE_MODE {config.COMPILE_MODE} uses CUDA graphs, whose gradients may be wrong with '
-            f'TRAIN.ACCUMULATION_STEPS (https://github.com/pytorch/pytorch/issues/169545): write COMPILE_MODE default'
+            f'TRAIN.{several} (https://github.com/pytorch/pytorch/issues/169545): write COMPILE_MODE default'
         )
     if config.TEST.CLASSES == 'subset' and not config.EVAL_MODE:
         raise ConfigError('TEST.CLASSES subset is for --eval: training needs all classes in val/: leave it out')

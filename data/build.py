@@ -18,7 +18,7 @@ from data.formats import open_samples
 from data.images import AnyImage, DataError, read_header
 from data.mixup import uses_mixup
 from data.python_dataset import DATASETS, PythonDataset
-from data.samplers import ShardSampler, TrainSampler
+from data.samplers import ShardSampler, TrainSampler, VirtualRankSampler, ranks_of_process
 from data.samples import Samples
 from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
@@ -42,8 +42,8 @@ def build_loaders(
     """Build loaders of this process's share of `train/` and `val/`: images (B, C, H, W) and targets.
 
     Training batches are shuffled, augmented and full: the remainder of an epoch is dropped. Call the training loader's
-    `sampler.set_epoch` before each epoch. They are the same for any `DATA.NUM_WORKERS`. For evaluation batches, see
-    `build_eval_loader`.
+    `batch_sampler.sampler.set_epoch` before each epoch. They are the same for any `DATA.NUM_WORKERS`. With
+    `TRAIN.VIRTUAL_RANKS`, see `VirtualRankSampler`. For evaluation batches, see `build_eval_loader`.
 
     Args:
         config: the config tree.
@@ -62,8 +62,12 @@ def build_loaders(
     if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
         raise DataError(f'train and val of {config.DATA.DATASET} have different classes: give both the same')
     weights = draw_weights(config, dataset)
-    sampler = TrainSampler(len(dataset), rank, world_size, config.SEED, weights, config.AUG.REPEATS)
-    return build_train_loader(config, dataset, sampler), eval_loader
+    virtual_ranks = config.TRAIN.VIRTUAL_RANKS
+    ranks = ranks_of_process(virtual_ranks, rank, world_size)
+    sampler = TrainSampler(
+        len(dataset), ranks[0], virtual_ranks or world_size, config.SEED, weights, config.AUG.REPEATS
+    )
+    return build_train_loader(config, dataset, sampler, ranks=ranks if virtual_ranks else None), eval_loader
 
 
 def _flag_of(key: str) -> str:
@@ -213,6 +217,7 @@ def build_train_loader(
     sampler: TrainSampler,
     collate_fn: Callable | None = None,
     key: str = 'DATA.BATCH_SIZE',
+    ranks: range | None = None,
 ) -> DataLoader:
     """Build the loader of full batches, with augmentation that depends on the seed and on the keys of the sampler.
 
@@ -222,29 +227,40 @@ def build_train_loader(
         sampler: draws its samples.
         collate_fn: makes a batch of a list of samples; None stacks them.
         key: the key that sets the batch size, for messages.
+        ranks: virtual ranks whose batches this process computes; None where it is one rank.
 
     Raises:
-        DataError: one batch per process needs more images.
+        DataError: one batch per process, or per virtual rank, needs more images.
     """
     size, world_size = config.DATA.BATCH_SIZE, sampler.world_size
     if len(dataset) < size * world_size:
         raise DataError(
             f'{len(dataset)} training images make no full batch: {key} {size} on {world_size} '
-            f'process(es) needs {size * world_size}: write a smaller {_flag_of(key)}'
+            f'{"process(es)" if ranks is None else "virtual ranks"} needs {size * world_size}: write a '
+            f'smaller {_flag_of(key)}'
         )
-    return build_loader(config, SeededDataset(dataset, config.SEED), sampler, size, collate_fn, drop_last=True)
+    dataset = SeededDataset(dataset, config.SEED)
+    if ranks is not None:
+        batches_per_update = max(config.TRAIN.ACCUMULATION_STEPS, 1)
+        batches = VirtualRankSampler(sampler, ranks, size, batches_per_update)
+        return build_loader(config, dataset, collate_fn=collate_fn, batch_sampler=batches)
+    return build_loader(config, dataset, sampler, size, collate_fn, drop_last=True)
 
 
 def build_loader(
     config: CfgNode,
     dataset: Dataset,
-    sampler: Sampler,
-    batch_size: int,
+    sampler: Sampler | None = None,
+    batch_size: int = 1,
     collate_fn: Callable | None = None,
     drop_last: bool = False,
     workers: int | None = None,
+    batch_sampler: Sampler | None = None,
 ) -> DataLoader:
-    """Build a loader; see `build_train_loader` for the arguments; `workers` None takes `DATA.NUM_WORKERS`."""
+    """Build a loader; see `build_train_loader` for the arguments.
+
+    `workers` None takes `DATA.NUM_WORKERS`. A `batch_sampler` replaces `sampler`, `batch_size` and `drop_last`.
+    """
     workers = config.DATA.NUM_WORKERS if workers is None else workers
     cv2.setNumThreads(1)  # as in a worker
     return WorkerLoader(
@@ -255,6 +271,7 @@ def build_loader(
         collate_fn=collate_fn,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         drop_last=drop_last,
+        batch_sampler=batch_sampler,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own, so creating an iterator draws no number from the run's
     )

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 # What a training loader asks a dataset for: (epoch, index), or (epoch, index, n) where the epoch has drawn the image n
 # times before
@@ -76,15 +77,60 @@ class TrainSampler(Sampler[SampleKey]):
         self.epoch, self.order, self.start = state['epoch'], state['order'], start
 
     def __iter__(self) -> Iterator[SampleKey]:
+        return self.keys_of(self.rank)
+
+    def keys_of(self, rank: int) -> Iterator[SampleKey]:
+        """The remaining keys of the epoch of any rank."""
         total = len(self) * self.world_size
         extensions = math.ceil(total / self.length)
-        share = slice(self.start + self.rank, total, self.world_size)
+        share = slice(self.start + rank, total, self.world_size)
         indices, earlier = (x.repeat(extensions)[share].tolist() for x in (self.order, earlier_draws(self.order)))
         return ((self.epoch, index, n) if n else (self.epoch, index) for index, n in zip(indices, earlier, strict=True))
 
     def __len__(self) -> int:
         """Number of keys in a whole epoch."""
         return math.ceil(self.length / self.world_size)
+
+
+def ranks_of_process(virtual_ranks: int, rank: int, world_size: int) -> range:
+    """The ranks whose batches a process computes: its share of the virtual ranks, or its own rank if there are none.
+
+    Args:
+        virtual_ranks: their number, which the processes divide; 0 for none.
+        rank: the process's rank.
+        world_size: number of processes.
+    """
+    count = virtual_ranks // world_size if virtual_ranks else 1
+    return range(rank * count, (rank + 1) * count)
+
+
+class VirtualRankSampler(Sampler[list[SampleKey]]):
+    """Full batches of several virtual ranks, in the order in which one process computes them.
+
+    For each update, the batches of the first rank come first, then those of the second one, and so on. Each rank has
+    the batches that a process of this rank would have.
+
+    Args:
+        sampler: draws the samples of all ranks; it may be set to another epoch later.
+        ranks: the virtual ranks of this process.
+        batch_size: samples per batch.
+        batches_per_update: batches of each rank per update; the last update of an epoch may have fewer.
+    """
+
+    def __init__(self, sampler: TrainSampler, ranks: range, batch_size: int, batches_per_update: int):
+        self.sampler, self.ranks = sampler, ranks
+        self.batch_size, self.batches_per_update = batch_size, batches_per_update
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        batches = [iter(BatchSampler(self.sampler.keys_of(rank), self.batch_size, True)) for rank in self.ranks]
+        while first := list(islice(batches[0], self.batches_per_update)):
+            yield from first
+            for batches_of_rank in batches[1:]:  # which has as many
+                yield from islice(batches_of_rank, self.batches_per_update)
+
+    def __len__(self) -> int:
+        """Number of batches in a whole epoch, of all ranks of this process."""
+        return len(self.sampler) // self.batch_size * len(self.ranks)
 
 
 def earlier_draws(order: Tensor) -> Tensor:

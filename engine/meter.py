@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.distributed import Process, all_reduce_sum
+from engine.distributed import Process
 from engine.memory import peak_memory_mb
 from engine.state import TrainingState
 from logger import MetricsLog
@@ -73,7 +73,8 @@ class TrainMeter:
         """
         state, now = self.state, time.monotonic()
         on_all_ranks = torch.stack((torch.ones_like(loss), loss, *losses.values(), *state.sums))
-        ranks, last_loss, *last_losses, loss_sum, norm_sum, updates = all_reduce_sum(on_all_ranks).tolist()
+        sums = state.sum_over_processes(on_all_ranks).tolist()
+        ranks, last_loss, *last_losses, loss_sum, norm_sum, updates = sums
         last_loss, last_norm = last_loss / ranks, grad_norm.item()
         mean_loss, mean_norm = (x / updates if updates else float('nan') for x in (loss_sum, norm_sum))
         last_steps, timed_steps = state.step - self.logged_step, state.step - self.first_timed_step

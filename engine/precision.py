@@ -178,7 +178,8 @@ class ApexPrecision:
 def build_precision(config: CfgNode, device: torch.device, compiles: bool = False) -> Precision | ApexPrecision:
     """Build the precision of `AMP_BACKEND`, `AMP_OPT_LEVEL` and `AMP_DTYPE`.
 
-    The default is the published O1 on a GPU, by Apex where it is installed and nothing is compiled, and fp32 elsewhere.
+    The default is the published O1 on a GPU, and fp32 elsewhere. O1 is by Apex where it is installed, unless the
+    network is compiled or there are virtual ranks.
 
     Args:
         config: the config tree.
@@ -202,7 +203,7 @@ def build_precision(config: CfgNode, device: torch.device, compiles: bool = Fals
         if compiles:
             raise ConfigError('AMP_BACKEND is apex, which torch.compile cannot trace: write native, or COMPILE False')
     elif config.AMP_BACKEND == 'auto' and device.type == 'cuda' and config.AMP_DTYPE == 'float16' and level != 'O0':
-        amp = None if compiles else import_apex_amp()
+        amp = None if compiles or config.TRAIN.VIRTUAL_RANKS else import_apex_amp()
     if amp is None or level == 'O0':
         return Precision(level, getattr(torch, config.AMP_DTYPE), device)
     if level == 'O2' and config.TRAIN.EMA_DECAY > 0:

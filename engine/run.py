@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
+from data.samplers import ranks_of_process
 from engine.config_tree import ConfigTree, add_options
 from engine.distributed import Process, on_main_process, share_cores, start_process
 from engine.precision import ApexPrecision, Precision, build_precision
@@ -65,12 +67,26 @@ class Run(NamedTuple):
         return max(self.config.TRAIN.ACCUMULATION_STEPS, 1)
 
     @property
+    def rank_count(self) -> int:
+        """Number of ranks whose gradients an update averages: the virtual ranks, or the processes if there are none."""
+        return self.config.TRAIN.VIRTUAL_RANKS or self.process.world_size
+
+    @property
+    def own_ranks(self) -> range:
+        """Those of the ranks that this process computes."""
+        return ranks_of_process(self.config.TRAIN.VIRTUAL_RANKS, self.process.rank, self.process.world_size)
+
+    @property
     def images_per_update(self) -> int:
-        """Images per update, over all processes."""
-        return self.config.DATA.BATCH_SIZE * self.process.world_size * self.accumulation_steps
+        """Images per update, over all ranks."""
+        return self.config.DATA.BATCH_SIZE * self.rank_count * self.accumulation_steps
+
+    def batches_per_rank(self, loader: DataLoader) -> int:
+        """Batches per epoch of each rank, of the training loader of this process."""
+        return len(loader) // len(self.own_ranks)
 
     def steps_per_epoch(self, batches: int) -> int:
-        """Updates per epoch, in which each process has this many batches."""
+        """Updates per epoch, in which each rank has this many batches."""
         return math.ceil(batches / self.accumulation_steps)
 
 

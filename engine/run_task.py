@@ -19,6 +19,7 @@ from engine.start import SCRATCH, Start, find_start, record_teacher, resume_trai
 from engine.state import Phase, TrainingState, updates_before
 from engine.task import Task
 from engine.trainer import Trainer
+from engine.virtual_ranks import VirtualRanks, broadcast_weights, check_network, check_processes
 from trackers import check_trackers
 
 # Options of an optimizer that are not logged: parameter groups have values of their own
@@ -29,6 +30,8 @@ def run_task(task: Task, config: CfgNode) -> None:
     """Train a task's network, or evaluate a checkpoint with `EVAL_MODE`, as the config says."""
     is_training_run = not config.EVAL_MODE
     with start_run(config, is_training_run, task.compiles(config)) as run:
+        if is_training_run and config.TRAIN.VIRTUAL_RANKS:
+            check_processes(config.TRAIN.VIRTUAL_RANKS, run.process)
         start = find_start(run, task.tree)
         network = build_network(run, task)
         if is_training_run:
@@ -58,11 +61,11 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
     phases = task.phases(run.config, train_loader)
     for first_epoch, config, loader in phases:
-        check_course(run._replace(config=config), task, start, len(loader))
+        check_course(run._replace(config=config), task, start, run.batches_per_rank(loader))
         if len(phases) > 1:
             run.logger.info(
                 f'from epoch {first_epoch} on: images of {config.DATA.IMG_SIZE} px, {config.DATA.BATCH_SIZE} per '
-                f'process and batch'
+                f'{"virtual rank" if config.TRAIN.VIRTUAL_RANKS else "process"} and batch'
             )
     provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)
     start.load_weights(run, task, network, provenance['classes'])
@@ -80,7 +83,7 @@ def check_course(run: Run, task: Task, start: Start, batches: int | None = None)
         run: the run.
         task: its task.
         start: where the run starts.
-        batches: training batches per epoch of a process; None before the data are open.
+        batches: training batches per epoch of each rank; None before the data are open.
 
     Raises:
         ConfigError: a setting would not take effect.
@@ -173,10 +176,17 @@ def build_state(
         phases: from `Task.phases`; each has the learning rate of its own images per update.
 
     Returns:
-        The network, wrapped in DDP where there are several processes, with rank 0's weights; and the training state.
+        The network, wrapped in DDP where there are several processes and no virtual ranks, with rank 0's weights; and
+        the training state.
+
+    Raises:
+        ConfigError: virtual ranks do not work with the network.
     """
-    config, process = run.config, run.process
-    batches = [(first, config.DATA.BATCH_SIZE * process.world_size, len(loader)) for first, config, loader in phases]
+    config, process, virtual_ranks = run.config, run.process, None
+    batches = [
+        (first, config.DATA.BATCH_SIZE * run.rank_count, run.batches_per_rank(loader))
+        for first, config, loader in phases
+    ]
     lengths = [
         Phase(first, run.steps_per_epoch(count), images * count, images * run.accumulation_steps)
         for first, images, count in batches
@@ -186,16 +196,25 @@ def build_state(
     options = ', '.join(f'{name} {value}' for name, value in optimizer.defaults.items() if name not in _GROUP_OPTIONS)
     run.logger.info(f'optimizer: {type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups, {options}')
     network, optimizer = run.precision.prepare(network, optimizer)
-    distributed = distribute(network, process.device, config.DETERMINISTIC)
+    if config.TRAIN.VIRTUAL_RANKS:
+        check_network(network.train())
+        broadcast_weights(network)
+        distributed, virtual_ranks = network, VirtualRanks(config.TRAIN.VIRTUAL_RANKS, process, config.SEED)
+        run.logger.info(
+            f'{virtual_ranks.count} virtual ranks, of which this process computes {", ".join(map(str, run.own_ranks))}'
+        )
+    else:
+        distributed = distribute(network, process.device, config.DETERMINISTIC)
     state = TrainingState(
         model=network,
         optimizer=optimizer,
         scheduler=task.build_scheduler(config, optimizer, partial(updates_before, lengths), lr_scale),
         precision=run.precision,
-        sampler=phases[0][2].sampler,
+        sampler=phases[0][2].batch_sampler.sampler,
         device=process.device,
         phases=lengths,
         ema=ModelEmaV3(network, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,
+        virtual_ranks=virtual_ranks,
         epoch=config.TRAIN.START_EPOCH,
     )
     return distributed, state

@@ -343,7 +343,7 @@ def resume_training(run: Run, task: Task, state: TrainingState, start: Start, pr
     changes = data_changes + compare_classes(provenance['classes'], checkpoint)
     if start.kind == CONTINUE and changes:
         raise _another_run(run, changes)
-    notes = state.load_state_dict(checkpoint, run.process.rank, run.process.world_size) + data_changes
+    notes = state.load_state_dict(checkpoint, run.own_ranks[0], run.rank_count) + data_changes
     changed = task.tree.changed_keys(run.config, checkpoint.get('config') or run.config)
     other_data = data_changes + [str(key) for key in changed if key.affects == 'data']
     if other_data:
@@ -367,6 +367,8 @@ def _environment_notes(run: Run, checkpoint: Mapping[str, Any], provenance: Mapp
     """Reasons of hardware and software why resuming is not bit-exact, as far as the checkpoint records them."""
     before = checkpoint.get('environment') or {}
     environment = {name: provenance['environment'][name] for name in ENVIRONMENT}
+    if run.config.TRAIN.VIRTUAL_RANKS:
+        del environment['world_size']  # changes no bit
     pairs = {name: (before.get(name, now), now) for name, now in environment.items()}
     notes = [f'{name} was {old} and is {now}' for name, (old, now) in pairs.items() if old != now]
     notes += [

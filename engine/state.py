@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from data.samplers import TrainSampler
 from engine.checkpoint import CheckpointError, saved_progress
-from engine.distributed import gather_on_main_process
+from engine.distributed import all_reduce_sum, gather_on_main_process
 from engine.precision import ApexPrecision, Precision
+from engine.virtual_ranks import VirtualRanks
 from engine.weights import load_weights
 from utils import first_line, random_states, set_random_states, shortened
 
@@ -26,8 +27,8 @@ class Phase(NamedTuple):
     Attributes:
         first_epoch: epoch with which the phase begins.
         steps_per_epoch: updates per epoch.
-        images_per_epoch: images per epoch, over all processes.
-        images_per_update: images per update, over all processes; the last update of an epoch may have fewer.
+        images_per_epoch: images per epoch, over all ranks.
+        images_per_update: images per update, over all ranks; the last update of an epoch may have fewer.
     """
 
     first_epoch: int
@@ -63,6 +64,7 @@ class TrainingState:
         device: this process's device.
         phases: the run's phases, in order; the optimizer and the schedule have the learning rates of the first.
         ema: exponential moving average of the weights, if any.
+        virtual_ranks: the virtual ranks of this process, with their random states; None where a process is one rank.
         epoch: current epoch, from 0.
         step: updates made in it.
         skipped: updates of the whole run that left the weights as they were.
@@ -71,7 +73,8 @@ class TrainingState:
         stale_evaluations: evaluations since `max_accuracy` last rose.
         scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent; and the
             `loss` that breaks ties between equal ones, where the task has one.
-        sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,).
+        sums: sums of the epoch's losses and gradient norms on this process, and their number, (3,); with virtual ranks,
+            the losses are means over all ranks.
         first_bad: step and learning rate of the epoch's first update that stops the run, (2,), -1 for none; see
             `NonFinitePolicy`. Not saved.
     """
@@ -84,6 +87,7 @@ class TrainingState:
     device: torch.device
     phases: Sequence[Phase]
     ema: ModelEmaV3 | None = None
+    virtual_ranks: VirtualRanks | None = None
     epoch: int = 0
     step: int = 0
     skipped: int = 0
@@ -111,12 +115,12 @@ class TrainingState:
 
     @property
     def images_per_epoch(self) -> int:
-        """Images in the current epoch, over all processes."""
+        """Images in the current epoch, over all ranks."""
         return self.phase.images_per_epoch
 
     @property
     def images_per_update(self) -> int:
-        """Images per update of the current epoch, over all processes."""
+        """Images per update of the current epoch, over all ranks."""
         return self.phase.images_per_update
 
     @property
@@ -131,7 +135,7 @@ class TrainingState:
 
     @property
     def images(self) -> int:
-        """Images of the epoch seen so far, over all processes."""
+        """Images of the epoch seen so far, over all ranks."""
         return min(self.step * self.images_per_update, self.images_per_epoch)
 
     @property
@@ -149,7 +153,7 @@ class TrainingState:
         """Count an update, and add it to the epoch's sums unless it was skipped; tensors are device scalars.
 
         Args:
-            loss: of this process.
+            loss: of this process; with virtual ranks, of all ranks.
             grad_norm: of all processes.
             skipped: whether it left the weights as they were.
             is_bad: whether it stops the run.
@@ -160,6 +164,10 @@ class TrainingState:
         self.first_bad[0].masked_fill_(is_first, self.step)
         self.first_bad[1].masked_fill_(is_first, lr)
         self.step += 1
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sum values of this process over all processes, in place; values of all virtual ranks stay as they are."""
+        return values if self.virtual_ranks else all_reduce_sum(values)
 
     def advance(self) -> None:
         """Advance schedule and EMA after the last update, which has changed the weights."""
@@ -189,8 +197,9 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any] | None:
         """A checkpoint's entries on rank 0, None on the others. Every process calls it at the same point."""
-        ranks = gather_on_main_process({'random': random_states(self.device), 'sums': self.sums.cpu()})
-        if ranks is None:
+        states = self.virtual_ranks.random_states if self.virtual_ranks else [random_states(self.device)]
+        gathered = gather_on_main_process([{'random': random, 'sums': self.sums.cpu()} for random in states])
+        if gathered is None:
             return None
         state = {
             'model': self.model.state_dict(),
@@ -208,7 +217,7 @@ class TrainingState:
                 'skipped': self.skipped,
                 'stale_evaluations': self.stale_evaluations,
             },
-            'ranks': ranks,
+            'ranks': [rank for ranks in gathered for rank in ranks],
         }
         if self.step:
             state['sampler'] = self.sampler.state_dict()
@@ -225,8 +234,8 @@ class TrainingState:
 
         Args:
             checkpoint: from `state_dict`, or a published one, which ends an epoch.
-            rank: this process's rank.
-            world_size: number of processes.
+            rank: this process's rank; with virtual ranks, the first one that it computes.
+            world_size: number of processes, or of virtual ranks.
 
         Returns:
             What keeps the run from resuming bit for bit; empty if nothing does.
@@ -285,7 +294,12 @@ class TrainingState:
                 ) from error
         ranks = checkpoint.get('ranks', [])
         if len(ranks) == world_size:
-            set_random_states(ranks[rank]['random'], self.device)
+            if self.virtual_ranks:
+                count = len(self.virtual_ranks.random_states)
+                self.virtual_ranks.restore([entry['random'] for entry in ranks[rank : rank + count]])
+                rank = 0  # whose sums are those of all ranks
+            else:
+                set_random_states(ranks[rank]['random'], self.device)
             self.sums = ranks[rank]['sums'].to(self.device)
         else:
             origin = '' if ranks else 'it comes from another program: '

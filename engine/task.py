@@ -66,7 +66,8 @@ class Task(ABC):
     def build_loaders(self, config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
         """Build the training and the evaluation loader of this rank.
 
-        The training loader's sampler is a `TrainSampler`. `train_loader.dataset.dataset` and `eval_loader.dataset` are
+        The `batch_sampler.sampler` of the training loader is a `TrainSampler`. With `TRAIN.VIRTUAL_RANKS`, the batches
+        are in the order of a `VirtualRankSampler`. `train_loader.dataset.dataset` and `eval_loader.dataset` are
         `SampleList`s. No rank's evaluation shard is larger than that of rank 0.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.distributed import all_reduce_sum, on_main_process, synchronize_gradients
+from engine.distributed import on_main_process, synchronize_gradients
 from engine.evaluation import EvaluateFn, evaluate_with_ema
 from engine.meter import TrainMeter, progress_bar
 from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePolicy, check_first_bad, update_label
@@ -27,7 +27,7 @@ class Update(NamedTuple):
     """Results of one update; tensors are scalars on the device.
 
     Attributes:
-        loss: total loss, averaged over this process's batches.
+        loss: total loss, averaged over this process's batches; with virtual ranks, over all ranks.
         losses: the losses that `loss` sums, by name.
         grad_norm: over all processes, before clipping.
         lr: learning rate.
@@ -50,7 +50,7 @@ class Trainer:
     Args:
         run: the run.
         state: the training state.
-        network: the state's model, wrapped by `distribute`.
+        network: the state's model, wrapped by `distribute`; not wrapped with virtual ranks.
         loaders: training batches of each phase; their sampler is the state's.
         loss_fn: mean losses of a batch, by name; their sum is minimised.
         evaluate: evaluates the state's model and its EMA weights.
@@ -228,7 +228,7 @@ class Trainer:
         batches = () if state.epoch_done else progress_bar(self.loader, f'epoch {state.epoch}', run.process)
         pending = None  # the last update, until schedule and EMA have stepped for it
         run.stop.waits_for = COMPILED_UPDATE if compiles_now else UPDATE
-        for chunk in chunked(meter.watch(batches), run.accumulation_steps):
+        for chunk in chunked(meter.watch(batches), run.accumulation_steps * len(run.own_ranks)):
             update = pending = self.train_step(chunk, pending)
             lr = update.lr
             if compiles_now:
@@ -250,7 +250,7 @@ class Trainer:
                 self.save(state.epoch, state.step)
         seconds = meter.seconds
         run.logger.info(f'EPOCH {state.epoch} training takes {timedelta(seconds=int(seconds))}')
-        loss, _, updates = all_reduce_sum(state.sums.clone()).tolist()
+        loss, _, updates = state.sum_over_processes(state.sums.clone()).tolist()
         return {
             'train_loss': loss / updates if updates else float('nan'),
             'lr': lr,
@@ -266,10 +266,10 @@ class Trainer:
             self.loader, self._phase = self._loaders[index], index
 
     def train_step(self, batches: list[Any], pending: Update | None = None) -> Update:
-        """Make one update from the mean gradient of some batches; gradients are reduced at the last batch only.
+        """Make one update from the mean gradient of some batches.
 
         Args:
-            batches: of this rank.
+            batches: of this process; with virtual ranks, an equal number for each of its ranks, rank by rank.
             pending: the previous update, if schedule and EMA have yet to step for it.
 
         Raises:
@@ -280,6 +280,39 @@ class Trainer:
         if buffers and state.ema is not None:  # EMA averages the buffers before this forward pass changes them
             self.step_schedule_and_ema(pending)
             pending = None
+        loss, losses, nonfinite = self.compute_gradient(batches)
+        self.step_schedule_and_ema(pending)
+        lr = state.lr
+        nonfinite_ranks = state.sum_over_processes(nonfinite)
+        skip = (state.first_bad[0] >= 0) | (nonfinite_ranks > 0)
+        grad_norm, skipped = run.precision.step(state.optimizer, state.model, run.config.TRAIN.CLIP_GRAD, skip)
+        buffers.restore_if(skipped)
+        state.add_update(loss, grad_norm, skipped, self.policy.stops_at(nonfinite_ranks, grad_norm), lr)
+        flags = HostCopy(torch.cat((state.first_bad, skipped[None]))) if self.policy.reads_every_update else None
+        return Update(loss, losses, grad_norm, lr, skipped, flags)
+
+    def compute_gradient(self, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Leave the mean gradient of an update, over all ranks, in the weights.
+
+        Args:
+            batches: see `train_step`.
+
+        Returns:
+            The total loss and the losses by name, as in `Update`; and 1 if the total loss of this process is not
+            finite, else 0. With virtual ranks, this is the number of such ranks.
+        """
+        if self.state.virtual_ranks:
+            return self.state.virtual_ranks.mean_gradient(self.state.model.parameters(), self.accumulate, batches)
+        loss, losses = self.accumulate(batches)
+        return loss, losses, (~loss.isfinite()).float()
+
+    def accumulate(self, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate the mean gradient of the batches of a rank; DDP reduces gradients at the last batch only.
+
+        Returns:
+            The mean total loss, and the mean losses by name.
+        """
+        run, state = self.run, self.state
         loss, losses = torch.zeros((), device=run.process.device), {}
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
@@ -291,15 +324,7 @@ class Trainer:
             loss += batch_loss.detach()
             for name, value in batch_losses.items():
                 losses[name] = losses.get(name, 0.0) + value.detach()
-        self.step_schedule_and_ema(pending)
-        lr = state.lr
-        nonfinite_ranks = all_reduce_sum((~loss.isfinite()).float())
-        skip = (state.first_bad[0] >= 0) | (nonfinite_ranks > 0)
-        grad_norm, skipped = run.precision.step(state.optimizer, state.model, run.config.TRAIN.CLIP_GRAD, skip)
-        buffers.restore_if(skipped)
-        state.add_update(loss, grad_norm, skipped, self.policy.stops_at(nonfinite_ranks, grad_norm), lr)
-        flags = HostCopy(torch.cat((state.first_bad, skipped[None]))) if self.policy.reads_every_update else None
-        return Update(loss, losses, grad_norm, lr, skipped, flags)
+        return loss, losses
 
     def step_schedule_and_ema(self, update: Update | None) -> None:
         """Step schedule and EMA for the last update, if there is one, unless the policy finds that it was skipped.

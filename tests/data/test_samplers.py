@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import BatchSampler
 
-from data.samplers import ShardSampler, TrainSampler
+from data.samplers import ShardSampler, TrainSampler, VirtualRankSampler, ranks_of_process
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3, 8])
@@ -79,3 +80,32 @@ def test_draws_do_not_depend_on_the_ranks_or_on_where_an_epoch_starts():
             sampler.set_epoch(7)
             sampler.load_state_dict(whole.state_dict(), start=12)
         assert [key for step in zip(*samplers, strict=True) for key in step] == keys[12:]
+
+
+@pytest.mark.parametrize(('batches_per_update', 'start'), [(1, 0), (2, 0), (2, 16), (5, 0)])
+def test_batches_of_virtual_ranks_are_those_of_as_many_processes(batches_per_update, start):
+    """Each of four ranks has three batches of two, or one where the epoch begins in its middle."""
+    expected = []
+    for rank in range(4):
+        sampler = TrainSampler(27, rank, 4, seed=3)
+        sampler.load_state_dict(sampler.state_dict(), start)
+        expected.append(list(BatchSampler(sampler, 2, drop_last=True)))
+    assert len(expected[0]) == (1 if start else 3)
+    for process, world_size in ((0, 1), (0, 2), (1, 2), (3, 4)):
+        ranks = ranks_of_process(4, process, world_size)
+        sampler = TrainSampler(27, ranks[0], 4, seed=3)
+        batches = VirtualRankSampler(sampler, ranks, 2, batches_per_update)
+        assert len(batches) == len(list(batches)) == 3 * len(ranks)
+        sampler.load_state_dict(sampler.state_dict(), start)
+        in_order = [
+            batch
+            for first in range(0, len(expected[0]), batches_per_update)
+            for rank in ranks
+            for batch in expected[rank][first : first + batches_per_update]
+        ]
+        assert list(batches) == in_order
+
+
+def test_ranks_of_processes():
+    assert [ranks_of_process(8, process, 2) for process in (0, 1)] == [range(4), range(4, 8)]
+    assert ranks_of_process(0, 3, 5) == range(3, 4)

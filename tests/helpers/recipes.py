@@ -44,6 +44,13 @@ RECIPES = {
         'TRAIN__OPTIMIZER__ARGS': 'ns_steps=3 betas=(0.9,0.98)',
         'AMP_OPT_LEVEL': 'O1',
     },
+    'virtual_ranks': {
+        'TRAIN__VIRTUAL_RANKS': '4',
+        'DATA__BATCH_SIZE': '2',
+        'TRAIN__ACCUMULATION_STEPS': '2',
+        'TRAIN__CLIP_GRAD': '1',
+        'SAVE_STEPS': '1',
+    },
     'sizes': {
         'DATA__IMG_SIZES': '[14, 28]',
         'DATA__IMG_SIZE_EPOCHS': '[0, 1]',
