@@ -19,7 +19,7 @@ RUN := $(OUTPUT)/msg_digits_p2_win7_56/$(TAG)
 LAST = $$(ls -v $(dir $<)ckpt_epoch_*.pth | grep -v _step_ | tail -n 1)
 
 STORED := msg_transformer_nano
-PHOTOGRAPHS = $$($(PY) -c 'from sklearn import datasets; print(*datasets.__path__)')/images
+PHOTOGRAPHS := docs/photographs
 
 GROWING := $(patsubst %,configs/msg_%_p4_win7_224.yaml,tiny small base)
 DETECTION_CONFIG := detection/configs/digits.yaml
@@ -71,15 +71,18 @@ $(OUTPUT)/demo_curves_seed$(SEED).png: $(RUN)/trained
 $(OUTPUT)/demo_predictions_seed$(SEED).png: $(RUN)/trained
 	$(PY) -m tools.predict $(DIGITS)/val --limit 48 --resume $(LAST) --output $@ > /dev/null
 
-$(OUTPUT)/demo_photographs.txt: models/weights/$(STORED).safetensors | $(VENV)/installed
+$(OUTPUT)/demo_photographs.txt: models/weights/$(STORED).safetensors $(wildcard $(PHOTOGRAPHS)/*/*.jpg) | $(VENV)/installed
 	mkdir -p $(@D)
-	$(PY) -m tools.predict "$(PHOTOGRAPHS)" --words --weights $(STORED) --output $(OUTPUT)/demo_photographs.png > $@
+	$(PY) -m tools.predict $(PHOTOGRAPHS) --words --weights $(STORED) > $@
+
+$(OUTPUT)/demo_photographs.png: models/weights/$(STORED).safetensors $(wildcard $(PHOTOGRAPHS)/*/*.jpg) | $(VENV)/installed
+	$(PY) -m tools.visualize.gallery $(PHOTOGRAPHS) --weights $(STORED) --output $@ > /dev/null
 
 demo: $(RUN)/evaluation.txt $(OUTPUT)/demo_curves_seed$(SEED).png $(OUTPUT)/demo_predictions_seed$(SEED).png \
-		$(OUTPUT)/demo_photographs.txt
+		$(OUTPUT)/demo_photographs.txt $(OUTPUT)/demo_photographs.png
 	@grep 'Accuracy of the network' $< | sed 's/.*INFO //'
-	@echo "$(STORED) knows ten classes; these two photographs belong to none of them. Its guesses:"
-	@sed 's|.*/images/||' $(OUTPUT)/demo_photographs.txt
+	@echo "$(STORED) knows ten classes. Photographs in folders n... show one of them, those in other/ do not. Its guesses:"
+	@sed 's|$(PHOTOGRAPHS)/||' $(OUTPUT)/demo_photographs.txt
 	@echo "Look at $(OUTPUT)/demo_curves_seed$(SEED).png, $(OUTPUT)/demo_predictions_seed$(SEED).png and $(OUTPUT)/demo_photographs.png"
 
 $(VENV)/installed-app: requirements-app.txt $(VENV)/installed
@@ -87,7 +90,7 @@ $(VENV)/installed-app: requirements-app.txt $(VENV)/installed
 	touch $@
 
 app: $(VENV)/installed-app
-	$(PY) -m tools.app $(if $(RESUME),--resume $(RESUME),--weights $(STORED) --examples "$(PHOTOGRAPHS)")
+	$(PY) -m tools.app $(if $(RESUME),--resume $(RESUME),--weights $(STORED) --examples $(PHOTOGRAPHS))
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
@@ -164,6 +167,7 @@ format: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(PY) -m tools.draw_figures --output docs
+	$(PY) -m tools.visualize.gallery $(PHOTOGRAPHS) --weights $(STORED) --output docs/photographs.png
 	$(PY) -m tools.list_config > docs/configuration.md
 
 clean:

@@ -552,6 +552,16 @@ _C.TEST.CLASSES = Key(
     affects='nothing',
 )
 _C.TEST.COMPILE = Key(False, 'Evaluate, and measure throughput, with torch.compile')
+_C.TEST.UNKNOWN_SCORE = Key(
+    '',
+    'Score by which tools.predict and tools.app flag images that probably show none of the classes: 1 - maximum '
+    'softmax, entropy of the softmax, or energy; tools.unknown_threshold chooses it (docs/prediction.md)',
+    choices=('', 'max_softmax', 'entropy', 'energy'),
+    affects='nothing',
+)
+_C.TEST.UNKNOWN_THRESHOLD = Key(
+    0.0, 'Images with a higher score are flagged', used_with='TEST.UNKNOWN_SCORE', affects='nothing'
+)
 
 
 def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -688,6 +698,11 @@ def _check_loss(config: CfgNode) -> None:
             f'{train.LOSS}: write TRAIN.CLASS_WEIGHTS none, or weight the classes in the loss'
         )
     if data.MULTI_LABEL:
+        if config.TEST.UNKNOWN_SCORE:
+            raise ConfigError(
+                'TEST.UNKNOWN_SCORE flags images of none of the classes, and with DATA.MULTI_LABEL the probabilities '
+                "say so already: write TEST.UNKNOWN_SCORE ''"
+            )
         if train.LOSS == 'cross_entropy':
             raise ConfigError('DATA.MULTI_LABEL needs a loss of each class: write TRAIN.LOSS bce')
         if uses_mixup(config):

@@ -27,18 +27,22 @@ class SheetImage(NamedTuple):
         predicted: name of the predicted class.
         probability: of the predicted class.
         label: name of the true class; None if it is unknown.
+        is_unknown: whether the image probably shows none of the classes that the network knows.
     """
 
     image: Image.Image
     predicted: str
     probability: float
     label: str | None
+    is_unknown: bool = False
 
     def title(self, predicted: str, label: str | None) -> str:
         """The predicted class, and the true one where it differs, by their names as they can be drawn."""
         lines = _wrap(predicted, f' ({self.probability:.0%})')
         if self.label not in (None, self.predicted):
             lines += _wrap(f'is {label}')
+        if self.is_unknown:
+            lines.insert(0, 'no known class?')
         return '\n'.join(lines)
 
     @property

@@ -11,6 +11,7 @@ from tests.helpers.paths import DETECTION_CONFIGS, ROOT, TINY
 from tests.helpers.runs import RecordingNode, folder_of
 from tools.benchmark import throughput
 from tools.benchmark.timing import Quartiles
+from tools.unknown import flag_unknown
 
 PUBLISHED = {
     'BASE': [''],
@@ -272,4 +273,5 @@ def test_every_key_is_read(tiny_config, image_tree, monkeypatch):
     monkeypatch.setattr(throughput, 'time_callable', lambda *_: Quartiles(1.0, 1.0, 1.0))
     monkeypatch.setattr(throughput, 'seconds_per_batch', lambda batches, warm_up: 1.0)
     run(THROUGHPUT_MODE='True', TEST__COMPILE='True')  # reads COMPILE_MODE
+    flag_unknown(torch.zeros(1, 3), RecordingNode(tiny_config(TEST__UNKNOWN_SCORE='entropy'), '', reads))
     assert set(tree.leaves()) - reads == {'BASE'}  # read by `load_config`

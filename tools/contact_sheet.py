@@ -44,5 +44,5 @@ class ContactSheet:
             image = thumbnail(load_image(prediction.path, upright=self.upright))
             label = None if prediction.label is None else self.class_names[prediction.label]
             predicted, probability = self.class_names[prediction.indices[0]], prediction.probabilities[0]
-            shown.append(SheetImage(image, predicted, probability, label))
+            shown.append(SheetImage(image, predicted, probability, label, bool(prediction.is_unknown)))
         return draw_sheet(shown, self.note, columns)

@@ -32,6 +32,7 @@ from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.export.exported import BACKENDS, backend_of, files_read, load_exported
 from tools.output_files import prepare_figure, prepare_output, refuse_overwriting, save_figure, stream_text
 from tools.prediction_formats import JSON_END, Prediction, csv_rows, json_parts, text_line
+from tools.unknown import UNKNOWN, flag_unknown
 from utils import UserError, exit_on_user_error, home_path, orderly_termination, positive_int, printable
 
 STDOUT = Path('-')
@@ -76,6 +77,7 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
     preprocess, labels = Preprocess(config, device), {name: index for index, name in enumerate(class_names)}
     for batch in images:
         classes: dict[int, tuple[list[int], list[float]]] = {}
+        unknown: dict[int, bool] = {}
         if batch.images is not None:
             logits = model(preprocess.prepare(batch.images))  # (B, classes)
             probabilities = logits.sigmoid() if config.DATA.MULTI_LABEL else logits.softmax(dim=1)
@@ -83,10 +85,14 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
                 raise UserError('the outputs of the network are not finite: give the checkpoint of another epoch')
             values, indices = (x.tolist() for x in probabilities.topk(topk))
             classes = dict(zip(batch.indices, zip(indices, values, strict=True), strict=True))
+            flags = flag_unknown(logits, config)
+            if flags is not None:
+                unknown = dict(zip(batch.indices, flags, strict=True))
         for number in sorted(classes | batch.errors):
             path = images.paths[number]
             label = labels.get(path.parent.name)
-            yield Prediction(path, *classes.get(number, ([], [])), label, batch.errors.get(number, ''))
+            error = batch.errors.get(number, '')
+            yield Prediction(path, *classes.get(number, ([], [])), label, error, unknown.get(number))
 
 
 def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[Prediction]:
@@ -98,15 +104,23 @@ def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -
 
 
 def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-    """The predictions as they are; at the end, say on stderr how many have the class that the image's folder names."""
-    right = labelled = 0
+    """The predictions as they are; at the end, say on stderr how many have the class that the image's folder names.
+
+    Where the network flags images of unknown classes, say how many it has flagged, too.
+    """
+    right = labelled = flagged = judged = 0
     for prediction in predictions:
         if prediction.label is not None and not prediction.error:
             labelled += 1
             right += prediction.label == prediction.indices[0]
+        if prediction.is_unknown is not None:
+            judged += 1
+            flagged += prediction.is_unknown
         yield prediction
     if labelled:
         print(f'{right} of {labelled} right', file=sys.stderr)
+    if judged:
+        print(f'{flagged} of {judged} flagged: {UNKNOWN}', file=sys.stderr)
 
 
 def parse_option() -> argparse.Namespace:
@@ -190,7 +204,7 @@ def run(args: argparse.Namespace) -> InferenceLoader:
     table = args.csv or args.json
     if table != STDOUT:
         predictions = print_lines(predictions, names)
-    write_table(predictions, args, names, topk)
+    write_table(predictions, args, names, topk, has_unknown=bool(predictor.config.TEST.UNKNOWN_SCORE))
     if args.output and sheet.predictions:
         save_figure(sheet.draw(), args.output, dpi=100)
         print(printable(': '.join(filter(None, (str(args.output), sheet.note)))), file=sys.stderr)
@@ -198,7 +212,11 @@ def run(args: argparse.Namespace) -> InferenceLoader:
 
 
 def write_table(
-    predictions: Iterable[Prediction], args: argparse.Namespace, class_names: Sequence[str], topk: int
+    predictions: Iterable[Prediction],
+    args: argparse.Namespace,
+    class_names: Sequence[str],
+    topk: int,
+    has_unknown: bool,
 ) -> None:
     """Write the predictions as they come to the table that the command line names, if it does.
 
@@ -206,7 +224,7 @@ def write_table(
         OutputError: it cannot be written.
     """
     if args.csv:
-        parts, end = csv_rows(predictions, class_names, topk), ''
+        parts, end = csv_rows(predictions, class_names, topk, has_unknown), ''
     elif args.json:
         parts, end = json_parts(predictions, class_names), JSON_END
     else:

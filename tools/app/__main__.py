@@ -30,7 +30,7 @@ from tools.msg_network import build_with_msg_tokens
 from utils import UserError, exit_on_user_error, home_path
 
 LOOPBACK = ('localhost', '127.0.0.1', '::1')
-EXAMPLES = 8  # pictures offered
+EXAMPLES = 12  # pictures offered
 
 
 def import_gradio() -> ModuleType:
@@ -114,7 +114,7 @@ def main() -> None:
         type=home_path,
         default=[],
         metavar='IMAGES',
-        help='example images offered on the page: files or folders (8 at most)',
+        help=f'example images offered on the page: files or folders ({EXAMPLES} at most)',
     )
     add(
         '--allow-host',

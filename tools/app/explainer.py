@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 
 from data.images import DataError, read_file
 from engine.predictor import Predictor
+from tools.unknown import UNKNOWN, flag_unknown
 from tools.visualize.explain import trace_blocks, traced_logits
 from tools.visualize.overlays import (
     MIN_SHARE,
@@ -102,14 +103,16 @@ class Explainer:
     def _explain(
         self, path: Path, kind: str, stage: int, block: int, window: tuple[int, int] | None, class_: str
     ) -> Reply:
-        _, model, class_names, _ = self.predictor
+        config, model, class_names, _ = self.predictor
         data = read_upload(path)
         view = prepare(self.predictor, data, path.name)
         stages = trace_blocks(model, view.image)
         block = min(block, self.depths[stage] - 1)
-        probabilities, class_index = None, 0
+        probabilities, class_index, is_unknown = None, 0, False
         if class_names:
-            values = traced_logits(model, stages).detach().softmax(dim=1)[0].tolist()
+            logits = traced_logits(model, stages).detach()
+            is_unknown = any(flag_unknown(logits, config) or ())
+            values = logits.softmax(dim=1)[0].tolist()
             probabilities = dict(zip(class_names, values, strict=True))
             class_index = int(np.argmax(values)) if class_ == PREDICTED else find_class(class_names, class_)
             class_ = class_names[class_index]
@@ -131,6 +134,8 @@ class Explainer:
             reach = int((overlay.values > 0).sum())
             note += f' After stage {stage + 1}, block {block + 1}, **{reach} of {rows * columns} windows** have one.'
             note += ' Click on the overlay to choose another window.'
+        if is_unknown:
+            note = f'**{UNKNOWN.capitalize()}.** {note}'
         return Reply(probabilities, render_overlay(view.picture, overlay), legend(overlay), note, window)
 
     def window_at(self, x: int, y: int, overlay: np.ndarray) -> tuple[int, int]:

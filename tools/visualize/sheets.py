@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from data.drawn_text import fit_font, shorten
 from engine.predictor import Predictor
 from models import MSGTransformer
+from tools.unknown import UNKNOWN, flag_unknown
 from tools.visualize.explain import StageTrace, trace_blocks, traced_logits
 from tools.visualize.overlays import (
     MIN_SHARE,
@@ -183,9 +184,12 @@ def draw_kinds(
     name = shorten(printable(name), MAX_NAME)
     sheets, source = {}, f'{predictor.config.MODEL.NAME}, {checkpoint or "random weights"}'
     if checkpoint and predictor.class_names:
-        probabilities = traced_logits(predictor.model, stages).detach().softmax(dim=1)[0]
+        logits = traced_logits(predictor.model, stages).detach()
+        probabilities = logits.softmax(dim=1)[0]
         predicted = shorten(printable(predictor.class_names[probabilities.argmax()]), MAX_NAME)
         name += f', predicted {predicted} ({probabilities.max():.0%})'
+        if any(flag_unknown(logits, predictor.config) or ()):
+            name += f', {UNKNOWN}'
     for kind in kinds:
         rows = overlay_rows(predictor.model, stages, kind, choice)
         if kind == 'attention':
