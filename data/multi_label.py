@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
 from data.images import PartError, kind_of_value
 from utils import shortened
@@ -46,3 +47,16 @@ def multi_hot(label: Any, classes: int, name: str) -> Tensor:
     vector = torch.zeros(classes)
     vector[indices] = 1
     return vector
+
+
+def class_probabilities(logits: Tensor, config: CfgNode) -> Tensor:
+    """The probability of each class: of its own with `DATA.MULTI_LABEL`, otherwise among all classes.
+
+    Args:
+        logits: (..., classes).
+        config: the config tree.
+
+    Returns:
+        Sigmoid or softmax of the logits, (..., classes).
+    """
+    return logits.sigmoid() if config.DATA.MULTI_LABEL else logits.softmax(dim=-1)

@@ -15,7 +15,7 @@ from data import DataError, build_eval_loader
 from data.build import open_dataset
 from data.image_folder import ClassFolders
 from data.images import PartError
-from data.multi_label import multi_hot
+from data.multi_label import class_probabilities, multi_hot
 from data.python_dataset import register_dataset
 from engine.checkpoint import CheckpointError
 from evaluation import validate_multi_label
@@ -71,6 +71,12 @@ def test_forms_of_labels(label, expected):
 def test_other_labels_are_refused(label, message):
     with pytest.raises(PartError, match=message):
         multi_hot(label, 3, 'x')
+
+
+def test_probabilities_of_one_class_and_of_several(tiny_config):
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    assert torch.equal(class_probabilities(logits, tiny_config()), logits.softmax(dim=1))
+    assert torch.equal(class_probabilities(logits, tiny_config(**OPTIONS)), logits.sigmoid())
 
 
 class Scores(nn.Module):

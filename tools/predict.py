@@ -24,6 +24,7 @@ from data.build import EvalTransform
 from data.class_names import with_words
 from data.file_loader import InferenceLoader, print_above_bar
 from data.images import choose_images, find_images, report_other_files
+from data.multi_label import class_probabilities
 from data.preprocess import Preprocess
 from engine.predictor import Predictor, load_predictor, prediction_parser
 from main import TASK
@@ -80,7 +81,7 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
         unknown: dict[int, bool] = {}
         if batch.images is not None:
             logits = model(preprocess.prepare(batch.images))  # (B, classes)
-            probabilities = logits.sigmoid() if config.DATA.MULTI_LABEL else logits.softmax(dim=1)
+            probabilities = class_probabilities(logits, config)
             if not probabilities.isfinite().all():
                 raise UserError('the outputs of the network are not finite: give the checkpoint of another epoch')
             values, indices = (x.tolist() for x in probabilities.topk(topk))

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from data.images import DataError, read_file
+from data.multi_label import class_probabilities
 from engine.predictor import Predictor
 from tools.unknown import UNKNOWN, flag_unknown
 from tools.visualize.explain import trace_blocks, traced_logits
@@ -112,7 +113,7 @@ class Explainer:
         if class_names:
             logits = traced_logits(model, stages).detach()
             is_unknown = any(flag_unknown(logits, config) or ())
-            values = logits.softmax(dim=1)[0].tolist()
+            values = class_probabilities(logits, config)[0].tolist()
             probabilities = dict(zip(class_names, values, strict=True))
             class_index = int(np.argmax(values)) if class_ == PREDICTED else find_class(class_names, class_)
             class_ = class_names[class_index]

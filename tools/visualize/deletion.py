@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data.file_loader import exit_if_unreadable
 from data.images import DataError, choose_images, find_images, read_file, report_other_files
+from data.multi_label import class_probabilities
 from engine.predictor import Predictor, add_network_flags, load_predictor
 from main import TASK
 from models.registry import stored_weights
@@ -100,7 +101,9 @@ def deletion_score(
     height, width = image.shape[-2:]
     pixels = is_removed.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., :height, :width].to(image.device)
     batches = torch.where(pixels, empty, image).split(BATCH)
-    probabilities = torch.cat([predictor.model(batch).softmax(dim=1)[:, class_index] for batch in batches])
+    probabilities = torch.cat(
+        [class_probabilities(predictor.model(batch), predictor.config)[:, class_index] for batch in batches]
+    )
     return float(torch.trapezoid(probabilities) / steps)
 
 

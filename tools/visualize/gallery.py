@@ -24,6 +24,7 @@ from data.drawn_text import fit_font
 from data.figures import SheetImage
 from data.file_loader import exit_if_unreadable
 from data.images import DataError, choose_images, find_images, read_file, report_other_files
+from data.multi_label import class_probabilities
 from engine.predictor import Predictor, add_network_flags, load_predictor
 from main import TASK
 from models.registry import stored_weights
@@ -55,7 +56,7 @@ def explain_picture(predictor: Predictor, path: Path, view: View, stage: int) ->
     logits = traced_logits(predictor.model, stages).detach()
     names = dict(zip(predictor.class_names, with_words(predictor.class_names), strict=True))
     words = {name: text.removeprefix(f'{name} ') for name, text in names.items()}
-    probabilities = logits.softmax(dim=1)[0]
+    probabilities = class_probabilities(logits, predictor.config)[0]
     predicted = words[predictor.class_names[int(probabilities.argmax())]]
     is_unknown = any(flag_unknown(logits, predictor.config) or ())
     image = SheetImage(view.picture, predicted, float(probabilities.max()), words.get(path.parent.name), is_unknown)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from data.drawn_text import fit_font, shorten
+from data.multi_label import class_probabilities
 from engine.predictor import Predictor
 from models import MSGTransformer
 from tools.unknown import UNKNOWN, flag_unknown
@@ -185,7 +186,7 @@ def draw_kinds(
     sheets, source = {}, f'{predictor.config.MODEL.NAME}, {checkpoint or "random weights"}'
     if checkpoint and predictor.class_names:
         logits = traced_logits(predictor.model, stages).detach()
-        probabilities = logits.softmax(dim=1)[0]
+        probabilities = class_probabilities(logits, predictor.config)[0]
         predicted = shorten(printable(predictor.class_names[probabilities.argmax()]), MAX_NAME)
         name += f', predicted {predicted} ({probabilities.max():.0%})'
         if any(flag_unknown(logits, predictor.config) or ()):
