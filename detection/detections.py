@@ -1,4 +1,4 @@
-"""Detections of an image, as a detector in Python and the tools give them."""
+"""Results of detection for one image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Detections:
         labels: numbers of the classes, from 1, (n,).
         names: names of the classes, n of them.
         size: height and width of the image.
-        box_masks: the masks, kept within their boxes, which takes little memory; None if the network finds boxes alone.
+        box_masks: the masks, kept within their boxes, which takes little memory; None if the detector has no mask head.
     """
 
     boxes: Tensor
@@ -52,7 +52,7 @@ class Detections:
     def from_output(
         cls, output: Mapping[str, Tensor | BoxMasks], class_names: Sequence[str], size: Sequence[int]
     ) -> 'Detections':
-        """What `Detector.detect` returns for an image, on the CPU, with names.
+        """Copy the output of `Detector.detect` for an image to the CPU, and add class names.
 
         Args:
             output: `boxes`, `labels`, `scores` and perhaps `masks`.
@@ -69,7 +69,7 @@ class Detections:
 
     @property
     def masks(self) -> Tensor | None:
-        """Masks in the whole image, boolean, (n, H, W); None if the network finds boxes alone.
+        """Masks in the whole image, boolean, (n, H, W); None if the detector has no mask head.
 
         They are pasted into the image each time, and take a byte per pixel of the image and object.
         """
@@ -89,5 +89,5 @@ class Detections:
         return Detections(self.boxes[indices], self.scores[indices], self.labels[indices], names, self.size, masks)
 
     def above(self, min_score: float) -> 'Detections':
-        """The detections with at least a score."""
+        """The detections whose score is at least `min_score`."""
         return self.select((self.scores >= min_score).nonzero()[:, 0])

@@ -1,4 +1,4 @@
-"""Virtual ranks: updates of V ranks that one, two, four ... processes compute with the same bits.
+"""Virtual ranks: training that has the same bits on any number of processes that divides their number V.
 
 An update of a run with V virtual ranks is the mean of V gradients. Each process computes the gradients of its share of
 the virtual ranks, one after the other. All gradients are then added up along one binary tree over the V ranks:
@@ -27,9 +27,9 @@ Accumulate = Callable[[Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TreeSum:
-    """Sum of 1, 2, 4, 8 ... vectors along a binary tree, whatever the number of vectors.
+    """Sum of 2^n vectors in the order of a binary tree.
 
-    At most one partial sum per level of the tree is kept, so N vectors need the memory of log2(N) + 1.
+    At most n + 1 partial sums are kept in memory.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Images that show none of a classifier's classes, as far as a score of the logits tells.
+"""Out-of-distribution detection: images that probably show none of a classifier's classes, by a score of the logits.
 
 The score and its threshold are config keys, so they are stored with the weights. `tools.unknown_threshold` chooses
 both.
@@ -28,10 +28,10 @@ def flag_unknown(logits: Tensor, config: CfgNode) -> list[bool] | None:
 
     Args:
         logits: (B, K).
-        config: with the score and the threshold.
+        config: the config tree; `TEST` has the score and the threshold.
 
     Returns:
-        A flag per image; None if the config has no score.
+        A flag per image; None if `TEST.UNKNOWN_SCORE` is ''.
     """
     if not config.TEST.UNKNOWN_SCORE:
         return None

@@ -1,10 +1,10 @@
-"""Choose the threshold above which an image probably shows none of a classifier's classes, and measure it.
+"""Choose a threshold for flagging images that show none of a classifier's classes, and measure its error rates.
 
     python -m tools.unknown_threshold --weights <name> --known <dataset>/val --unknown <images of other classes>
 
 Three scores of the logits are compared: 1 - maximum softmax, the entropy of the softmax, and the energy. Both sets of
 images are split into halves at random, but always in the same way. The first halves choose: the score with the highest
-AUROC, and the threshold that keeps --keep percent of the known images. The second halves give the rates to report.
+AUROC, and the threshold that keeps --keep percent of the known images. The second halves give the error rates.
 --output writes a copy of the weights whose config has the score and the threshold, as tools.predict and tools.app read
 them.
 """

@@ -1,9 +1,8 @@
-"""Draw several pictures on one sheet: each with its predicted class and, below it, where the network looks.
+"""Draw several images on one sheet: each with its predicted class and, below it, a map of attention rollout.
 
     python -m tools.visualize.gallery <images> --weights msg_transformer_nano --output gallery.png
 
-The lower row is attention rollout: how much each patch contributes to what the classifier reads (docs/pictures.md). In
-a tree of class folders, an image's folder is taken for its class.
+docs/pictures.md says what the map shows. The name of an image's folder is its true class, if the network has such a class.
 """
 
 if __name__ == '__main__':
