@@ -19,9 +19,14 @@ from utils import atomic_write, discard_output, first_line, report_write_errors
 _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M:%S'
 
 
+def get_logger(rank: int) -> logging.Logger:
+    """The logger of a rank's run, as `create_logger` has set it up."""
+    return logging.getLogger(f'msg_transformer.rank{rank}')
+
+
 def create_logger(rank: int) -> logging.Logger:
     """Create the run's logger, which writes to the console on rank 0; see also `add_log_file`."""
-    logger = logging.getLogger(f'msg_transformer.rank{rank}')
+    logger = get_logger(rank)
     for handler in logger.handlers[:]:  # of an earlier run in this process
         logger.removeHandler(handler)
         handler.close()

@@ -14,6 +14,7 @@ from engine.config_tree import ConfigError
 from engine.distributed import distribute, on_main_process
 from engine.evaluation import evaluate_with_ema, load_ema
 from engine.experiment import describe_run, log_notes, warn_of_other_classes
+from engine.memory import reset_peak_memory
 from engine.run import Run, start_run
 from engine.start import SCRATCH, Start, find_start, record_teacher, resume_training
 from engine.state import Phase, TrainingState, updates_before
@@ -73,6 +74,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
     del train_loader, phases, loader  # so that worker processes end when the trainer leaves a phase
     if start.resumes:
         resume_training(run, task, trainer.state, start, provenance)
+    reset_peak_memory()
     trainer.fit()
 
 

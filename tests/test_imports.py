@@ -68,6 +68,7 @@ ALLOWED = {
         'config',
         'data',
         'engine',
+        'logger',
         'startup',
         'models',
         'optimizer',

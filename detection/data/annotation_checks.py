@@ -4,6 +4,7 @@ Boxes are [x, y, width, height] as in a file; extents are corners [x1, y1, x2, y
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from types import UnionType
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_OUTLINE = 5_000_000
 
 # Numbers beyond this are no pixels of an image, and some beyond it cannot be computed with.
 _MAX_NUMBER = 1e12
+_is_small = _MAX_NUMBER.__gt__
+_NUMBERS = {int, float}  # and not bool
 
 MIN_IOU = 0.5  # of a box and its mask's extent
 MAX_LOOSE = 0.01  # fraction of a file's boxes that may be worse
@@ -47,12 +50,15 @@ def check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) ->
         )
     # A polygon of two corners has no area, and pycocotools would take it for a box.
     annotation['segmentation'] = polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-    lows = [min(min(polygon[axis::2]) for polygon in polygons) for axis in (0, 1)]
-    highs = [max(max(polygon[axis::2]) for polygon in polygons) for axis in (0, 1)]
+    numbers = polygons[0] if len(polygons) == 1 else list(chain.from_iterable(polygons))
+    xs, ys = numbers[::2], numbers[1::2]
+    lows, highs = [min(xs), min(ys)], [max(xs), max(ys)]
     for low, high, length in zip(lows, highs, (image['width'], image['height']), strict=True):
         if low < -length or high > 2 * length:  # would exhaust pycocotools' memory
             far = low if low < -length else high
             raise DataError(f'{label} has a corner at {far}, far outside the image: move it, or remove the mask')
+    if len(xs) * max(highs[0] - lows[0], highs[1] - lows[1]) <= MAX_OUTLINE:  # no outline is longer
+        return lows + highs
     outline = sum(map(_outline, polygons))
     if outline > MAX_OUTLINE:
         raise DataError(f'{label} has a mask with an outline of {outline:.0f} pixels: write fewer corners')
@@ -61,7 +67,9 @@ def check_mask(annotation: dict[str, Any], image: dict[str, Any], label: str) ->
 
 def has_no_area(segmentation: Any) -> bool:
     """Whether it is a list of polygons, all of them with fewer than three corners, such as [[]]."""
-    return _are_polygons(segmentation) and all(len(polygon) < 6 for polygon in segmentation)
+    if not isinstance(segmentation, list) or any(isinstance(x, list) and len(x) >= 6 for x in segmentation):
+        return False
+    return _are_polygons(segmentation)
 
 
 def _are_polygons(segmentation: Any) -> bool:
@@ -115,7 +123,8 @@ def is_a(value: Any, kind: type | UnionType) -> bool:
 
 def are_numbers(values: Any) -> bool:
     """Whether this is a list of finite numbers of a size that pixels can have."""
-    return isinstance(values, list) and all(is_a(x, int | float) and abs(x) < _MAX_NUMBER for x in values)  # no NaN
+    # All of it in C: files have millions of numbers. NaN is below no number.
+    return isinstance(values, list) and _NUMBERS.issuperset(map(type, values)) and all(map(_is_small, map(abs, values)))
 
 
 def whole_number(value: Any) -> Any:
@@ -150,11 +159,12 @@ class PlacementCheck:
         self.boxes += 1
         size = image['width'], image['height']
         box = corners(annotation['bbox'])
+        is_near = _is_near(box, size)
+        if is_near and (annotation['iscrowd'] or not any(extent) or _fits(box, extent, size)):
+            return  # run lengths may be all 0
         text = f'{label} has the box {annotation["bbox"]}'
-        if not _is_near(box, size):
+        if not is_near:
             self.errors.append(f'{text}, which is not in the image of {size[0]} x {size[1]} pixels')
-        elif annotation['iscrowd'] or not any(extent) or _fits(box, extent, size):  # run lengths may be all 0
-            return
         else:
             x1, y1, x2, y2 = extent
             text += f', but its mask is in [{x1:g}, {y1:g}, {x2 - x1:g}, {y2 - y1:g}]'
@@ -184,9 +194,12 @@ def corners(box: Sequence[float]) -> list[float]:
 
 def _is_near(box: Sequence[float], size: tuple[int, int]) -> bool:
     """Whether a box is in its image, or slightly beyond: not by more than the image's size, which is a mistake."""
-    return all(
-        -length <= low <= length + SLACK_PIXELS and -SLACK_PIXELS <= high <= 2 * length
-        for low, high, length in zip(box[:2], box[2:], size, strict=True)
+    (x1, y1, x2, y2), (width, height) = box, size
+    return (
+        -width <= x1 <= width + SLACK_PIXELS
+        and -height <= y1 <= height + SLACK_PIXELS
+        and -SLACK_PIXELS <= x2 <= 2 * width
+        and -SLACK_PIXELS <= y2 <= 2 * height
     )
 
 
@@ -199,8 +212,10 @@ def _touch(box: Sequence[float], extent: Sequence[float]) -> bool:
 
 def _fits(box: Sequence[float], extent: Sequence[float], size: tuple[int, int]) -> bool:
     """Whether a box fits a mask's extent, as far as both are in the image."""
-    slack = [max(SLACK_PIXELS, SLACK_FRACTION * (extent[axis + 2] - extent[axis])) for axis in (0, 1)] * 2
-    if all(abs(x - y) <= s for x, y, s in zip(box, extent, slack, strict=True)):
+    x1, y1, x2, y2 = extent
+    across, down = max(SLACK_PIXELS, SLACK_FRACTION * (x2 - x1)), max(SLACK_PIXELS, SLACK_FRACTION * (y2 - y1))
+    fits_across = abs(box[0] - x1) <= across and abs(box[2] - x2) <= across
+    if fits_across and abs(box[1] - y1) <= down and abs(box[3] - y2) <= down:
         return True
     box, extent = _clip(box, size), _clip(extent, size)
     both = _area([*map(max, box[:2], extent[:2]), *map(min, box[2:], extent[2:])])

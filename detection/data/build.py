@@ -1,5 +1,6 @@
 """Loaders of images with their objects, from a folder in COCO's layout."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from yacs.config import CfgNode
 from data import DataError
 from data.build import build_loader, build_train_loader
 from data.samplers import ShardSampler, ranks_of_process
+from detection.data.annotation_cache import Log
 from detection.data.annotations import read_class_names
 from detection.data.coco import CocoDataset, Selection, SplitFiles, Target
 from detection.data.samplers import GroupedTrainSampler
 from detection.data.transforms import TrainTransform
 from engine.distributed import once_per_node
+from logger import get_logger
+from utils import printable
 
 
 def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[DataLoader, DataLoader]:
@@ -26,7 +30,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    dataset = once_per_node(lambda: open_split(config, 'TRAIN', TrainTransform(config)).share())
+    log = get_logger(rank).info
+    dataset = once_per_node(lambda: open_split(config, 'TRAIN', TrainTransform(config), log).share())
     eval_loader = build_eval_loader(config, rank, world_size)
     if dataset.classes != eval_loader.dataset.classes:
         raise DataError(
@@ -40,7 +45,8 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
             f'{eval_loader.dataset.annotation_file} has no objects in the images to evaluate on, so AP is undefined: '
             f'annotate them, or give other images as DATA.VAL_SPLIT'
         )
-    is_portrait = [int(image['height'] > image['width']) for image in dataset.images]
+    widths, heights = dataset.images.sizes.T
+    is_portrait = (heights > widths).astype(int).tolist()
     virtual_ranks = config.TRAIN.VIRTUAL_RANKS
     ranks = ranks_of_process(virtual_ranks, rank, world_size)
     sampler = GroupedTrainSampler(
@@ -58,7 +64,7 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
     Raises:
         DataError: the data cannot be used.
     """
-    dataset = once_per_node(lambda: open_split(config, 'VAL').share())
+    dataset = once_per_node(lambda: open_split(config, 'VAL', log=get_logger(rank).info).share())
     sampler = ShardSampler(len(dataset), rank, world_size)
     return build_loader(config, dataset, sampler, batch_size=1, collate_fn=collate)
 
@@ -107,13 +113,19 @@ def with_classes_of_data(config: CfgNode, split: str | None = None) -> CfgNode:
     return config
 
 
-def open_split(config: CfgNode, split: str, transform: Callable | None = None) -> CocoDataset:
+def log_to_stderr(text: str) -> None:
+    """Print a line about reading a large file, in a program without a log."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def open_split(config: CfgNode, split: str, transform: Callable | None = None, log: Log = log_to_stderr) -> CocoDataset:
     """Open a split, which must have as many categories as the network has classes.
 
     Args:
         config: the config tree.
         split: `TRAIN` or `VAL`.
         transform: takes and returns an image and its target; None for none.
+        log: gets lines about reading a large file.
 
     Raises:
         DataError: the data cannot be used.
@@ -129,6 +141,7 @@ def open_split(config: CfgNode, split: str, transform: Callable | None = None) -
         split_files(config, split),
         selection,
         data.EXIF,
+        log,
     )
     count = len(dataset.categories)
     if count != config.MODEL.NUM_CLASSES:

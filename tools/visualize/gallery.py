@@ -2,7 +2,7 @@
 
     python -m tools.visualize.gallery <images> --weights msg_transformer_nano --output gallery.png
 
-docs/pictures.md says what the map shows. The name of an image's folder is its true class, if the network has such a class.
+docs/pictures.md says what the map shows. The name of an image's folder is its true class, if the network has this one.
 """
 
 if __name__ == '__main__':

@@ -61,9 +61,9 @@ def test_images_are_limited_to_a_fixed_choice(coco, limit):
     assert len(ids) == min(limit, 4)
     assert ids == sorted(set(ids))
     assert [x['id'] for x in CocoDataset(coco, 'val', selection=Selection(limit=limit)).images] == ids
-    assert dataset.ground_truth['images'] == list(dataset.images)
+    assert list(dataset.ground_truth['images']) == list(dataset.images)
     expected = [x for x in full.ground_truth['annotations'] if x['image_id'] in ids]
-    assert dataset.ground_truth['annotations'] == expected
+    assert list(dataset.ground_truth['annotations']) == expected
     assert bool(dataset.notes) == (limit < 4)
     evaluation = CocoEvaluation(CocoDataset(coco, 'val', with_masks=False, selection=Selection(limit=limit)))
     for i in range(len(dataset)):
