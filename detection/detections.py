@@ -26,7 +26,7 @@ class Detection(NamedTuple):
     box: list[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """The n objects detected in one image, highest scores first; iterating over them gives each as a `Detection`.
 

@@ -53,12 +53,11 @@ class ImageDetector:
     """
 
     def __init__(self, predictor: Predictor, batch_size: int = 1):
-        if batch_size < 1:
-            raise ConfigError(f'batch_size is {batch_size}: write 1 or more')
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f'batch_size is {batch_size!r}: write a whole number from 1 on')
         self.config, model, self.class_names, self.device = predictor
         self.precision, self.batch_size = build_precision(self.config, self.device), batch_size
         self.model, _ = self.precision.prepare(model)
-        self._detect = build_detect_fn(self.config, self.model)
         # Evaluation divides by 255 on the CPU. On a GPU, PyTorch would multiply by the reciprocal of a plain number.
         self._white = torch.tensor(255.0, device=self.device)
 
@@ -101,7 +100,7 @@ class ImageDetector:
         on_device = [image.to(self.device) for image in images]
         scaled = [x.float() / self._white if x.dtype == torch.uint8 else x.float() for x in on_device]
         with self.precision.autocast():
-            return self._detect(scaled)
+            return build_detect_fn(self.config, self.model)(scaled)
 
 
 def _is_image(x: Any) -> bool:
@@ -154,7 +153,7 @@ def load_detector(
             ['AMP_OPT_LEVEL', 'O0'] if precision == 'float32' else ['AMP_OPT_LEVEL', 'O1', 'AMP_DTYPE', precision]
         )
     if score is not None:
-        options += ['MODEL.BOX.SCORE', score]
+        options += ['MODEL.BOX.SCORE', float(score)]
     args = Namespace(
         resume=os.path.expanduser(checkpoint), stored=(), cfg=cfg, opts=options, pretrained_weights=weights
     )

@@ -199,6 +199,11 @@ def build_state(
     run.logger.info(f'optimizer: {type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups, {options}')
     network, optimizer = run.precision.prepare(network, optimizer)
     if config.TRAIN.VIRTUAL_RANKS:
+        if any(getattr(loader.batch_sampler, 'ranks', None) != run.own_ranks for _, _, loader in phases):
+            raise ConfigError(
+                "TRAIN.VIRTUAL_RANKS needs batches by virtual rank, and this task's loader has none: build it with "
+                'data.build.build_train_loader(ranks=...), or write TRAIN.VIRTUAL_RANKS 0'
+            )
         check_network(network.train())
         broadcast_weights(network)
         distributed, virtual_ranks = network, VirtualRanks(config.TRAIN.VIRTUAL_RANKS, process, config.SEED)
@@ -212,7 +217,7 @@ def build_state(
         optimizer=optimizer,
         scheduler=task.build_scheduler(config, optimizer, partial(updates_before, lengths), lr_scale),
         precision=run.precision,
-        sampler=phases[0][2].batch_sampler.sampler,
+        sampler=(phases[0][2].batch_sampler if virtual_ranks else phases[0][2]).sampler,
         device=process.device,
         phases=lengths,
         ema=ModelEmaV3(network, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,

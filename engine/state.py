@@ -297,10 +297,11 @@ class TrainingState:
             if self.virtual_ranks:
                 count = len(self.virtual_ranks.random_states)
                 self.virtual_ranks.restore([entry['random'] for entry in ranks[rank : rank + count]])
-                rank = 0  # whose sums are those of all ranks
+                sums = torch.stack([entry['sums'] for entry in ranks])  # equal, unless DDP has saved them
+                self.sums = sums.double().mean(dim=0).to(self.sums)
             else:
                 set_random_states(ranks[rank]['random'], self.device)
-            self.sums = ranks[rank]['sums'].to(self.device)
+                self.sums = ranks[rank]['sums'].to(self.device)
         else:
             origin = '' if ranks else 'it comes from another program: '
             notes.append(f'{origin}random numbers are not restored')

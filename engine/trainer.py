@@ -302,7 +302,7 @@ class Trainer:
             finite, else 0. With virtual ranks, this is the number of such ranks.
         """
         if self.state.virtual_ranks:
-            return self.state.virtual_ranks.mean_gradient(self.state.model.parameters(), self.accumulate, batches)
+            return self.state.virtual_ranks.mean_gradient(self.state.model, self.accumulate, batches)
         loss, losses = self.accumulate(batches)
         return loss, losses, (~loss.isfinite()).float()
 

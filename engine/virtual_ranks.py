@@ -9,7 +9,7 @@ A process adds up the part of the tree over its own ranks. Between processes, pa
 order of the additions, and with it every bit of the result, is the same for any number of processes that divides V.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from data.samplers import ranks_of_process
 from engine.config_tree import ConfigError
 from engine.distributed import Process, all_reduce_sum, gather_on_main_process, on_main_process
-from utils import random_states, set_random_states, set_seed
+from utils import environment, random_states, set_random_states, set_seed
+
+# Updates after which buffers are no longer compared, which makes the host wait for a GPU; spectral norm needs two
+BUFFER_CHECKS = 3
+
+# Entries of `utils.environment` that processes must share for equal bits
+_SAME_IN_ALL = ('threads', 'cpu', 'device', 'variables', 'torch')
 
 # Accumulates the gradients of batches in the weights, and returns their total loss and their losses by name
 Accumulate = Callable[[Sequence[Any]], tuple[Tensor, dict[str, Tensor]]]
@@ -84,6 +90,7 @@ class VirtualRanks:
 
     def __init__(self, count: int, process: Process, seed: int):
         self.count, self.process = count, process
+        self._buffer_checks = BUFFER_CHECKS
         self.random_states: list[dict[str, Any]] = []
         for rank in ranks_of_process(count, process.rank, process.world_size):
             set_seed(seed + rank)
@@ -99,38 +106,50 @@ class VirtualRanks:
             set_random_states(restored, self.process.device)
 
     def mean_gradient(
-        self, parameters: Iterable[nn.Parameter], accumulate: Accumulate, batches: Sequence[Any]
+        self, network: nn.Module, accumulate: Accumulate, batches: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Leave the mean gradient of all virtual ranks in `grad` of the parameters, on every process.
+        """Leave the mean gradient of all virtual ranks in `grad` of a network's parameters, on every process.
 
         A parameter that no virtual rank has a gradient of keeps `grad` None, as in a run of one process.
 
         Args:
-            parameters: of the network, without gradients.
+            network: has parameters whose `grad` is None.
             accumulate: accumulates the gradients of batches.
-            batches: of this update, an equal number for each virtual rank of this process, rank by rank.
+            batches: of this update, grouped by virtual rank, the same number for each.
 
         Returns:
             Means over all virtual ranks, equal on every process: the total loss and the losses by name; and the number
             of virtual ranks whose total loss is not finite. All are scalars on the device.
+
+        Raises:
+            ConfigError: the forward pass changes a buffer of the network, or batches have losses of other names.
         """
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()} if self._buffer_checks else {}
+        names: list[str] = []
         has_gradient = torch.zeros(len(parameters), dtype=torch.int32)  # on the CPU, so that no GPU is waited for
         length, tree = len(batches) // len(self.random_states), TreeSum()
         for index in range(len(self.random_states)):
             with self._random_numbers_of(index):
                 loss, losses = accumulate(batches[index * length : (index + 1) * length])
+            _check_buffers(network, buffers)
+            names = names or sorted(losses)
+            if sorted(losses) != names:
+                raise ConfigError(
+                    f'the losses of one batch are {names}, and of another {sorted(losses)}: return the same'
+                )
             has_gradient |= torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-            tree.add(_flattened(parameters, [loss, *losses.values(), (~loss.isfinite())]))
+            tree.add(_flattened(parameters, [loss, *(losses[name] for name in names), ~loss.isfinite()]))
             for parameter in parameters:
                 parameter.grad = None
+        self._buffer_checks = max(self._buffer_checks - 1, 0)
         mean = add_over_processes(tree.total(), self.process).div_(self.count)  # exact, as it is a power of two
         all_reduce_sum(has_gradient)
-        *gradients, scalars = mean.split([*(parameter.numel() for parameter in parameters), len(losses) + 2])
+        *gradients, scalars = mean.split([*(parameter.numel() for parameter in parameters), len(names) + 2])
         for parameter, gradient, is_used in zip(parameters, gradients, has_gradient.tolist(), strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if is_used else None
+            parameter.grad = _gradient_like(parameter, gradient) if is_used else None
         loss, *values, nonfinite = scalars.clone()  # a view would keep the whole vector
-        return loss, dict(zip(losses, values, strict=True)), nonfinite * self.count
+        return loss, dict(zip(names, values, strict=True)), nonfinite * self.count
 
     @contextmanager
     def _random_numbers_of(self, index: int) -> Iterator[None]:
@@ -146,6 +165,28 @@ def _flattened(parameters: Sequence[nn.Parameter], scalars: Sequence[Tensor]) ->
     return torch.cat([tensor.detach().float().reshape(-1) for tensor in (*gradients, *scalars)])
 
 
+def _gradient_like(parameter: nn.Parameter, flat: Tensor) -> Tensor:
+    """A flat gradient in the shape, type and strides of its parameter: fused optimizers read memory, not strides."""
+    gradient = flat.view_as(parameter)
+    if parameter.is_contiguous() and parameter.dtype == flat.dtype:
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _check_buffers(network: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Refuse a network whose forward pass changes its buffers, such as running statistics or those of spectral norm.
+
+    Raises:
+        ConfigError: a buffer has changed.
+    """
+    for name, buffer in network.named_buffers() if before else ():
+        if not torch.equal(buffer, before[name]):
+            raise ConfigError(
+                f'TRAIN.VIRTUAL_RANKS does not work with this network: training changes its buffer {name}, whose '
+                f'values would depend on the number of processes. Write TRAIN.VIRTUAL_RANKS 0'
+            )
+
+
 def check_processes(count: int, process: Process) -> None:
     """Refuse processes that cannot compute a run of virtual ranks with the same bits as one process.
 
@@ -154,7 +195,8 @@ def check_processes(count: int, process: Process) -> None:
         process: this process; every process calls it at the same point.
 
     Raises:
-        ConfigError: the processes cannot share the virtual ranks equally, or use different numbers of threads.
+        ConfigError: the processes cannot share the virtual ranks equally, or compute differently: with other numbers of
+            threads, instructions, devices, variables or versions of PyTorch.
     """
     if count % process.world_size:
         possible = ', '.join(str(2**i) for i in range(count.bit_length()))
@@ -162,15 +204,17 @@ def check_processes(count: int, process: Process) -> None:
             f'TRAIN.VIRTUAL_RANKS is {count}, which {process.world_size} processes cannot share equally: start '
             f'{possible} processes, or write another number of virtual ranks'
         )
-    threads = gather_on_main_process(torch.get_num_threads())
+    ours = environment(process.device)
+    gathered = gather_on_main_process([ours[key] for key in _SAME_IN_ALL])
 
     def check() -> None:
-        if len({*threads}) > 1:
-            raise ConfigError(
-                f'the processes use {", ".join(map(str, sorted({*threads})))} threads, and with TRAIN.VIRTUAL_RANKS '
-                f'all must use the same number, since it changes the last bits of sums: set OMP_NUM_THREADS on every '
-                f'node'
-            )
+        for key, values in zip(_SAME_IN_ALL, zip(*gathered, strict=True), strict=True):
+            if len({*values}) > 1:
+                raise ConfigError(
+                    f'the processes differ in {key} ({", ".join(sorted({*values}))}), and with TRAIN.VIRTUAL_RANKS all '
+                    f'must be equal, since it changes the last bits of sums: set the same on every node '
+                    f'(threads: OMP_NUM_THREADS)'
+                )
 
     on_main_process(check)
 
@@ -182,7 +226,7 @@ def check_network(network: nn.Module) -> None:
         ConfigError: it has such norms, like batch norms that are not frozen.
     """
     for name, module in network.named_modules():
-        if module.training and getattr(module, 'running_mean', None) is not None:
+        if module.training and getattr(module, 'num_batches_tracked', None) is not None:
             raise ConfigError(
                 f'TRAIN.VIRTUAL_RANKS does not work with batch norms that are trained, and the network has some, such '
                 f'as {name}: their running statistics would depend on the number of processes. Write '

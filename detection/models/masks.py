@@ -52,7 +52,7 @@ class BoxMasks:
 
     def cpu(self) -> 'BoxMasks':
         """The same on the CPU."""
-        return BoxMasks(self.probabilities.cpu(), self.boxes.cpu(), self.size)
+        return BoxMasks(*(x.to('cpu', copy=True) for x in (self.probabilities, self.boxes)), self.size)
 
     def enlarged(self, factor: int) -> 'BoxMasks':
         """The masks of the image enlarged by a factor."""

@@ -1,5 +1,6 @@
 """A detector in Python: it finds what evaluation does, in images of any form; mistakes; the code of the documents."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from data import DataError
 from detection.data import open_split
 from detection.detections import Detection, Detections
 from detection.detector import load_detector
+from detection.images import read_pixels
 from detection.models import build_detector
 from engine.checkpoint import load_checkpoint
 from engine.config_tree import ConfigError
@@ -233,7 +235,8 @@ WRONG_ARGUMENTS = [
     ({'weights': 'best'}, "weights is 'best': write auto, raw or ema"),
     ({'weights': 'ema'}, 'holds no EMA weights'),
     ({'score': 50}, 'MODEL.BOX.SCORE is 50.0: write a number between 0 and 1'),
-    ({'batch_size': 0}, 'batch_size is 0: write 1 or more'),
+    ({'batch_size': 0}, 'batch_size is 0: write a whole number from 1 on'),
+    ({'batch_size': '8'}, "batch_size is '8': write a whole number from 1 on"),
     ({'opts': ['TEST.FLIP']}, 'has no value for TEST.FLIP'),
     ({'opts': ['MODEL.BOX.CONVS', [8]]}, 'MODEL.BOX.CONVS'),
 ]
@@ -327,3 +330,27 @@ def test_fiftyone(namespace):
     corners = [48 * x, 64 * y, 48 * (x + width), 64 * (y + height)]
     assert corners == pytest.approx(found.boxes[0].tolist(), abs=1e-3)
     assert detections[0].mask.sum() == found.masks[0].sum()
+
+
+def test_a_copy_has_its_own_network_and_results_are_the_callers(checkpoint, photo):
+    detector = load_detector(checkpoint, score=np.float32(0))
+    copied = copy.deepcopy(detector)
+    with torch.no_grad():
+        for parameter in copied.model.parameters():
+            parameter.zero_()
+    found, nothing_learnt = detector(photo), copied(photo)
+    assert not torch.equal(found.scores, nothing_learnt.scores)
+    found.box_masks.probabilities.mul_(1)  # no tensor of inference mode
+    assert found == found  # not by tensors
+    assert len({found, nothing_learnt}) == 2
+
+
+def test_arrays_of_other_byte_orders_and_floats_that_resizing_left_near_0_and_1():
+    image = np.random.rand(4, 5, 3)
+    for dtype in ('>f4', '>f8', np.longdouble):
+        np.testing.assert_allclose(read_pixels(image.astype(dtype)).permute(1, 2, 0).numpy(), image, rtol=1e-6)
+    pixels = read_pixels(torch.tensor([1 + 3e-7, -3e-7]).expand(3, 4, 2))
+    assert pixels.unique().tolist() == [0, 1]
+    for wrong in (torch.full((3, 2, 2), 1.01), Image.new('RGB', (0, 5))):
+        with pytest.raises(DataError, match='image 0 '):
+            read_pixels(wrong)

@@ -1,5 +1,6 @@
 """Virtual ranks: the bits of a run do not depend on how many processes compute it."""
 
+import copy
 import json
 import math
 import random
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import main as program
+from data import build_loaders
 from engine import virtual_ranks
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.config_tree import ConfigError
@@ -146,7 +149,7 @@ def test_gradient_is_the_mean_of_all_ranks_by_the_tree():
         network.zero_grad()
     weight, bias, mean_loss = (tree_sum(tensors) / 4 for tensors in zip(*leaves, strict=True))
     ranks = VirtualRanks(4, Process(0, 1, CPU), seed=0)
-    loss, losses, nonfinite = ranks.mean_gradient(network.parameters(), accumulate, inputs)
+    loss, losses, nonfinite = ranks.mean_gradient(network, accumulate, inputs)
     assert torch.equal(network.used.weight.grad, weight)
     assert torch.equal(network.used.bias.grad, bias)
     assert network.unused.weight.grad is None
@@ -167,7 +170,7 @@ def test_a_gradient_of_one_rank_alone_counts_for_all():
         return loss.detach(), {'loss': loss.detach()}
 
     ranks = VirtualRanks(4, Process(0, 1, CPU), seed=0)
-    ranks.mean_gradient(network.parameters(), accumulate, [0, 1, 2, 3])
+    ranks.mean_gradient(network, accumulate, [0, 1, 2, 3])
     assert network.unused.weight.grad.unique().tolist() == [0.25]
     assert network.used.weight.grad.unique().tolist() == [0.75]
 
@@ -183,8 +186,80 @@ def test_a_gradient_of_another_process_counts_here(monkeypatch):
         loss.backward()
         return loss.detach(), {'loss': loss.detach()}
 
-    VirtualRanks(4, Process(1, 2, CPU), seed=0).mean_gradient(network.parameters(), accumulate, [0, 1])
+    VirtualRanks(4, Process(1, 2, CPU), seed=0).mean_gradient(network, accumulate, [0, 1])
     assert network.unused.weight.grad.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize('optimizer', [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_update_of_weights_that_are_not_contiguous(optimizer):
+    plain = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    network, inputs = copy.deepcopy(plain), torch.randn(2, 2, 3, 5, 5)
+
+    def accumulate_in(module):
+        def accumulate(batches):
+            loss = sum(module(batch).square().mean() for batch in batches)
+            loss.backward()
+            return loss.detach(), {}
+
+        return accumulate
+
+    accumulate_in(plain)(inputs)
+    for parameter in plain.parameters():
+        parameter.grad /= 2
+    VirtualRanks(2, Process(0, 1, CPU), seed=0).mean_gradient(network, accumulate_in(network), list(inputs))
+    for module in (plain, network):
+        optimizer(module.parameters(), lr=0.1, fused=True).step()
+    torch.testing.assert_close(network.state_dict(), plain.state_dict())
+
+
+def test_buffers_that_training_changes_are_refused():
+    network = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)).train()
+    check_network(network)
+
+    def accumulate(batches):
+        loss = network(torch.randn(2, 3)).sum()
+        loss.backward()
+        return loss.detach(), {}
+
+    ranks = VirtualRanks(2, Process(0, 1, CPU), seed=0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1)
+
+    def update(number):
+        ranks.mean_gradient(network, accumulate, [0, 1])
+        optimizer.step()
+
+    with pytest.raises(ConfigError, match='training changes its buffer parametrizations.weight.0._[uv], whose'):
+        list(map(update, range(3)))
+
+
+def test_losses_are_added_by_name():
+    ranks, losses = VirtualRanks(2, Process(0, 1, CPU), seed=0), [{'a': 1.0, 'b': 10.0}, {'b': 30.0, 'a': 3.0}]
+
+    def accumulate(batches):
+        return torch.zeros(()), {name: torch.tensor(value) for name, value in losses[batches[0]].items()}
+
+    assert ranks.mean_gradient(nn.Module(), accumulate, [0, 1])[1] == {'a': 2, 'b': 20}
+    losses[1] = {'a': 1.0}
+    with pytest.raises(ConfigError, match=r"the losses of one batch are \['a', 'b'\], and of another \['a'\]"):
+        ranks.mean_gradient(nn.Module(), accumulate, [0, 1])
+
+
+def test_sums_of_an_epoch_that_ddp_began_are_those_of_all_ranks(tiny_config):
+    trainer = trainer_of(tiny_config(TRAIN__VIRTUAL_RANKS='2'))
+    checkpoint = trainer.state.state_dict()
+    for rank, value in enumerate((1.0, 3.0)):
+        checkpoint['ranks'][rank]['sums'] = torch.full((3,), value)
+    trainer.state.load_state_dict(checkpoint, 0, 2)
+    assert trainer.state.sums.tolist() == [2, 2, 2]
+    assert trainer.state.sums.dtype == torch.float32
+
+
+def test_a_task_whose_batches_are_of_processes_is_refused(tiny_config, image_tree, monkeypatch):
+    config = tiny_config(DATA__DATA_PATH=str(image_tree), TRAIN__VIRTUAL_RANKS='2')
+    without = tiny_config(DATA__DATA_PATH=str(image_tree))
+    monkeypatch.setattr(program.Classification, 'build_loaders', lambda *args: build_loaders(without))
+    with pytest.raises(ConfigError, match="needs batches by virtual rank, and this task's loader has none"):
+        program.main(config)
 
 
 def test_damaged_random_states_are_an_error_of_the_checkpoint(tiny_config):
@@ -212,7 +287,7 @@ def test_draws_are_those_of_the_rank_on_any_number_of_processes(monkeypatch):
             for update in (0, 1):
                 random.seed(update), np.random.seed(update), torch.manual_seed(update)  # as an evaluation may do
                 own = range(process.rank * count, (process.rank + 1) * count)
-                ranks.mean_gradient([], accumulate, [(update, rank) for rank in own])
+                ranks.mean_gradient(nn.Module(), accumulate, [(update, rank) for rank in own])
         results.append(draws)
     assert results[0] == results[1] == results[2]
     assert len(set(results[0].values())) == 8
@@ -319,20 +394,21 @@ def test_processes_must_divide_the_virtual_ranks(world_size):
         check_processes(4, Process(0, world_size, CPU))
 
 
-def test_processes_must_have_equally_many_threads(monkeypatch):
-    for threads in ([4, 4], [4, 8]):
-        monkeypatch.setattr(virtual_ranks, 'gather_on_main_process', lambda _, threads=threads: threads)
-        if threads == [4, 4]:
-            check_processes(4, Process(0, 2, CPU))
-            continue
-        with pytest.raises(ConfigError, match='the processes use 4, 8 threads, and .* set OMP_NUM_THREADS on every'):
-            check_processes(4, Process(0, 2, CPU))
+@pytest.mark.parametrize('number', range(5))
+def test_processes_must_compute_alike(monkeypatch, number):
+    monkeypatch.setattr(virtual_ranks, 'gather_on_main_process', lambda ours: [ours, ours])
+    check_processes(4, Process(0, 2, CPU))
+    other = lambda ours: ['other' if i == number else value for i, value in enumerate(ours)]  # noqa: E731
+    monkeypatch.setattr(virtual_ranks, 'gather_on_main_process', lambda ours: [ours, other(ours)])
+    key = ('threads', 'cpu', 'device', 'variables', 'torch')[number]
+    with pytest.raises(ConfigError, match=f'the processes differ in {key} .*other.* all must be equal'):
+        check_processes(4, Process(0, 2, CPU))
 
 
 def test_batch_norms_are_refused_where_they_are_trained(tiny_config, image_tree):
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     check_network(network.eval())
-    check_network(nn.Sequential(nn.LayerNorm(2)).train())
+    check_network(nn.Sequential(nn.LayerNorm(2), FrozenBatchNorm2d(2)).train())
     with pytest.raises(ConfigError, match='does not work with batch norms that are trained, .*such as 1: their'):
         check_network(network.train())
     options = {'MODEL__TYPE': 'timm:resnet18', 'TRAIN__VIRTUAL_RANKS': '2', 'DATA__DATA_PATH': str(image_tree)}
