@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from config import TREE
 from engine.predictor import Predictor
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
@@ -31,7 +32,7 @@ class Brightness(torch.nn.Module):
 
 def score(importance, weights, steps, ties=None):
     """Deletion score of the first class on a white image."""
-    predictor = Predictor(None, Brightness(weights), ['a', 'b'], CPU)
+    predictor = Predictor(TREE.defaults(), Brightness(weights), ['a', 'b'], CPU)
     image = torch.ones(1, 1, 2 * weights.shape[0], 2 * weights.shape[1])
     ties = torch.arange(weights.numel()) if ties is None else ties
     return deletion_score(predictor, image, torch.zeros_like(image), importance, 0, steps, ties)
