@@ -4,11 +4,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.coco_data import write_coco
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import environment
 
 
+@pytest.mark.slow
 def test_a_row_for_two_ranks_with_a_worker_each(tmp_path):
     root = write_coco(tmp_path / 'coco', train=404)
     options = ['DATA.TRAIN_SPLIT', 'train', 'DATA.VAL_SPLIT', 'val']
