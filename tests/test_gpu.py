@@ -20,7 +20,7 @@ from tests.helpers.coco_data import write_coco
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.extensions import forgotten_modules
 from tests.helpers.golden import fill_, golden, images, labels, micro, normal
-from tests.helpers.recipes import RECIPES, options_of
+from tests.helpers.recipes import RECIPES, options_of, train_and_resume
 from tests.helpers.runs import PLAIN, RANDOM, differences, folder_of, last_checkpoint, records
 from tools.benchmark.cases import Setting
 from tools.benchmark.classifiers import ClassifierCase
@@ -149,11 +149,7 @@ def test_recipes_resume_bit_for_bit(tiny_config, image_tree, deterministic, reci
         pytest.importorskip('albumentations')
     options = {'DATA__DATA_PATH': str(image_tree)} | deterministic | options_of(recipe, image_tree)
     with forgotten_modules():
-        whole = tiny_config(TAG='whole', **options)
-        program.main(whole)
-        inside = sorted(folder_of(whole).glob('ckpt_epoch_1_step_*.pth'))
-        resumed = tiny_config(TAG='resumed', MODEL__RESUME=str(inside[len(inside) // 2]), **options)
-        program.main(resumed)
+        whole, resumed = train_and_resume(tiny_config, **options)
     assert differences(last_checkpoint(whole), last_checkpoint(resumed)) == []
 
 

@@ -5,7 +5,7 @@ import pytest
 import main as program
 from tests.helpers.extensions import forgotten_modules
 from tests.helpers.processes import TORCHRUN, start
-from tests.helpers.recipes import RECIPES, options_of
+from tests.helpers.recipes import RECIPES, options_of, train_and_resume
 from tests.helpers.runs import differences, folder_of, last_checkpoint, log_of, one_thread, records
 
 
@@ -19,11 +19,7 @@ def without_modules():
 def test_resumes_bit_for_bit(tiny_config, image_tree, recipe):
     options = {'DATA__DATA_PATH': str(image_tree)} | options_of(recipe, image_tree)
     with one_thread():
-        whole = tiny_config(TAG='whole', **options)
-        program.main(whole)
-        inside = sorted(folder_of(whole).glob('ckpt_epoch_1_step_*.pth'))
-        resumed = tiny_config(TAG='resumed', MODEL__RESUME=str(inside[len(inside) // 2]), **options)
-        program.main(resumed)
+        whole, resumed = train_and_resume(tiny_config, **options)
     assert differences(last_checkpoint(whole), last_checkpoint(resumed)) == []
     assert 'the run resumes bit for bit, as if it had never stopped' in log_of(resumed)
 

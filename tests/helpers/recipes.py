@@ -69,6 +69,19 @@ def options_of(recipe, folder):
     return COMMON | {key: value.format(folder=folder) for key, value in RECIPES[recipe].items()}
 
 
+def train_and_resume(tiny_config, **options):
+    """Configs of two runs: a whole one, and one resumed from the middle of its second epoch."""
+    import main as program
+    from tests.helpers.runs import folder_of
+
+    whole = tiny_config(TAG='whole', **options)
+    program.main(whole)
+    inside = sorted(folder_of(whole).glob('ckpt_epoch_1_step_*.pth'))
+    resumed = tiny_config(TAG='resumed', MODEL__RESUME=str(inside[len(inside) // 2]), **options)
+    program.main(resumed)
+    return whole, resumed
+
+
 def train_all(folder, output):
     """Train every recipe on a folder of images; each is a run named after it."""
     import main as program
