@@ -1,4 +1,4 @@
-"""Peak memory of a process."""
+"""Memory of processes."""
 
 import contextlib
 import resource
@@ -25,3 +25,15 @@ def reset_peak_memory() -> None:
     """
     with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5', encoding='ascii')
+
+
+def read_kb(process: int | str, file: str, key: str) -> int:
+    """A value that Linux reports of a process, in KiB.
+
+    Args:
+        process: its number, or `self`.
+        file: of its folder in `/proc`: `status` or `smaps_rollup`.
+        key: start of the line, such as `VmHWM:`.
+    """
+    lines = Path('/proc', str(process), file).read_text(encoding='utf-8').splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from itertools import groupby
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from detection.config import TREE
 from detection.data import CocoDataset, build_loaders, with_classes_of_data
 from engine.distributed import gather_on_main_process
 from engine.experiment import describe_samples
+from engine.memory import read_kb
 from utils import exit_on_user_error, home_path, non_negative_int, positive_int
 
 HEAD = ('ranks', 'workers per rank', 'start-up, s', 'core s', 'peak of the reading rank, MB')
@@ -51,14 +51,8 @@ class Annotations(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, float, int]:
         objects, self.count = self.dataset.objects(index), self.count + 1
-        memory = read_kb('smaps_rollup', 'Private_Dirty:') / 2**10 if self.count % 100 == 0 else 0.0
+        memory = read_kb('self', 'smaps_rollup', 'Private_Dirty:') / 2**10 if self.count % 100 == 0 else 0.0
         return os.getpid(), memory, len(objects)
-
-
-def read_kb(file: str, key: str) -> int:
-    """A value of this process in `/proc`, in KiB."""
-    lines = Path('/proc/self', file).read_text(encoding='utf-8').splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def run_rank(rank: int, ranks: int, workers: int, images: int, data_path: str, options: list[str], folder: str) -> None:
@@ -71,7 +65,7 @@ def run_rank(rank: int, ranks: int, workers: int, images: int, data_path: str, o
     for dataset in (train.dataset.dataset, evaluation.dataset):
         describe_samples(dataset.sample_names())
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak = read_kb('status', 'VmHWM:') / 2**10
+    peak = read_kb('self', 'status', 'VmHWM:') / 2**10
     shard = range(rank, min(images or len(train.dataset), len(train.dataset)), ranks)
     loader = build_loader(config, Annotations(train.dataset.dataset), shard, 100, max, workers=workers)
     measured = sorted((worker, position, memory) for position, (worker, memory, _) in enumerate(loader) if memory)

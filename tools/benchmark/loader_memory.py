@@ -33,6 +33,7 @@ from data.build import build_loader
 from data.packed_lists import NameList
 from data.samples import Samples
 from engine.distributed import once_per_node
+from engine.memory import read_kb
 from utils import exit_on_user_error, positive_int
 
 IMAGENET_SAMPLES, CLASSES = 1_281_167, 1000
@@ -110,10 +111,8 @@ def total_memory(process: int) -> int:
         ancestor = pid
         while ancestor in parents and ancestor != process:
             ancestor = parents[ancestor]
-        path = Path(f'/proc/{pid}/smaps_rollup')
-        if ancestor == process and pid != process and path.exists():
-            lines = path.read_text(encoding='utf-8').splitlines()
-            total += 1024 * next(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
+        if ancestor == process and pid != process and Path(f'/proc/{pid}/smaps_rollup').exists():
+            total += 1024 * read_kb(pid, 'smaps_rollup', 'Pss:')
     return total
 
 
