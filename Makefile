@@ -3,13 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection app test test-slow test-timm test-versions growth lint format docs clean
+.PHONY: help demo demo-detection app test test-slow test-timm test-versions rehearsal growth lint format docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= output
 SEED ?= 0
 RESUME ?=
+REQUEUES ?= 0
 
 PY := $(VENV)/bin/python
 CONFIG := configs/msg_digits_p2_win7_56.yaml
@@ -35,6 +36,7 @@ help:
 	@echo "make test-slow       the tests that take minutes: compilation, demos, ten kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
 	@echo "make test-versions   the network's tests with the oldest and newest torch, timm and NumPy that are allowed"
+	@echo "make rehearsal       kill and resume a run of 300 epochs 30 times, and compare it with an undisturbed one"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md"
@@ -154,6 +156,17 @@ $(OUTPUT)/versions/%/installed: Makefile requirements.txt
 test-versions: $(OUTPUT)/versions/oldest/installed $(OUTPUT)/versions/newest/installed
 	for installed in $^; do \
 		OMP_NUM_THREADS=1 $${installed%/installed}/bin/python -m pytest -m 'not slow' -n 2 tests/models; done
+
+$(OUTPUT)/names/made: tools/rehearsal/names.py | $(VENV)/installed
+	rm -rf $(@D)
+	$(PY) -m tools.rehearsal.names --output $(@D)
+	touch $@
+
+# With REQUEUES=4, a SLURM job too, which is requeued that often: tools/rehearsal/slurm_node.sh starts a SLURM.
+rehearsal: $(OUTPUT)/names/made
+	rm -rf $(OUTPUT)/rehearsal
+	$(PY) -m tools.rehearsal --output $(OUTPUT)/rehearsal --processes 4 1 2 --kills 30 --slurm $(REQUEUES) -- \
+		main.py --cfg configs/rehearsal_imagenet.yaml --data-path $(OUTPUT)/names
 
 # Ten minutes on two cores.
 growth: $(VENV)/installed

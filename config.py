@@ -129,6 +129,11 @@ def shared_keys(task: str) -> KeyGroup:
 
     c.DATA = KeyGroup()
     c.DATA.BATCH_SIZE = Key(128, 'Images per process and batch', min=1, flag='--batch-size')
+    c.DATA.IMAGES_PER_EPOCH = Key(
+        0,
+        'Training images per epoch; 0 takes all. With fewer, every epoch takes another random part of the images',
+        min=0,
+    )
     c.DATA.DATA_PATH = Key(
         '',
         'Folder with train/<class>/ and val/<class>/',

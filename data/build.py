@@ -65,9 +65,34 @@ def build_loaders(
     virtual_ranks = config.TRAIN.VIRTUAL_RANKS
     ranks = ranks_of_process(virtual_ranks, rank, world_size)
     sampler = TrainSampler(
-        len(dataset), ranks[0], virtual_ranks or world_size, config.SEED, weights, config.AUG.REPEATS
+        len(dataset),
+        ranks[0],
+        virtual_ranks or world_size,
+        config.SEED,
+        weights,
+        config.AUG.REPEATS,
+        images_of_epoch(config, len(dataset)),
     )
     return build_train_loader(config, dataset, sampler, ranks=ranks if virtual_ranks else None), eval_loader
+
+
+def images_of_epoch(config: CfgNode, images: int) -> int:
+    """Number of samples of a training epoch: `DATA.IMAGES_PER_EPOCH`, or all images.
+
+    Args:
+        config: the config tree.
+        images: number of training images.
+
+    Raises:
+        DataError: the key asks for more images than there are.
+    """
+    asked = config.DATA.IMAGES_PER_EPOCH
+    if asked > images:
+        raise DataError(
+            f'DATA.IMAGES_PER_EPOCH is {asked}, but there are {images} training images: write at most {images}, or 0 '
+            f'for all'
+        )
+    return asked or images
 
 
 def _flag_of(key: str) -> str:
@@ -233,9 +258,9 @@ def build_train_loader(
         DataError: one batch per process, or per virtual rank, needs more images.
     """
     size, world_size = config.DATA.BATCH_SIZE, sampler.world_size
-    if len(dataset) < size * world_size:
+    if sampler.length < size * world_size:
         raise DataError(
-            f'{len(dataset)} training images make no full batch: {key} {size} on {world_size} '
+            f'{sampler.length} training images make no full batch: {key} {size} on {world_size} '
             f'{"process(es)" if ranks is None else "virtual ranks"} needs {size * world_size}: write a '
             f'smaller {_flag_of(key)}'
         )

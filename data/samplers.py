@@ -20,29 +20,33 @@ class TrainSampler(Sampler[SampleKey]):
     By default, as in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its
     start until the processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
 
-    An epoch has as many samples as there are images, also where images are drawn several times. With `repeats`, the
-    copies of an image follow one another, so consecutive processes have them, as in timm's `RepeatAugSampler`.
+    An epoch has as many samples as there are images, unless `images_per_epoch` says otherwise, also where images are
+    drawn several times. With `repeats`, the copies of an image follow one another, so consecutive processes have them,
+    as in timm's `RepeatAugSampler`.
 
     Args:
-        length: number of images.
+        images: number of images.
         rank: this process's rank.
         world_size: number of processes.
         seed: the run's seed.
         weights: of each image, (length,), its probability relative to the others': images are drawn with replacement.
             None takes a permutation.
         repeats: number of times in a row that an image is taken.
+        images_per_epoch: samples of an epoch, the first of its order; 0 takes all. Without weights, at most `images`.
     """
 
     def __init__(
         self,
-        length: int,
+        images: int,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
         weights: Tensor | None = None,
         repeats: int = 1,
+        images_per_epoch: int = 0,
     ):
-        self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
+        self.images, self.length = images, images_per_epoch or images
+        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.weights, self.repeats = weights, repeats
         self.set_epoch(0)
 
@@ -52,7 +56,7 @@ class TrainSampler(Sampler[SampleKey]):
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.weights is None:
-            order = torch.randperm(self.length, generator=generator, dtype=torch.int32)
+            order = torch.randperm(self.images, generator=generator, dtype=torch.int32)
         else:
             draws = torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
             order = draws.to(torch.int32)

@@ -54,6 +54,20 @@ def test_repeats_follow_one_another_as_in_timm():
     assert [key[2:] for key in keys] == [(), (1,), (2,)] * 4  # each copy has its own key, and so its own augmentation
 
 
+def test_shorter_epochs_begin_like_whole_ones():
+    for rank in range(2):
+        whole, short = TrainSampler(12, rank, 2, repeats=2), TrainSampler(12, rank, 2, repeats=2, images_per_epoch=6)
+        orders = set()
+        for epoch in range(3):
+            whole.set_epoch(epoch)
+            short.set_epoch(epoch)
+            assert list(short) == list(whole)[:3]
+            assert len(short) == 3
+            orders.add(tuple(index for _, index, *_ in short))
+        assert len(orders) == 3  # each epoch has other images
+    assert len(TrainSampler(12, weights=torch.ones(12).double(), images_per_epoch=5).order) == 5
+
+
 def test_weights_draw_classes_as_often_as_they_say():
     targets = torch.tensor([0] * 900 + [1] * 100)
     for weights, share in ((torch.tensor([1 / 900, 1 / 100]), 0.5), (torch.tensor([1 / 30, 1 / 10]), 0.25)):

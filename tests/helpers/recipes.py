@@ -17,7 +17,12 @@ RECIPES = {
     'published': {},
     'albumentations': {'IMPORT': LIBRARY_TRANSFORMS, 'AUG__TRANSFORM': 'mixed'},
     'bce': {'TRAIN__LOSS': 'bce', 'TRAIN__BCE_THRESHOLD': '0.2', 'TRAIN__CLASS_WEIGHTS': 'sqrt', 'AUG__REPEATS': '3'},
-    'balanced': {'DATA__SAMPLING': 'balanced', 'TRAIN__CLASS_WEIGHTS': 'balanced', 'AUG__REPEATS': '2'},
+    'balanced': {
+        'DATA__SAMPLING': 'balanced',
+        'TRAIN__CLASS_WEIGHTS': 'balanced',
+        'AUG__REPEATS': '2',
+        'DATA__IMAGES_PER_EPOCH': '16',
+    },
     'multi_label': {
         'IMPORT': str(Path(__file__).with_name('several_labels.py')),
         'DATA__DATASET': 'several_labels',

@@ -1,0 +1,96 @@
+"""Rehearse a long run: disturb it again and again, and check that it ends with the bits of an undisturbed run.
+
+    python -m tools.rehearsal --output output/rehearsal --processes 4 1 2 --kills 30 -- \
+        main.py --cfg configs/rehearsal_imagenet.yaml --data-path output/rehearsal/imagenet
+
+The command after `--` is run twice: undisturbed, and disturbed. In the disturbed run, processes are killed or stopped
+at random moments, and started again, also in other numbers. A change of the number of processes needs a config with
+TRAIN.VIRTUAL_RANKS. The program prints a row per disturbance, and compares every entry of the last checkpoints. With
+--slurm, a third run is a SLURM job that is requeued. Linux only: docs/rehearsal.md.
+"""
+
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+
+from engine.checkpoint import load_checkpoint
+from tools.rehearsal.course import RehearsedRun, Restart, different_entries, rehearse, rehearse_slurm, sizes
+from utils import exit_on_user_error, home_path, non_negative_int, positive_int
+
+HEAD = ('', 'disturbance', 'in epoch', 'processes', 'updates computed again', 'start-up, s', 'peak of a process, MB')
+HEAD += ('resumed bit for bit',)
+
+
+def print_row(cells: Iterable[object]) -> None:
+    """Print a row of a Markdown table."""
+    print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)
+
+
+def print_restarts(restarts: Iterable[Restart]) -> list[Restart]:
+    """Print a table of disturbances as they come, and return them."""
+    for row in (HEAD, ['---'] * len(HEAD)):
+        print_row(row)
+    done = []
+    for number, restart in enumerate(restarts, start=1):
+        before, after = restart.processes
+        processes = str(before) if before == after else f'{before}, then {after}'
+        peak = f'{restart.peak_mb:,.0f}' if restart.peak_mb else ''
+        cells = [number, restart.kind, restart.epoch, processes, restart.lost_updates, f'{restart.seconds:.0f}', peak]
+        print_row([*cells, 'yes' if restart.is_exact else 'no'])
+        done.append(restart)
+    return done
+
+
+def main() -> None:
+    """Read the command line, rehearse, and print tables; exit code 1 if the runs differ."""
+    parser = argparse.ArgumentParser('python -m tools.rehearsal', description=__doc__.splitlines()[0])
+    parser.add_argument('--output', type=home_path, required=True, metavar='DIR', help='empty folder for all runs')
+    parser.add_argument(
+        '--processes',
+        type=positive_int,
+        nargs='+',
+        default=[1],
+        metavar='N',
+        help='numbers of processes of the disturbed run, one after the other, each for an equal part of the run (1)',
+    )
+    parser.add_argument('--kills', type=positive_int, default=30, help='disturbances of the run (30)')
+    parser.add_argument('--seed', type=non_negative_int, default=0, help='seed of their moments and kinds (0)')
+    parser.add_argument(
+        '--slurm', type=non_negative_int, default=0, metavar='N', help='requeue a third run, a SLURM job, N times (0)'
+    )
+    parser.add_argument('command', nargs='+', help='after --: main.py or detection.main with --cfg and so on')
+    args = parser.parse_args()
+    if args.output.exists() and any(args.output.iterdir()):
+        parser.error(f'--output {args.output} is not empty: give an empty folder')
+    args.output.mkdir(parents=True, exist_ok=True)
+    runs = {tag: RehearsedRun(args.command, args.output, tag) for tag in ('undisturbed', 'disturbed', 'slurm')}
+    undisturbed, result, is_equal = runs['undisturbed'], {'command': args.command, 'seed': args.seed}, True
+    start = time.monotonic()
+    undisturbed.finish(undisturbed.start(min(args.processes)))
+    seconds = time.monotonic() - start
+    print(f'undisturbed on {min(args.processes)} process(es): {undisturbed.epochs} epochs in {seconds:.0f} s')
+    print(', '.join(f'{name} {size / 2**20:.1f} MB' for name, size in sizes(undisturbed).items()), flush=True)
+    result['undisturbed'] = {'seconds': seconds, 'bytes': sizes(undisturbed)}
+    courses = {'disturbed': rehearse(runs['disturbed'], args.processes, args.kills, args.seed)}
+    if args.slurm:
+        courses['slurm'] = rehearse_slurm(runs['slurm'], max(args.processes), args.slurm, args.seed)
+    for tag, course in courses.items():
+        restarts = print_restarts(course)
+        different = different_entries(*(load_checkpoint(run.last_checkpoint) for run in (undisturbed, runs[tag])))
+        print(f'{tag}: {f"differs in {different}" if different else "equal to the undisturbed run, to the bit"}')
+        result[tag] = {'restarts': [restart._asdict() for restart in restarts], 'differences': different}
+        is_equal &= not different and all(restart.is_exact for restart in restarts)
+    (args.output / 'rehearsal.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    sys.exit(0 if is_equal else 1)
+
+
+if __name__ == '__main__':
+    with exit_on_user_error():
+        main()
