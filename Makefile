@@ -23,6 +23,7 @@ STORED := msg_transformer_nano
 PHOTOGRAPHS := docs/photographs
 
 GROWING := $(patsubst %,configs/msg_%_p4_win7_224.yaml,tiny small base)
+PEER := swin_tiny_patch4_window7_224
 DETECTION_CONFIG := detection/configs/digits.yaml
 DIGITS_COCO := $(OUTPUT)/digits_coco
 DETECTION_RUN := $(OUTPUT)/cascade_mask_rcnn_msg_digits/$(TAG)
@@ -168,11 +169,11 @@ rehearsal: $(OUTPUT)/names/made
 	$(PY) -m tools.rehearsal --output $(OUTPUT)/rehearsal --processes 4 1 2 --kills 30 --slurm $(REQUEUES) -- \
 		main.py --cfg configs/rehearsal_imagenet.yaml --data-path $(OUTPUT)/names
 
-# Ten minutes on two cores.
+# A quarter of an hour on two cores.
 growth: $(VENV)/installed
-	$(PY) -m tools.benchmark $(GROWING) --compile eager --threads 1 2 --batches 1 --sizes 224 448 672 896 1120 1344 \
+	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 1 2 --batches 1 --sizes 224 448 672 896 1120 1344 \
 		--rounds 3 --output $(OUTPUT)/growth_size
-	$(PY) -m tools.benchmark $(GROWING) --compile eager --threads 2 --batches 1 4 16 64 --rounds 3 --output $(OUTPUT)/growth_batch
+	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 2 --batches 1 4 16 64 --rounds 3 --output $(OUTPUT)/growth_batch
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
@@ -180,6 +181,7 @@ format: $(VENV)/installed-dev
 
 docs: $(VENV)/installed
 	$(PY) -m tools.draw_figures --output docs
+	$(PY) -m tools.draw_figures --output docs --figures study exchange_study --formats pdf
 	$(PY) -m tools.visualize.gallery $(PHOTOGRAPHS) --weights $(STORED) --output docs/photographs.png
 	$(PY) -m tools.list_config > docs/configuration.md
 

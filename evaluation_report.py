@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from data import ImageDataset
 from data.class_names import with_words
+from data.figure_style import BLUE, INK, MUTED
 from data.figures import SheetImage, confusions, draw_confusion, draw_sheet, thumbnail
 from data.images import to_image
 from engine.distributed import gather_on_main_process, on_main_process
@@ -198,12 +199,12 @@ def draw_calibration(ece: float, bins: np.ndarray) -> Figure:
     axes, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     edges = np.linspace(0, 1, BINS + 1)
     left, width = edges[:-1], 1 / BINS
-    axes.plot((0, 1), (0, 1), color='grey', linestyle='dashed', linewidth=1, label='perfect calibration')
-    axes.bar(left, np.nan_to_num(accuracy), width, align='edge', color='tab:blue', alpha=0.6, edgecolor='white')
-    axes.plot(probability, accuracy, '.', color='tab:blue', label='mean of a bin')
+    axes.plot((0, 1), (0, 1), color=INK, linestyle='dashed', linewidth=1, label='perfect calibration')
+    axes.bar(left, np.nan_to_num(accuracy), width, align='edge', color=BLUE, alpha=0.6, edgecolor='white')
+    axes.plot(probability, accuracy, '.', color=BLUE, label='mean of a bin')
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel='accuracy', title=f'ECE {100 * ece:.2f} %')
     axes.legend(loc='upper left')
-    below.bar(left, images, width, align='edge', color='tab:grey', edgecolor='white')
+    below.bar(left, images, width, align='edge', color=MUTED, edgecolor='white')
     below.set(xlabel='probability of the predicted class', ylabel='images')
     return figure
 

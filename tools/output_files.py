@@ -103,15 +103,18 @@ def stream_text(path: Path, parts: Iterable[str], end: str = '') -> None:
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure in the format that the suffix names.
 
-    A PDF has no date, so that the same figure gives the same file, and TrueType fonts, which publishers ask for.
+    SVG and PDF files have no date, no version and no random names, so that the same figure gives the same file. A PDF
+    has TrueType fonts, which publishers ask for; an SVG has texts as outlines, which look the same on every machine.
 
     Raises:
         OutputError: it cannot be written.
     """
     suffix = path.suffix[1:].lower()
-    metadata = {'CreationDate': None} if suffix == 'pdf' else None
+    left_out = {'pdf': ('CreationDate', 'Creator', 'Producer'), 'svg': ('Date', 'Creator')}.get(suffix, ())
+    metadata = dict.fromkeys(left_out) or None
+    settings = {'pdf.fonttype': 42, 'svg.fonttype': 'path', 'svg.hashsalt': 'msg'}
     try:
-        with matplotlib.rc_context({'pdf.fonttype': 42}):
+        with matplotlib.rc_context(settings):
             atomic_write(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, metadata=metadata))
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error

@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from data.drawn_text import fit_font, shorten
+from data.figure_style import MUTED, PALETTE, tidy_axes
 from logger import parse_record
 from tools.output_files import prepare_figure, save_figure
 from utils import UserError, exit_on_user_error, home_path, printable
@@ -190,8 +191,7 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
     for axes in (loss, accuracy, rate):
         axes.set_xlabel('epoch')
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
+        tidy_axes(axes)
     if len(runs) == 1:
         [title], font = fit_font([shorten(runs[0].name.replace('/', ' / '), MAX_TITLE)])
         figure.suptitle(title, font=font, fontsize=12, parse_math=False)
@@ -227,8 +227,7 @@ def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
                 axes.plot(x, moving_average(x, y, smooth) if smooth > 0 else y, color=color, label=run.name)
         axes.set_title(name.removeprefix('loss_'), fontsize=9)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
+        tidy_axes(axes)
     _name_runs(figure, [shorten(run.name, MAX_NAME) for run in runs])
     return figure
 
@@ -250,14 +249,14 @@ def _name_runs(figure: Figure, labels: Sequence[str]) -> None:
 
 def _colors(count: int) -> list:
     """A colour for each run."""
-    if count <= 10:
-        return list(colormaps['tab10'].colors[:count])
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
     return list(colormaps['turbo'](np.linspace(0.05, 0.95, count)))
 
 
 def _style_legend(axes: Axes, styles: dict[str, str]) -> None:
     """Say what each style of line means."""
-    axes.legend([Line2D([], [], color='dimgray', linestyle=style) for style in styles.values()], styles, fontsize=8)
+    axes.legend([Line2D([], [], color=MUTED, linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 
 def epochs(text: str) -> float:

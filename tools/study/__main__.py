@@ -5,7 +5,7 @@
 
 A study file names the config, the variants, the seeds, pairs of variants to compare, and references of Dunnett's test.
 Run the same command again to resume. After each run, the results are written to `<output>/study.json` (every run:
-config, revision, hardware, time, metrics), `study.md`, `study.png` and `study.pdf`. `--results` prints the tables and
+config, revision, hardware, time, metrics), `study.md`, `study.svg` and `study.pdf`. `--results` prints the tables and
 draws the chart of such a JSON file. See docs/study.md.
 """
 
@@ -37,7 +37,7 @@ DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:
   python -m tools.study --data-path imagenette --jobs 2
   python -m tools.study --data-path imagenette --variants msg no_shuffle --seeds 0 --opts TRAIN.EPOCHS 5
-  python -m tools.study --results docs/study.json --chart docs/study.png
+  python -m tools.study --results docs/study.json --chart docs/study.svg
   python -m tools.study --results docs/study.json --chart study.pdf --width 3.3
 """
 
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     add_options(parser, 'config keys and values of all runs')
     args = parser.parse_args()
     if args.chart and not args.results:
-        parser.error('--chart goes with --results; a study draws study.png and study.pdf')
+        parser.error('--chart goes with --results; a study draws study.svg and study.pdf')
     if args.width != TWO_COLUMNS and not args.chart:
         parser.error('--width goes with --chart: name the file to draw')
     for name in ('study', 'variants', 'seeds', 'jobs', 'output', 'opts'):

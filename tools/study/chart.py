@@ -13,29 +13,16 @@ from matplotlib.patches import ConnectionPatch
 from matplotlib.ticker import MaxNLocator
 
 from data.drawn_text import DrawnText, fit_font
+from data.figure_style import CHART_STYLE, FONT_SIZE, PALETTE, add_margin, tidy_axes
 from tools.study.statistics import Summary, summarise
 
 TWO_COLUMNS = 7.0  # width in inches, of a page with two columns of text
 MIN_WIDTH, MAX_WIDTH = 3.0, 20.0
 STACKED_BELOW = 6.0  # a narrower chart has its two panels one above the other
-FONT_SIZE = 8  # points, at the chart's own width
 LABEL_LETTERS, NARROW_LETTERS, LABEL_LINES = 26, 18, 3  # most letters in a line of a label, most lines
 
-# Okabe and Ito's colours without yellow, which is hard to see on white: https://jfly.uni-koeln.de/color/
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')  # eight, so that no two of 56 variants share colour and marker
 LINES = ('-', '--', '-.', ':')  # the next one after each round of colours
-
-_STYLE = {
-    'font.size': FONT_SIZE,
-    'axes.titlesize': FONT_SIZE,
-    'axes.labelsize': FONT_SIZE,
-    'xtick.labelsize': FONT_SIZE,
-    'ytick.labelsize': FONT_SIZE,
-    'axes.linewidth': 0.6,
-    'lines.linewidth': 1.2,
-    'lines.markersize': 4,
-}
 
 
 def chart(results: dict[str, Any], width: float = TWO_COLUMNS) -> Figure:
@@ -55,7 +42,7 @@ def chart(results: dict[str, Any], width: float = TWO_COLUMNS) -> Figure:
     labels = fit_font([_wrapped(s.label, NARROW_LETTERS if is_stacked else LABEL_LETTERS) for s in ranked])
     lines = max(text.count('\n') + 1 for text in labels.texts)
     height = max(1.8, len(ranked) * (lines * 1.2 + 0.4) * FONT_SIZE / 72)  # inches of a panel
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(CHART_STYLE):
         # The axes of labels have almost no width: the layout makes room for what extends beyond them.
         if is_stacked:
             figure = Figure(figsize=(width, 2 * height + 1.2), layout='constrained')
@@ -69,13 +56,14 @@ def chart(results: dict[str, Any], width: float = TWO_COLUMNS) -> Figure:
         _draw_seeds(seeds, ranked, styles, metric)
         for i, (s, style) in enumerate(zip(ranked, styles, strict=True)):
             _join(curves, (s.curves.shape[1], _mean_curve(s)[-1]), names, (0.0, i), style['color'])
+    add_margin(figure)
     return figure
 
 
 def _style(place: int) -> dict[str, str]:
     """Colour, marker and line of the variant at a place of the study."""
-    line = LINES[place // len(COLORS) % len(LINES)]
-    return {'color': COLORS[place % len(COLORS)], 'marker': MARKERS[place % len(MARKERS)], 'linestyle': line}
+    line = LINES[place // len(PALETTE) % len(LINES)]
+    return {'color': PALETTE[place % len(PALETTE)], 'marker': MARKERS[place % len(MARKERS)], 'linestyle': line}
 
 
 def _wrapped(label: str, letters: int) -> str:
@@ -93,10 +81,11 @@ def _draw_curves(axes: Axes, ranked: Sequence[Summary], styles: Sequence[dict[st
         axes.plot(epochs, _mean_curve(s), **style, markevery=[-1], clip_on=False, zorder=3)
         axes.fill_between(epochs, s.curves.min(axis=0), s.curves.max(axis=0), color=style['color'], alpha=0.15, lw=0)
     last = max(s.curves.shape[1] for s in ranked)
-    axes.set(xlabel='epoch', ylabel=f'{metric}, %', title='mean and range over seeds')
+    axes.set(xlabel='epoch', ylabel=f'{metric}, %')
+    axes.set_title('mean and range over seeds', loc='left')
     axes.set_xlim(min(1, last - 1), last)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    _tidy(axes)
+    tidy_axes(axes)
 
 
 def _draw_seeds(axes: Axes, ranked: Sequence[Summary], styles: Sequence[dict[str, str]], metric: str) -> None:
@@ -107,14 +96,15 @@ def _draw_seeds(axes: Axes, ranked: Sequence[Summary], styles: Sequence[dict[str
         axes.plot([s.mean] * 2, [i - 0.3, i + 0.3], color=style['color'])
         if not math.isnan(s.mean):
             axes.annotate(f'{s.mean:.1f}', (max(values), i), (5, 0), textcoords='offset points', va='center')
-    axes.set(xlabel=f'{metric} after the last epoch, %', title='seeds, and their mean', yticks=[])
+    axes.set(xlabel=f'{metric} after the last epoch, %', yticks=[])
+    axes.set_title('each seed, and the mean', loc='left')
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     values = [value for s in ranked for value in s.values.values() if not math.isnan(value)]
     if values:
         extent = max(values) - min(values) or 1.0
         axes.set_xlim(min(values) - 0.08 * extent, max(values) + 0.25 * extent)  # the numbers need room
-    _tidy(axes)
+    tidy_axes(axes)
 
 
 def _draw_labels(axes: Axes, labels: DrawnText, styles: Sequence[dict[str, str]]) -> None:
@@ -134,8 +124,3 @@ def _join(axes: Axes, point: tuple[float, float], other: Axes, end: tuple[float,
     line = ConnectionPatch(point, end, axes.transData, other.transData, color=color, linewidth=0.5, alpha=0.8)
     line.set_in_layout(False)
     axes.figure.add_artist(line)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[['top', 'right']].set_visible(False)

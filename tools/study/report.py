@@ -20,7 +20,7 @@ DPI = 200  # of charts in pixels
 
 
 def write_results(results: dict[str, Any], output: Path) -> None:
-    """Write `study.json`, with a line for each run, `study.md`, and the chart as `study.png` and `study.pdf`.
+    """Write `study.json`, with a line for each run, `study.md`, and the chart as `study.svg` and `study.pdf`.
 
     Args:
         results: see `tools.study.runs.collect`.
@@ -31,7 +31,7 @@ def write_results(results: dict[str, Any], output: Path) -> None:
     write_text(output / 'study.json', [head, ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
     if runs:
         write_text(output / 'study.md', [table(results), '\n'])
-        for suffix in ('png', 'pdf'):
+        for suffix in ('svg', 'pdf'):
             save_figure(chart(results), output / f'study.{suffix}', DPI)
 
 

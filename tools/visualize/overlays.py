@@ -130,12 +130,7 @@ def draw_overlay(axes: Axes, picture: np.ndarray, overlay: Overlay, scale: Scala
     height, width = picture.shape[:2]
     rows, columns = overlay.values.shape
     axes.imshow(picture.mean(axis=-1), cmap='gray', vmin=0, vmax=255, extent=(0, width, height, 0))
-    colours = scale.to_rgba(overlay.values)  # (rows, columns, 4)
-    # No influence at all is grey and dark; else weak values show the picture, strong ones their colour.
-    strength = 0.7 if overlay.kind == 'influence' else 0.35 + 0.4 * scale.norm(overlay.values)
-    colours[..., 3] = strength
-    if overlay.kind == 'influence':
-        colours[overlay.values == 0] = (0.0, 0.0, 0.0, 0.55)
+    colours = overlay_colours(overlay, scale)
     smooth = 'bilinear' if overlay.kind == 'gradcam' else 'nearest'
     extent = (0, columns * overlay.cell, rows * overlay.cell, 0)
     axes.imshow(colours, extent=extent, interpolation=smooth)
@@ -143,6 +138,16 @@ def draw_overlay(axes: Axes, picture: np.ndarray, overlay: Overlay, scale: Scala
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis('off')
+
+
+def overlay_colours(overlay: Overlay, scale: ScalarMappable) -> np.ndarray:
+    """The colours of an overlay's values, with their opacity over the picture, (rows, columns, 4)."""
+    colours = scale.to_rgba(overlay.values)
+    # No influence at all is grey and dark; else weak values show the picture, strong ones their colour.
+    colours[..., 3] = 0.7 if overlay.kind == 'influence' else 0.35 + 0.4 * scale.norm(overlay.values)
+    if overlay.kind == 'influence':
+        colours[overlay.values == 0] = (0.0, 0.0, 0.0, 0.55)
+    return colours
 
 
 def outline_windows(axes: Axes, width: int, height: int, overlay: Overlay) -> None:

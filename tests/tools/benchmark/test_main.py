@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from data.figure_style import INK, MUTED, PALETTE
 from tests.helpers.paths import DETECTION_CONFIGS, TINY
 from tests.helpers.runs import CPU
 from tools.benchmark import __main__ as program
@@ -181,8 +183,31 @@ def test_chart_of_one_size_has_bars_and_of_several_has_curves():
     assert [bar.get_width() for bar in memory.patches] == [3, 3]
     sizes = [result('a', 'eager', 0.1 * n)._replace(pixels=n * 10**6) for n in (1, 2)]
     curve = chart(sizes).axes[0].lines[0]
-    assert curve.get_xydata().tolist() == [[1, 100], [2, 200]]
-    assert curve.get_label() == 'a, inference, fp32, eager'
+    assert curve.get_xydata().tolist() == [[10**6, 100], [2 * 10**6, 200]]
+    threads = [
+        Result(name, Setting(compile_mode='eager', size=size, threads=n), [seconds / n], pixels=size**2, memory=2**30)
+        for name, seconds in (('a', 1.0), ('b', 2.0), ('peer', 2.1))
+        for size in (224, 448)
+        for n in (1, 2)
+    ]
+    figure = chart(threads)
+    for axes in figure.axes:
+        looks = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in axes.lines]
+        assert looks == [
+            (PALETTE[0], '-', 1.2),
+            (PALETTE[0], '--', 1.2),
+            (PALETTE[1], '-', 1.2),
+            (PALETTE[1], '--', 1.2),
+            (INK, '-', 4),
+            (INK, '--', 4),
+            (MUTED, ':', 0.8),
+        ]
+        assert [text.get_text() for text in axes.texts] == ['a', 'b', 'peer']
+        assert [label.get_text() for label in axes.get_xticklabels()] == ['224', '448']
+        heights = [text.xy[1] for text in axes.texts]
+        assert np.diff(np.log10(heights) / np.diff(np.log10(axes.get_ylim()))).min() > 0.05  # labels do not touch
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ['1 thread(s)', '2 thread(s)', 'proportional to pixels']
     (time,) = chart([Result('fast', 'train, files', [0.001])]).axes
     assert [label.get_text() for label in time.get_yticklabels()] == ['train, files']
 

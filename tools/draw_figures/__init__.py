@@ -1,0 +1,1 @@
+"""The diagrams of README and docs, drawn by Matplotlib."""
