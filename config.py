@@ -101,6 +101,12 @@ def shared_keys(task: str) -> KeyGroup:
         affects='nothing',
     )
     c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
+    c.HASH_FREQ = Key(
+        100,
+        'Updates between hashes of the weights in metrics.jsonl, for tools.replay (docs/replay.md); 0 is off',
+        min=0,
+        affects='nothing',
+    )
     c.TRACKER = Key(
         'tensorboard',
         'Trackers that get the records of metrics.jsonl: tensorboard, wandb, mlflow or your own (docs/extending.md), '

@@ -20,7 +20,7 @@ from engine.distributed import once_per_node
 from engine.predictor import load_predictor
 from engine.run import Run
 from engine.task import Task
-from engine.weights import choose_weights, fit_weights, load_weights
+from engine.weights import choose_weights, fit_weights, hash_weights, load_weights
 from extensions import Registry
 from models.timm_networks import PREFIX as TIMM
 from utils import UserError, first_line, random_states, set_random_states, set_seed, shortened
@@ -92,7 +92,7 @@ class Teacher:
         device = run.process.device
         self.name, self.size, self.classes = name, tuple(size), classes
         self.network = network.to(device).eval().requires_grad_(False)
-        self.identity = {'name': name, 'sha256': hash_weights(network)}
+        self.identity = {'name': name, 'sha256': hash_weights(network.state_dict(), hashlib.sha256())}
         mean, std, own_mean, own_std = (
             torch.as_tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1)
             for x in (mean, std, *mean_and_std(run.config))
@@ -173,16 +173,6 @@ class Teacher:
                 f'DISTILL.CLASSES'
             )
         return [indices[name] for name in wanted]
-
-
-def hash_weights(network: nn.Module) -> str:
-    """Hash names and values of a network's state dict: a hexadecimal SHA-256, the same on every device."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f'{name} {value.dtype} {tuple(value.shape)}\0'.encode())
-            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def build_teacher(run: Run, task: Task) -> Teacher | None:

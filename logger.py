@@ -1,10 +1,11 @@
-"""Logs of a run: a console on rank 0, a file per rank, and metrics.jsonl, whose records trackers get too."""
+"""Logs of a run: a console on rank 0, a file per rank, and metrics.jsonl, whose metrics trackers get too."""
 
 import contextlib
 import copy
 import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -62,6 +63,10 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
     logger.addHandler(file)
 
 
+# Kinds of records in metrics.jsonl: of an update that is logged, of an epoch, and of an update whose weights are hashed
+KINDS = ('train', 'epoch', 'hash')
+
+
 class MetricsLog:
     """A run's metrics for programs: `metrics.jsonl`, one JSON object per line.
 
@@ -72,7 +77,7 @@ class MetricsLog:
         epoch: epoch in which the run starts or resumes.
         step: update within the epoch.
         updates: updates of the whole run before that.
-        trackers: get the records too.
+        trackers: get the records of the kinds `train` and `epoch` too.
         warn: called with a message if a tracker fails.
     """
 
@@ -96,7 +101,7 @@ class MetricsLog:
         """Append a record; a number that is not finite, which JSON does not have, becomes null.
 
         Args:
-            kind: 'train' or 'epoch'.
+            kind: one of `KINDS`.
             updates: updates of the whole run so far.
             record: the metrics.
 
@@ -112,7 +117,8 @@ class MetricsLog:
         }
         with report_write_errors(self.folder), self.path.open('a', encoding='utf-8') as file:
             file.write(json.dumps(finite) + '\n')
-        self._call_trackers('write', finite)
+        if kind != 'hash':
+            self._call_trackers('write', finite)
 
     def close(self) -> None:
         """Close the trackers."""
@@ -154,10 +160,14 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
         record = json.loads(line)
     except RecursionError as error:
         raise ValueError('it is nested') from error
-    if not isinstance(record, dict) or record.get('kind') not in ('train', 'epoch') or 'epoch' not in record:
+    if not isinstance(record, dict) or record.get('kind') not in KINDS or 'epoch' not in record:
         raise ValueError('it has no kind or no epoch')
     counts = {'epoch', 'step', 'updates'} & record.keys()
     numbers = record.keys() - counts - {'kind'}
+    if record['kind'] == 'hash':
+        numbers -= {'weights_hash'}
+        if not re.fullmatch('[0-9a-f]{16}', str(record.get('weights_hash'))):
+            raise ValueError('its hash has not 16 hexadecimal digits')
     if not all(type(record[name]) is int and 0 <= record[name] < 2**53 for name in counts):
         raise ValueError(f'{" or ".join(sorted(counts))} is not a count')
     # Null stands for a number that is not finite; all others have been of 32 bits.

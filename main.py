@@ -60,14 +60,14 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ).parse_args(argv)
 
 
-def main(config: CfgNode) -> None:
-    """Train, evaluate or time as the config says."""
+def main(config: CfgNode, until: tuple[int, int] | None = None) -> None:
+    """Train, evaluate or time as the config says; training may end early, see `engine.trainer.Trainer`."""
     if config.THROUGHPUT_MODE:
         from tools.benchmark.throughput import log_throughput  # programs of tools/ know this file
 
         log_throughput(TASK, config)
     else:
-        run_task(MULTI_LABEL_TASK if config.DATA.MULTI_LABEL else TASK, config)
+        run_task(MULTI_LABEL_TASK if config.DATA.MULTI_LABEL else TASK, config, until)
 
 
 class Classification(Task):

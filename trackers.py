@@ -40,8 +40,8 @@ class Tracker:
         """Log one record of `metrics.jsonl`.
 
         Args:
-            record: `kind` ('train' or 'epoch'), `updates` (of the run so far), `epoch` and the metrics by name; one
-                that is not finite is None.
+            record: `kind` ('train' or 'epoch'; records of the kind 'hash' are not given), `updates` (of the run so
+                far), `epoch` and the metrics by name; one that is not finite is None.
         """
         raise NotImplementedError
 

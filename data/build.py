@@ -18,7 +18,7 @@ from data.formats import open_samples
 from data.images import AnyImage, DataError, read_header
 from data.mixup import uses_mixup
 from data.python_dataset import DATASETS, PythonDataset
-from data.samplers import ShardSampler, TrainSampler, VirtualRankSampler, ranks_of_process
+from data.samplers import ShardSampler, TrainSampler, VirtualRankSampler
 from data.samples import Samples
 from data.seeding import SeededDataset
 from data.transforms import PublishedTransform
@@ -62,18 +62,17 @@ def build_loaders(
     if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
         raise DataError(f'train and val of {config.DATA.DATASET} have different classes: give both the same')
     weights = draw_weights(config, dataset)
-    virtual_ranks = config.TRAIN.VIRTUAL_RANKS
-    ranks = ranks_of_process(virtual_ranks, rank, world_size)
     sampler = TrainSampler(
         len(dataset),
-        ranks[0],
-        virtual_ranks or world_size,
+        rank,
+        world_size,
         config.SEED,
         weights,
         config.AUG.REPEATS,
+        config.TRAIN.VIRTUAL_RANKS,
         images_of_epoch(config, len(dataset)),
     )
-    return build_train_loader(config, dataset, sampler, ranks=ranks if virtual_ranks else None), eval_loader
+    return build_train_loader(config, dataset, sampler), eval_loader
 
 
 def images_of_epoch(config: CfgNode, images: int) -> int:
@@ -242,17 +241,15 @@ def build_train_loader(
     sampler: TrainSampler,
     collate_fn: Callable | None = None,
     key: str = 'DATA.BATCH_SIZE',
-    ranks: range | None = None,
 ) -> DataLoader:
     """Build the loader of full batches, with augmentation that depends on the seed and on the keys of the sampler.
 
     Args:
         config: the config tree.
         dataset: indexed by sample.
-        sampler: draws its samples.
+        sampler: draws its samples; if it has virtual ranks, the batches are in the order of a `VirtualRankSampler`.
         collate_fn: makes a batch of a list of samples; None stacks them.
         key: the key that sets the batch size, for messages.
-        ranks: virtual ranks whose batches this process computes; None where it is one rank.
 
     Raises:
         DataError: one batch per process, or per virtual rank, needs more images.
@@ -261,13 +258,12 @@ def build_train_loader(
     if sampler.length < size * world_size:
         raise DataError(
             f'{sampler.length} training images make no full batch: {key} {size} on {world_size} '
-            f'{"process(es)" if ranks is None else "virtual ranks"} needs {size * world_size}: write a '
+            f'{"virtual ranks" if sampler.virtual_ranks else "process(es)"} needs {size * world_size}: write a '
             f'smaller {_flag_of(key)}'
         )
     dataset = SeededDataset(dataset, config.SEED)
-    if ranks is not None:
-        batches_per_update = max(config.TRAIN.ACCUMULATION_STEPS, 1)
-        batches = VirtualRankSampler(sampler, ranks, size, batches_per_update)
+    if sampler.virtual_ranks:
+        batches = VirtualRankSampler(sampler, size, batches_per_update=max(config.TRAIN.ACCUMULATION_STEPS, 1))
         return build_loader(config, dataset, collate_fn=collate_fn, batch_sampler=batches)
     return build_loader(config, dataset, sampler, size, collate_fn, drop_last=True)
 

@@ -14,8 +14,20 @@ from torch.utils.data import BatchSampler, Sampler
 SampleKey = tuple[int, ...]
 
 
+def ranks_of_process(virtual_ranks: int, rank: int, world_size: int) -> range:
+    """The ranks whose batches a process computes: its share of the virtual ranks, or its own rank if there are none.
+
+    Args:
+        virtual_ranks: their number, which the processes divide; 0 for none.
+        rank: the process's rank.
+        world_size: number of processes.
+    """
+    count = virtual_ranks // world_size if virtual_ranks else 1
+    return range(rank * count, (rank + 1) * count)
+
+
 class TrainSampler(Sampler[SampleKey]):
-    """An epoch's keys of one process: every world_size-th of one shuffled order, from `rank` on.
+    """An epoch's keys of one rank: every world_size-th of one shuffled order, from `rank` on.
 
     By default, as in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its
     start until the processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
@@ -32,7 +44,13 @@ class TrainSampler(Sampler[SampleKey]):
         weights: of each image, (length,), its probability relative to the others': images are drawn with replacement.
             None takes a permutation.
         repeats: number of times in a row that an image is taken.
+        virtual_ranks: their number, which the processes divide and among which the order is shared; 0 for none.
         images_per_epoch: samples of an epoch, the first of its order; 0 takes all. Without weights, at most `images`.
+
+    Attributes:
+        ranks: the ranks whose images this process reads.
+        rank: the first of them.
+        world_size: number of ranks among which the order is shared: the processes, or the virtual ranks.
     """
 
     def __init__(
@@ -43,11 +61,13 @@ class TrainSampler(Sampler[SampleKey]):
         seed: int = 0,
         weights: Tensor | None = None,
         repeats: int = 1,
+        virtual_ranks: int = 0,
         images_per_epoch: int = 0,
     ):
+        self.ranks = ranks_of_process(virtual_ranks, rank, world_size)
+        self.virtual_ranks, self.rank, self.world_size = virtual_ranks, self.ranks[0], virtual_ranks or world_size
         self.images, self.length = images, images_per_epoch or images
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.weights, self.repeats = weights, repeats
+        self.seed, self.weights, self.repeats = seed, weights, repeats
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,7 +91,7 @@ class TrainSampler(Sampler[SampleKey]):
 
         Args:
             state: from `state_dict`.
-            start: images seen so far, over all processes.
+            start: images seen so far, over all ranks.
 
         Raises:
             ValueError: the order has another number of images.
@@ -96,18 +116,6 @@ class TrainSampler(Sampler[SampleKey]):
         return math.ceil(self.length / self.world_size)
 
 
-def ranks_of_process(virtual_ranks: int, rank: int, world_size: int) -> range:
-    """The ranks whose batches a process computes: its share of the virtual ranks, or its own rank if there are none.
-
-    Args:
-        virtual_ranks: their number, which the processes divide; 0 for none.
-        rank: the process's rank.
-        world_size: number of processes.
-    """
-    count = virtual_ranks // world_size if virtual_ranks else 1
-    return range(rank * count, (rank + 1) * count)
-
-
 class VirtualRankSampler(Sampler[list[SampleKey]]):
     """Full batches of several virtual ranks, in the order in which one process computes them.
 
@@ -115,18 +123,17 @@ class VirtualRankSampler(Sampler[list[SampleKey]]):
     the batches that a process of this rank would have.
 
     Args:
-        sampler: draws the samples of all ranks; it may be set to another epoch later.
-        ranks: the virtual ranks of this process.
+        sampler: draws the samples of this process's virtual ranks; it may be set to another epoch later.
         batch_size: samples per batch.
         batches_per_update: batches of each rank per update; the last update of an epoch may have fewer.
     """
 
-    def __init__(self, sampler: TrainSampler, ranks: range, batch_size: int, batches_per_update: int):
-        self.sampler, self.ranks = sampler, ranks
-        self.batch_size, self.batches_per_update = batch_size, batches_per_update
+    def __init__(self, sampler: TrainSampler, batch_size: int, batches_per_update: int):
+        self.sampler, self.batch_size, self.batches_per_update = sampler, batch_size, batches_per_update
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        batches = [iter(BatchSampler(self.sampler.keys_of(rank), self.batch_size, True)) for rank in self.ranks]
+        ranks = self.sampler.ranks
+        batches = [iter(BatchSampler(self.sampler.keys_of(rank), self.batch_size, True)) for rank in ranks]
         while first := list(islice(batches[0], self.batches_per_update)):
             yield from first
             for batches_of_rank in batches[1:]:  # which has as many
@@ -134,7 +141,7 @@ class VirtualRankSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch, of all ranks of this process."""
-        return len(self.sampler) // self.batch_size * len(self.ranks)
+        return len(self.sampler) // self.batch_size * len(self.sampler.ranks)
 
 
 def earlier_draws(order: Tensor) -> Tensor:

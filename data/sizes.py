@@ -6,7 +6,6 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.build import build_sample_transform, build_train_loader, check_pairs
-from data.samplers import VirtualRankSampler
 
 
 def phase_configs(config: CfgNode) -> list[tuple[int, CfgNode]]:
@@ -49,7 +48,6 @@ def size_phases(config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode,
         check_pairs(phase, key)
         dataset = copy.copy(loader.dataset.dataset)
         dataset.transform = build_sample_transform(phase, is_train=True)
-        batches = loader.batch_sampler
-        ranks = batches.ranks if isinstance(batches, VirtualRankSampler) else None
-        phases.append((first_epoch, phase, build_train_loader(phase, dataset, batches.sampler, key=key, ranks=ranks)))
+        sampler = loader.batch_sampler.sampler
+        phases.append((first_epoch, phase, build_train_loader(phase, dataset, sampler, key=key)))
     return phases

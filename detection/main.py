@@ -60,15 +60,15 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(config: CfgNode) -> None:
-    """Train, evaluate or time as the config says."""
+def main(config: CfgNode, until: tuple[int, int] | None = None) -> None:
+    """Train, evaluate or time as the config says; training may end early, see `engine.trainer.Trainer`."""
     config = with_classes_of_data(config)
     if config.THROUGHPUT_MODE:
         from tools.benchmark.throughput import log_throughput  # programs of tools/ know this file
 
         log_throughput(TASK, config)
     else:
-        run_task(TASK, config)
+        run_task(TASK, config, until)
 
 
 class Detection(Task):

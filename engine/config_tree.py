@@ -90,7 +90,11 @@ class ConfigTree:
         return values(self.root)
 
     def load(
-        self, cfg_file: str | Path | None, opts: Sequence[Any] = (), saved: Mapping[str, Any] | None = None
+        self,
+        cfg_file: str | Path | None,
+        opts: Sequence[Any] = (),
+        saved: Mapping[str, Any] | None = None,
+        repeats: bool = False,
     ) -> CfgNode:
         """Defaults, overridden by a saved config, the file's BASE files, the file and the options; checked and frozen.
 
@@ -103,6 +107,7 @@ class ConfigTree:
                 of the key's type.
             saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, keys that are unknown
                 to another program, and names of parts that have not been imported may not be needed: none is read.
+            repeats: read keys with a flag too, to repeat the checkpoint's run; `opts` must name the run's modules.
 
         Raises:
             ConfigError: a file, key or value that cannot work.
@@ -114,9 +119,16 @@ class ConfigTree:
         modules += [absolute(name) for key, value in pairs if key == 'IMPORT' for name in _modules(value, '--opts')]
         modules = list(dict.fromkeys(modules))
         import_modules(modules)
+        missing, theirs = missing_modules((saved or {}).get('IMPORT'), modules), dict(leaves(saved or {}))
+        if repeats:
+            if missing:
+                raise ConfigError(f'the run had {as_flags(missing)}: add it')
+            theirs = {name: key.before for name, key in self.keys.items() if key.before is not None} | theirs
         config = self.defaults()
-        for name, value in leaves(saved or {}):
-            if name in self.keys and not self.keys[name].flag and not self._is_unregistered(name, value):
+        for name, value in theirs.items():
+            if name not in self.keys or name == 'IMPORT':
+                continue
+            if repeats or not (self.keys[name].flag or self._is_unregistered(name, value)):
                 self._set(config, name, self._stored(name, value), "the checkpoint's config")
         for path, tree in files:
             self._merge_file(config, path, tree)
@@ -130,7 +142,6 @@ class ConfigTree:
         try:
             self.check(config)
         except ConfigError as error:
-            missing = missing_modules((saved or {}).get('IMPORT'), modules)
             if not missing:
                 raise
             raise ConfigError(f"{error}. The checkpoint's run had {as_flags(missing)}") from error

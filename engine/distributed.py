@@ -207,6 +207,8 @@ def share_cores(variables: Mapping[str, str]) -> str:
 def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
     """Join the process group that the launcher describes, or run as a single process without one.
 
+    A process that has joined it already, to do several runs, stays in it.
+
     Args:
         device_name: auto, cuda, mps or cpu.
         local_rank: GPU to use without a launcher.
@@ -218,6 +220,9 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
     device = choose_device(device_name, launch, local_rank)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+        return
     # A single srun task may be a shell with several runs; an Apple GPU has one process, and no collectives.
     if launch is None or device.type == 'mps' or (launch.launcher == 'srun' and launch.world_size == 1):
         yield Process(0, 1, device)

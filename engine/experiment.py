@@ -24,7 +24,13 @@ ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads
 
 
 class ExperimentError(UserError):
-    """Conflict between runs, or between ranks: another network, other data or another origin."""
+    """Conflict between runs, or between ranks: another network, other data or another origin.
+
+    Attributes:
+        differences: what differs between the run in a folder and that of the command, if this is the conflict.
+    """
+
+    differences: Sequence[str] = ()
 
 
 def describe_run(run: Run, datasets: Mapping[str, SampleList], origin: Origin | None) -> dict[str, Any]:

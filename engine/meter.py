@@ -14,6 +14,7 @@ from tqdm import tqdm
 from engine.distributed import Process
 from engine.memory import peak_memory_mb
 from engine.state import TrainingState
+from engine.weights import hash_weights
 from logger import MetricsLog
 
 Batch = TypeVar('Batch')
@@ -100,3 +101,23 @@ class TrainMeter:
             'train', state.updates, **record, data_s=last_wait, images_per_s=images_per_s, memory_mb=memory
         )
         self.logged_step, self.logged_time, self.logged_wait = state.step, now, self.wait
+
+    def log_hash(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Write a record with a hash of the weights after the last update; every rank calls it at the same points.
+
+        Args:
+            loss: total loss of the update on this rank, a device scalar.
+            grad_norm: its gradient norm, over all ranks.
+        """
+        state = self.state
+        ranks, loss_sum = state.sum_over_processes(torch.stack((torch.ones_like(loss), loss))).tolist()
+        if self.metrics.folder is not None:
+            self.metrics.write(
+                'hash',
+                state.updates,
+                epoch=state.epoch,
+                step=state.step - 1,
+                loss=loss_sum / ranks,
+                grad_norm=grad_norm.item(),
+                weights_hash=hash_weights(state.model.state_dict()),
+            )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.samplers import VirtualRankSampler
 from engine.config_tree import ConfigError
 from engine.distributed import distribute, on_main_process
 from engine.evaluation import evaluate_with_ema, load_ema
@@ -27,8 +28,14 @@ from trackers import check_trackers
 _GROUP_OPTIONS = ('lr', 'weight_decay')
 
 
-def run_task(task: Task, config: CfgNode) -> None:
-    """Train a task's network, or evaluate a checkpoint with `EVAL_MODE`, as the config says."""
+def run_task(task: Task, config: CfgNode, until: tuple[int, int] | None = None) -> None:
+    """Train a task's network, or evaluate a checkpoint with `EVAL_MODE`, as the config says.
+
+    Args:
+        task: the task.
+        config: the config tree.
+        until: where training ends early; see `Trainer`.
+    """
     is_training_run = not config.EVAL_MODE
     with start_run(config, is_training_run, task.compiles(config)) as run:
         if is_training_run and config.TRAIN.VIRTUAL_RANKS:
@@ -36,7 +43,7 @@ def run_task(task: Task, config: CfgNode) -> None:
         start = find_start(run, task.tree)
         network = build_network(run, task)
         if is_training_run:
-            train(run, task, network, start)
+            train(run, task, network, start, until)
         else:
             evaluate(run, task, network, start)
 
@@ -50,8 +57,8 @@ def build_network(run: Run, task: Task) -> nn.Module:
     return network
 
 
-def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
-    """Train until the last epoch, with evaluations every `EVAL_FREQ` epochs."""
+def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[int, int] | None = None) -> None:
+    """Train until the last epoch or until `until`, with evaluations every `EVAL_FREQ` epochs."""
     if start.kind == SCRATCH and run.config.TRAIN.FROZEN_STAGES >= 0:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
     check_course(run, task, start)
@@ -70,7 +77,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start) -> None:
             )
     provenance = describe_run(run, {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}, start.origin)
     start.load_weights(run, task, network, provenance['classes'])
-    trainer = build_trainer(run, task, network, start, phases, eval_loader, provenance)
+    trainer = build_trainer(run, task, network, start, phases, eval_loader, provenance, until)
     del train_loader, phases, loader  # so that worker processes end when the trainer leaves a phase
     if start.resumes:
         resume_training(run, task, trainer.state, start, provenance)
@@ -133,6 +140,7 @@ def build_trainer(
     phases: Sequence[tuple[int, CfgNode, DataLoader]],
     eval_loader: DataLoader,
     provenance: Mapping[str, Any],
+    until: tuple[int, int] | None = None,
 ) -> Trainer:
     """Build a trainer in the state of a new run.
 
@@ -144,6 +152,7 @@ def build_trainer(
         phases: training batches of this rank, from `Task.phases`.
         eval_loader: evaluation shard of this rank.
         provenance: further entries of every checkpoint, from `describe_run`.
+        until: where training ends early; see `Trainer`.
     """
     config = run.config
     if config.TRAIN.FROZEN_STAGES >= 0:
@@ -163,6 +172,7 @@ def build_trainer(
         provenance=provenance,
         metric_name=task.metric_name,
         compiles=task.compiles(config),
+        until=until,
     )
 
 
@@ -199,10 +209,12 @@ def build_state(
     run.logger.info(f'optimizer: {type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups, {options}')
     network, optimizer = run.precision.prepare(network, optimizer)
     if config.TRAIN.VIRTUAL_RANKS:
-        if any(getattr(loader.batch_sampler, 'ranks', None) != run.own_ranks for _, _, loader in phases):
+        samplers = [loader.batch_sampler for _, _, loader in phases]
+        if not all(isinstance(x, VirtualRankSampler) and x.sampler.ranks == run.own_ranks for x in samplers):
             raise ConfigError(
-                "TRAIN.VIRTUAL_RANKS needs batches by virtual rank, and this task's loader has none: build it with "
-                'data.build.build_train_loader(ranks=...), or write TRAIN.VIRTUAL_RANKS 0'
+                "TRAIN.VIRTUAL_RANKS needs batches by virtual rank, and this task's loader has none: give its "
+                'TrainSampler virtual_ranks=config.TRAIN.VIRTUAL_RANKS, and build it with '
+                'data.build.build_train_loader, or write TRAIN.VIRTUAL_RANKS 0'
             )
         check_network(network.train())
         broadcast_weights(network)
@@ -217,7 +229,7 @@ def build_state(
         optimizer=optimizer,
         scheduler=task.build_scheduler(config, optimizer, partial(updates_before, lengths), lr_scale),
         precision=run.precision,
-        sampler=(phases[0][2].batch_sampler if virtual_ranks else phases[0][2]).sampler,
+        sampler=phases[0][2].batch_sampler.sampler,
         device=process.device,
         phases=lengths,
         ema=ModelEmaV3(network, config.TRAIN.EMA_DECAY) if config.TRAIN.EMA_DECAY else None,

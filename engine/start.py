@@ -289,7 +289,9 @@ def _continued_origin(run: Run, checkpoint: Mapping[str, Any]) -> Origin | None:
 
 
 def _another_run(run: Run, differences: Sequence[str]) -> ExperimentError:
-    return ExperimentError(f'{run.output_dir} holds another run ({"; ".join(differences)}): write another --tag')
+    error = ExperimentError(f'{run.output_dir} holds another run ({"; ".join(differences)}): write another --tag')
+    error.differences = differences
+    return error
 
 
 def record_teacher(run: Run, start: Start) -> Start:

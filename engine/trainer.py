@@ -59,6 +59,7 @@ class Trainer:
         provenance: further entries of every checkpoint, from `describe_run`.
         metric_name: what the log calls the metric.
         compiles: whether the first update and evaluation compile the network; they are excluded from the ETA.
+        until: epoch, and update in it, at which `fit` saves a checkpoint and returns; None for the end of the run.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Trainer:
         provenance: Mapping[str, Any],
         metric_name: str = 'accuracy',
         compiles: bool = False,
+        until: tuple[int, int] | None = None,
     ):
         self.run, self.state, self.network = run, state, network
         self.loader, self._loaders, self._phase = loaders[0], dict(enumerate(loaders)), 0
@@ -80,7 +82,7 @@ class Trainer:
         self.metric, self.metric_name, self.provenance = metric, metric_name, provenance
         self.policy = NonFinitePolicy.from_config(run.config, run.precision.may_overflow)
         self.metrics = MetricsLog(None)
-        self.compiles, self.first_epoch = compiles, 0
+        self.compiles, self.first_epoch, self.until = compiles, 0, until
 
     def fit(self) -> None:
         """Train; evaluate every `EVAL_FREQ` epochs, and save.
@@ -126,7 +128,7 @@ class Trainer:
         start_time = timed_from = time.monotonic()
         first_timed_epoch = state.epoch + self.compiles
         try:
-            while state.epoch < epochs:
+            while state.epoch < epochs and not self._is_at_end:
                 self._epoch_or_save()
                 if self._is_out_of_patience:
                     run.logger.info(self._early_stop())
@@ -145,6 +147,11 @@ class Trainer:
         run.logger.info(f'Training time {timedelta(seconds=int(time.monotonic() - start_time))}')
 
     @property
+    def _is_at_end(self) -> bool:
+        """Whether training is at `until`."""
+        return self.until is not None and (self.state.epoch, self.state.step) >= self.until
+
+    @property
     def _is_out_of_patience(self) -> bool:
         """Whether `TRAIN.PATIENCE` evaluations in a row have not improved the metric."""
         return 0 < self.run.config.TRAIN.PATIENCE <= self.state.stale_evaluations
@@ -159,11 +166,13 @@ class Trainer:
         )
 
     def _epoch_or_save(self) -> None:
-        """Train one epoch; on a stop request, save a checkpoint within it."""
+        """Train one epoch; on a stop request, or at an end within the epoch, save a checkpoint within it."""
         try:
             self._epoch()
         except Stopped:
             path = self.save(self.state.epoch, self.state.step)
+            if self._is_at_end:
+                return
             self.run.logger.info(f'stopped by a signal: start again to resume from {path}')
             raise
 
@@ -183,7 +192,8 @@ class Trainer:
             'epoch', state.updates, epoch=epoch, **train_metrics, **metrics, max_accuracy=state.max_accuracy, **patience
         )
         state.end_epoch()
-        is_due = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS or stops
+        is_last = state.epoch == config.TRAIN.EPOCHS or stops or self._is_at_end
+        is_due = state.epoch % config.SAVE_FREQ == 0 or is_last
         if is_best or is_due:
             self.save(epoch, is_best=is_best, is_due=is_due)
 
@@ -235,15 +245,20 @@ class Trainer:
                 compiles_now, run.stop.waits_for = False, UPDATE
                 meter.leave_out()
             is_logged = (state.step - 1) % run.config.PRINT_FREQ == 0 or state.epoch_done
+            hash_freq = run.config.HASH_FREQ
+            is_hashed = hash_freq and ((state.step - 1) % hash_freq == 0 or state.epoch_done)
             is_saved = run.config.SAVE_STEPS and state.step % run.config.SAVE_STEPS == 0 and not state.epoch_done
-            is_stopped = run.stop.agreed()
-            if is_logged or is_saved or is_stopped:
+            is_stopped = run.stop.agreed() or self._is_at_end
+            if is_logged or is_hashed or is_saved or is_stopped:
                 self.step_schedule_and_ema(pending)
                 pending = None
-            if is_logged:
+            if is_logged or is_hashed:
                 self._check_first_bad()
                 run.lock.check()
+            if is_logged:
                 meter.log(lr, update.loss, update.grad_norm, update.losses)
+            if is_hashed:
+                meter.log_hash(update.loss, update.grad_norm)
             if is_stopped:
                 raise Stopped
             if is_saved:

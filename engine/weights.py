@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import xxhash
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -215,6 +217,24 @@ def fit_weights(
         return fit(weights) if fit else (weights, [])
     except (ValueError, RuntimeError) as error:  # PyTorch cannot interpolate integers, or nothing
         raise CheckpointError(f'{path} holds a different model from the config: {first_line(error)}') from error
+
+
+def hash_weights(weights: Mapping[str, Any], digest: Any = None) -> str:
+    """Hash the names, types, shapes and bits of weights; the same on every device.
+
+    Args:
+        weights: a state dict.
+        digest: a new hash object with the interface of `hashlib`; by default, XXH3 of 64 bits, which is made for speed.
+
+    Returns:
+        The hash in hexadecimal digits: 16 by default.
+    """
+    digest = xxhash.xxh3_64() if digest is None else digest
+    for name, value in sorted(weights.items()):
+        if isinstance(value, Tensor):
+            digest.update(f'{name} {value.dtype} {tuple(value.shape)}\0'.encode())
+            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _shape(value: Tensor | None) -> tuple[int, ...] | None:

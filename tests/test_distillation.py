@@ -1,9 +1,9 @@
 """Teachers and distillation losses; docs/distillation.md as written. For exact resuming: tests/helpers/recipes.py."""
 
+import hashlib
 import math
 import re
 import shutil
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -21,12 +21,12 @@ from distillation import (
     build_distillation,
     build_teacher,
     hard_distillation,
-    hash_weights,
     register_teacher,
     soft_distillation,
 )
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.experiment import ExperimentError
+from engine.weights import hash_weights
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.documents import commands, words
@@ -126,7 +126,8 @@ def test_weights_of_a_timm_teacher_from_a_file(build, tmp_path):
     save_checkpoint(path := tmp_path / 'four.pth', {'model': network.state_dict(), 'classes': list('abcd')})
     options = {'DISTILL__TEACHER': 'timm:test_efficientnet', 'DISTILL__TEACHER_WEIGHTS': str(path)}
     teacher = build(**options).teacher
-    assert teacher.identity == {'name': 'timm:test_efficientnet', 'sha256': hash_weights(network)}
+    expected = hash_weights(network.state_dict(), hashlib.sha256())
+    assert teacher.identity == {'name': 'timm:test_efficientnet', 'sha256': expected}
     assert (teacher.size, teacher.find_classes(['b', 'a'])) == ((160, 160), [1, 0])
     whole = timm.create_model('test_efficientnet')
     save_checkpoint(path, whole.state_dict())
@@ -250,7 +251,7 @@ def test_the_page_as_written(tmp_path):
         assert 'teacher lite2: ' in done.stdout
         assert "soft distillation of 3 of the teacher's 1000 classes" in done.stdout
         origin = load_checkpoint(next(tmp_path.glob('output/tiny/*/ckpt_best.pth')))['origin']
-        assert origin['teacher']['sha256'] == hash_weights(SimpleNamespace(state_dict=lambda: weights))
+        assert origin['teacher']['sha256'] == hash_weights(weights, hashlib.sha256())
 
 
 def test_names_belong_to_one_teacher():

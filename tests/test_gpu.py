@@ -12,6 +12,7 @@ from data.device_copies import DeviceCopies
 from engine.checkpoint import load_checkpoint
 from engine.precision import Precision, build_precision, import_apex_amp
 from engine.trainer import Trainer
+from engine.weights import hash_weights
 from models import MSGTransformer, attention, build_model
 from models.attention import attend, choose_path
 from models.exchange import EXCHANGES
@@ -265,3 +266,9 @@ def test_batches_are_read_after_their_copy_and_before_the_next():
         means.append((images.double().mean(), target['boxes'].sum()))
         del images, target  # their memory is free for the next batch once the sums are there
     assert [(mean.item(), total.item()) for mean, total in means] == [(n, n * (n - 1) // 2) for n in range(30)]
+
+
+def test_weights_have_the_hash_that_they_have_on_the_cpu():
+    weights = {'a': normal('a', (3, 4, 5)), 'b': torch.arange(7, dtype=torch.bfloat16), 'c': torch.tensor(1)}
+    weights['d'] = weights['a'].transpose(0, 2)
+    assert hash_weights({name: x.cuda() for name, x in weights.items()}) == hash_weights(weights)

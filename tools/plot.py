@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 
 from data.drawn_text import fit_font, shorten
 from data.figure_style import MUTED, PALETTE, tidy_axes
-from logger import parse_record
+from logger import KINDS, parse_record
 from tools.output_files import prepare_figure, save_figure
 from utils import UserError, exit_on_user_error, home_path, printable
 
@@ -102,7 +102,7 @@ def read_run(run: Path, name: str) -> RunMetrics:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else 'not a text'
         raise PlotError(f'{path}: {reason}: give --run the folder of a run') from error
-    records: dict[str, dict[int, dict[str, Any]]] = {'epoch': {}, 'train': {}}
+    records: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
     for number, line in enumerate(lines, start=1):
         try:
             record = parse_record(line)

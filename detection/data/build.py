@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data import DataError
 from data.build import build_loader, build_train_loader
-from data.samplers import ShardSampler, ranks_of_process
+from data.samplers import ShardSampler
 from detection.data.annotation_cache import Log
 from detection.data.annotations import read_class_names
 from detection.data.coco import CocoDataset, Selection, SplitFiles, Target
@@ -47,12 +47,10 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
         )
     widths, heights = dataset.images.sizes.T
     is_portrait = (heights > widths).astype(int).tolist()
-    virtual_ranks = config.TRAIN.VIRTUAL_RANKS
-    ranks = ranks_of_process(virtual_ranks, rank, world_size)
     sampler = GroupedTrainSampler(
-        is_portrait, config.DATA.BATCH_SIZE, ranks[0], virtual_ranks or world_size, config.SEED
+        is_portrait, config.DATA.BATCH_SIZE, rank, world_size, config.SEED, config.TRAIN.VIRTUAL_RANKS
     )
-    return build_train_loader(config, dataset, sampler, collate, ranks=ranks if virtual_ranks else None), eval_loader
+    return build_train_loader(config, dataset, sampler, collate), eval_loader
 
 
 def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:

@@ -16,15 +16,24 @@ class GroupedTrainSampler(TrainSampler):
 
     Args:
         groups: the group of each image.
-        batch_size: images per process and step.
+        batch_size: images per rank and step; all ranks see the same group in a step.
         rank: this process's rank.
-        world_size: number of processes; all of them see the same group in a step.
+        world_size: number of processes.
         seed: the run's seed.
+        virtual_ranks: see `TrainSampler`.
     """
 
-    def __init__(self, groups: Sequence[int], batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
-        self.groups, self.images_per_step = groups, batch_size * world_size
-        super().__init__(len(groups), rank, world_size, seed)
+    def __init__(
+        self,
+        groups: Sequence[int],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        virtual_ranks: int = 0,
+    ):
+        self.groups, self.images_per_step = groups, batch_size * (virtual_ranks or world_size)
+        super().__init__(len(groups), rank, world_size, seed, virtual_ranks=virtual_ranks)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch and start at its beginning."""

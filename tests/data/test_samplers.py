@@ -107,8 +107,8 @@ def test_batches_of_virtual_ranks_are_those_of_as_many_processes(batches_per_upd
     assert len(expected[0]) == (1 if start else 3)
     for process, world_size in ((0, 1), (0, 2), (1, 2), (3, 4)):
         ranks = ranks_of_process(4, process, world_size)
-        sampler = TrainSampler(27, ranks[0], 4, seed=3)
-        batches = VirtualRankSampler(sampler, ranks, 2, batches_per_update)
+        sampler = TrainSampler(27, process, world_size, seed=3, virtual_ranks=4)
+        batches = VirtualRankSampler(sampler, 2, batches_per_update)
         assert len(batches) == len(list(batches)) == 3 * len(ranks)
         sampler.load_state_dict(sampler.state_dict(), start)
         in_order = [

@@ -1,6 +1,7 @@
 import pytest
+import yaml
 
-from config import load_config
+from config import TREE, load_config
 from engine.config_tree import ConfigError, get
 from tests.helpers.paths import TINY
 
@@ -27,6 +28,16 @@ def test_dump_gives_the_same_tree(tmp_path):
     again = load_config(write(tmp_path / 'config.yaml', config.dump()))
     assert again == config
     assert again.TAG == '2024'
+
+
+def test_a_saved_config_is_repeated_with_its_flags():
+    saved = yaml.safe_load(load_config(TINY, ['TAG', 'a', 'DATA.BATCH_SIZE', '3']).dump())
+    del saved['DATA']['PIPELINE']  # from before there was the key
+    config = TREE.load(None, ['SEED', '4'], saved, repeats=True)
+    assert (config.TAG, config.DATA.BATCH_SIZE, config.SEED, config.DATA.PIPELINE) == ('a', 3, 4, 'published')
+    assert TREE.load(None, [], saved).DATA.BATCH_SIZE == 128
+    with pytest.raises(ConfigError, match='the run had --import mine.py: add it'):
+        TREE.load(None, [], saved | {'IMPORT': ['mine.py']}, repeats=True)
 
 
 @pytest.mark.parametrize(
