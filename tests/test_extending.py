@@ -13,7 +13,7 @@ from models.exchange import EXCHANGES
 from tests.helpers.documents import code_blocks, commands, words
 from tests.helpers.extensions import EXAMPLES, PAGE, forgotten_modules, write_examples
 from tests.helpers.images import write_images
-from tests.helpers.paths import TINY
+from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import error_line, run_here
 from tests.helpers.runs import differences
 from tools.flops import count_multiply_adds
@@ -35,6 +35,23 @@ def folder(tmp_path_factory):
     write_images(folder / 'output' / 'digits', classes=10, train=4, val=2)
     with forgotten_modules():
         yield folder
+
+
+def test_exchange_of_readme_mixes_windows():
+    (code,) = (block for block in code_blocks((ROOT / 'README.md').read_text(), 'py') if 'register_exchange' in block)
+    names = {}
+    try:
+        exec(code, names)
+    finally:
+        EXCHANGES.pop('rotate', None)
+    msg = torch.randn(2, 3, 4, 8)
+    new = names['Rotate'](8, 2)(msg)
+    assert torch.equal(new[..., :4], msg[..., :4].roll(1, dims=2))
+    assert torch.equal(new[..., 4:], msg[..., 4:])
+    assert MSGTransformer(num_classes=3, embed_dim=24, manip_type=names['Rotate'])(torch.randn(1, 3, 56, 56)).shape == (
+        1,
+        3,
+    )
 
 
 def run(command, folder, *more):
