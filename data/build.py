@@ -69,14 +69,14 @@ def build_loaders(
         config.SEED,
         weights,
         config.AUG.REPEATS,
-        config.TRAIN.VIRTUAL_RANKS,
-        images_of_epoch(config, len(dataset)),
+        virtual_ranks=config.TRAIN.VIRTUAL_RANKS,
+        images_per_epoch=images_of_epoch(config, len(dataset)),
     )
     return build_train_loader(config, dataset, sampler), eval_loader
 
 
 def images_of_epoch(config: CfgNode, images: int) -> int:
-    """Number of samples of a training epoch: `DATA.IMAGES_PER_EPOCH`, or all images.
+    """`DATA.IMAGES_PER_EPOCH`: the number of samples of a training epoch, or 0 for all.
 
     Args:
         config: the config tree.
@@ -91,7 +91,7 @@ def images_of_epoch(config: CfgNode, images: int) -> int:
             f'DATA.IMAGES_PER_EPOCH is {asked}, but there are {images} training images: write at most {images}, or 0 '
             f'for all'
         )
-    return asked or images
+    return asked
 
 
 def _flag_of(key: str) -> str:

@@ -34,7 +34,8 @@ class TrainSampler(Sampler[SampleKey]):
 
     An epoch has as many samples as there are images, unless `images_per_epoch` says otherwise, also where images are
     drawn several times. With `repeats`, the copies of an image follow one another, so consecutive processes have them,
-    as in timm's `RepeatAugSampler`.
+    as in timm's `RepeatAugSampler`. With `repeat_factors`, an epoch is longer: its length is the sum of the factors,
+    rounded down.
 
     Args:
         images: number of images.
@@ -44,6 +45,7 @@ class TrainSampler(Sampler[SampleKey]):
         weights: of each image, (length,), its probability relative to the others': images are drawn with replacement.
             None takes a permutation.
         repeats: number of times in a row that an image is taken.
+        repeat_factors: of each image, (length,), how often an epoch has it on average, at least 1; see `draw_repeats`.
         virtual_ranks: their number, which the processes divide and among which the order is shared; 0 for none.
         images_per_epoch: samples of an epoch, the first of its order; 0 takes all. Without weights, at most `images`.
 
@@ -51,6 +53,7 @@ class TrainSampler(Sampler[SampleKey]):
         ranks: the ranks whose images this process reads.
         rank: the first of them.
         world_size: number of ranks among which the order is shared: the processes, or the virtual ranks.
+        length: samples of an epoch, over all ranks.
     """
 
     def __init__(
@@ -61,13 +64,18 @@ class TrainSampler(Sampler[SampleKey]):
         seed: int = 0,
         weights: Tensor | None = None,
         repeats: int = 1,
+        repeat_factors: Tensor | None = None,
         virtual_ranks: int = 0,
         images_per_epoch: int = 0,
     ):
         self.ranks = ranks_of_process(virtual_ranks, rank, world_size)
         self.virtual_ranks, self.rank, self.world_size = virtual_ranks, self.ranks[0], virtual_ranks or world_size
-        self.images, self.length = images, images_per_epoch or images
-        self.seed, self.weights, self.repeats = seed, weights, repeats
+        self.images, self.seed, self.weights, self.repeats = images, seed, weights, repeats
+        self.repeat_factors = repeat_factors
+        if repeat_factors is not None:
+            # Multiples of a power of two have exact sums, whatever the order, so the length is the same in each epoch.
+            self.repeat_factors = (repeat_factors.double() * 2**20).round() / 2**20
+        self.length = images_per_epoch or (images if repeat_factors is None else int(self.repeat_factors.sum()))
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -75,7 +83,9 @@ class TrainSampler(Sampler[SampleKey]):
         self.epoch = epoch
         self.start = 0
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        if self.weights is None:
+        if self.repeat_factors is not None:
+            order = draw_repeats(self.repeat_factors, generator)
+        elif self.weights is None:
             order = torch.randperm(self.images, generator=generator, dtype=torch.int32)
         else:
             draws = torch.multinomial(self.weights, self.length, replacement=True, generator=generator)
@@ -142,6 +152,25 @@ class VirtualRankSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         """Number of batches in a whole epoch, of all ranks of this process."""
         return len(self.sampler) // self.batch_size * len(self.sampler.ranks)
+
+
+def draw_repeats(factors: Tensor, generator: torch.Generator) -> Tensor:
+    """An epoch's images in random order, each as often as its factor says.
+
+    A factor of 2.3 gives two samples, and a third one with a probability of 0.3. The factors are rounded together
+    (systematic sampling), so that the number of samples is the sum of the factors, rounded down or up.
+
+    Args:
+        factors: of each image, (N,) float64.
+        generator: draws the order and the rounding.
+
+    Returns:
+        Indices of images, int32, as many as the sum of the factors, or one more.
+    """
+    images = torch.randperm(len(factors), generator=generator, dtype=torch.int32)
+    ends = (factors[images].cumsum(0) + torch.rand((), generator=generator, dtype=torch.float64)).long()
+    samples = images.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
+    return samples[torch.randperm(len(samples), generator=generator)]
 
 
 def earlier_draws(order: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from config import check_run, shared_keys
 from detection.models.backbone import check_backbone
+from detection.tiles import Tiling
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree
 from models.timm_networks import PREFIX as TIMM
@@ -80,6 +81,13 @@ for _split, _name in (('TRAIN', 'training'), ('VAL', 'evaluation')):
     )
 _C.DATA.CLASSES = Key([''], "Names of the categories to find, in the file's order; [''] takes all", affects='data')
 _C.DATA.EMPTY_IMAGES = Key(False, 'Train on images without objects too', affects='data')
+_C.DATA.REPEAT_FACTOR = Key(
+    0.0,
+    'Repeat-factor sampling of LVIS: images of categories in less than this fraction of the training images are '
+    'repeated within an epoch (0.001 for LVIS). 0 is off: each image once',
+    min=0,
+    max=1,
+)
 
 _C.INPUT = KeyGroup()
 _C.INPUT.FLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
@@ -93,6 +101,24 @@ _C.INPUT.CROP_RESIZE = Key(
 )
 _C.INPUT.CROP_MAX_LONG = Key(4200, 'Maximum long side before a crop, in pixels', min=1, used_with='INPUT.CROP_PROB')
 _C.INPUT.CROP_SIZE = Key([384, 600], 'Size of a crop, in pixels: min, max', min=1, used_with='INPUT.CROP_PROB')
+_C.INPUT.SCALE_JITTER = Key(
+    [],
+    'Large-scale jitter: smallest and largest scale, such as [0.1, 2.0], of a training image, which is then cropped to '
+    'JITTER_SIZE; at scale 1, its long side is JITTER_SIZE. In training, it replaces TRAIN_SHORT, MAX_LONG and '
+    'the crop of CROP_PROB. [] is off',
+    min=0.01,
+    max=100,
+)
+_C.INPUT.JITTER_SIZE = Key(
+    1024,
+    'Maximum height and width of a training image with large-scale jitter, in pixels',
+    min=32,
+    max=10_000,
+    used_with='INPUT.SCALE_JITTER',
+)
+_C.INPUT.COPY_PASTE = Key(
+    0.0, 'Probability that objects of another training image are pasted on an image; needs masks', min=0, max=1
+)
 _C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1, max=10_000)
 
 _C.TEST = KeyGroup()
@@ -100,6 +126,19 @@ _C.TEST.SHORTS = Key(
     [], 'Short sides at which an image is seen in evaluation, in pixels; [] is INPUT.TEST_SHORT alone', min=1
 )
 _C.TEST.FLIP = Key(False, 'See mirrored images too in evaluation, and merge their detections')
+_C.TEST.TILES = Key(
+    0,
+    'Height and width of overlapping tiles, in pixels of the image, in which small objects are detected in evaluation; '
+    'each is resized like an image. 0 sees the whole image only',
+    min=0,
+    max=20_000,
+)
+_C.TEST.TILE_OVERLAP = Key(
+    0.2, 'Minimum overlap of neighbouring tiles, relative to their size', min=0, max=0.9, used_with='TEST.TILES'
+)
+_C.TEST.TILE_WHOLE = Key(
+    True, 'See the whole image too, for objects that are larger than the overlap of tiles', used_with='TEST.TILES'
+)
 
 _C.MODEL.TYPE = Key(
     'cascade_rcnn',
@@ -225,10 +264,21 @@ def _check(config: CfgNode) -> None:
             raise ConfigError(f'INPUT.{key} is []: write one size or more, in pixels')
     if len(inputs.CROP_SIZE) != 2 or inputs.CROP_SIZE[0] > inputs.CROP_SIZE[1]:
         raise ConfigError(f'INPUT.CROP_SIZE is {inputs.CROP_SIZE}: write two numbers, the smaller first')
+    jitter = inputs.SCALE_JITTER
+    if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
+        raise ConfigError(
+            f'INPUT.SCALE_JITTER is {jitter}: write two numbers, the smaller first, such as [0.1, 2.0], or [] for none'
+        )
+    if inputs.COPY_PASTE and not config.MODEL.MASK.ENABLED:
+        raise ConfigError(
+            f'INPUT.COPY_PASTE is {inputs.COPY_PASTE}, and MODEL.MASK.ENABLED is False: objects are cut out by their '
+            f'masks, so write INPUT.COPY_PASTE 0, or MODEL.MASK.ENABLED True where the annotations have masks'
+        )
     if sorted(set(config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS)) != config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS:
         raise ConfigError(
             f'TRAIN.LR_SCHEDULER.DECAY_EPOCHS is {config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS}: write them in order'
         )
+    Tiling.of_config(config)  # which checks itself
     if config.SHOW and not config.EVAL_MODE:
         raise ConfigError('--show draws detections of an evaluation: add --eval')
     check_run(config, check_backbone)

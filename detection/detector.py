@@ -12,6 +12,7 @@ docs/detection.md describes it. The command-line program, detection/tools/predic
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from torch import Tensor
 from detection.detections import Detections
 from detection.images import ImageInput, read_pixels
 from detection.main import TASK
-from detection.tta import build_detect_fn
+from detection.tiles import Tiling
+from detection.tta import DetectFn, Output, build_detect_fn
 from engine.config_tree import ConfigError
 from engine.precision import build_precision
 from engine.predictor import Predictor, load_predictor
@@ -38,8 +40,8 @@ class ImageDetector:
 
     Args:
         predictor: the network, with its config.
-        batch_size: images at a time. Of these, images that are resized to one shape go through the network together;
-            the detections are the same but for rounding errors.
+        batch_size: images, or tiles of an image, at a time. Of these, images that are resized to one shape go through
+            the network together; the detections are the same but for rounding errors.
 
     Attributes:
         config: the config tree.
@@ -61,46 +63,60 @@ class ImageDetector:
         # Evaluation divides by 255 on the CPU. On a GPU, PyTorch would multiply by the reciprocal of a plain number.
         self._white = torch.tensor(255.0, device=self.device)
 
-    def __call__(self, images: ImageInput | Iterable[ImageInput]) -> Detections | list[Detections]:
+    def __call__(
+        self, images: ImageInput | Iterable[ImageInput], *, tiles: int | None = None, overlap: float | None = None
+    ) -> Detections | list[Detections]:
         """Detect objects in one image, or in several of any sizes.
 
         Args:
             images: an image; or a list, tensor (B, 3, H, W) or array (B, H, W, 3) of images. An image is a path, the
                 content of a file, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W). Colours are RGB.
                 Arrays and tensors are of uint8, or of floats in [0, 1].
+            tiles: height and width of overlapping tiles, in pixels of the image, in which objects are detected, for
+                small objects in large images; 0 for no tiles. None takes `TEST.TILES` of the config, by default 0.
+            overlap: minimum overlap of tiles, relative to their size; None takes `TEST.TILE_OVERLAP`, by default 0.2.
 
         Returns:
             The detections of the image; a list of them for several images.
 
         Raises:
             DataError: an image cannot be read, or is of another form.
+            ConfigError: `tiles` or `overlap` cannot be used.
         """
         if _is_image(images):
-            return next(self.stream([images]))
-        return list(self.stream(images))
+            return next(self.stream([images], tiles=tiles, overlap=overlap))
+        return list(self.stream(images, tiles=tiles, overlap=overlap))
 
-    def stream(self, images: Iterable[ImageInput]) -> Iterator[Detections]:
+    def stream(
+        self, images: Iterable[ImageInput], *, tiles: int | None = None, overlap: float | None = None
+    ) -> Iterator[Detections]:
         """The detections of each image, in order; images are read as they are needed.
 
         Args:
             images: see `__call__`.
+            tiles: see `__call__`.
+            overlap: see `__call__`.
 
         Raises:
             DataError: an image cannot be read, or is of another form.
+            ConfigError: `tiles` or `overlap` cannot be used.
         """
+        given = {'size': tiles, 'overlap': overlap}
+        tiling = replace(Tiling.of_config(self.config), **{key: x for key, x in given.items() if x is not None})
+        detect = build_detect_fn(self.config, self.model, tiling, self.batch_size)
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch_size)):
             pixels = [read_pixels(image, number, self.config.DATA.EXIF) for number, image in batch]
-            for image, output in zip(pixels, self._outputs(pixels), strict=True):
+            for image, output in zip(pixels, self._outputs(pixels, detect), strict=True):
                 yield Detections.from_output(output, self.class_names, image.shape[1:])
 
     @torch.inference_mode()
-    def _outputs(self, images: list[Tensor]) -> list[dict[str, Any]]:
-        """What the network returns for images (3, H, W), uint8 or float."""
+    def _outputs(self, images: list[Tensor], detect: DetectFn) -> list[Output]:
+        """What a function of `build_detect_fn` returns for images (3, H, W), uint8 or float."""
         on_device = [image.to(self.device) for image in images]
         scaled = [x.float() / self._white if x.dtype == torch.uint8 else x.float() for x in on_device]
         with self.precision.autocast():
-            return build_detect_fn(self.config, self.model)(scaled)
+            return detect(scaled)
 
 
 def _is_image(x: Any) -> bool:

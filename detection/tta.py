@@ -1,4 +1,4 @@
-"""Inference of a detector, perhaps with test-time augmentation: several sizes, and mirrored; merged by NMS."""
+"""Inference of a detector, perhaps in tiles, in several sizes and mirrored, whose detections are merged by NMS."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,13 +11,16 @@ from yacs.config import CfgNode
 from detection.data.transforms import resized_shape
 from detection.models.build import Detector
 from detection.models.masks import BoxMasks
+from detection.tiles import Tile, Tiling, merge_indices
 
 # What the network returns for an image, see `Detector.detect`
 Output = dict[str, Tensor | BoxMasks]
 
+DetectFn = Callable[[list[Tensor]], list[Output]]
 
-def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]], list[Output]]:
-    """A function from images (3, H, W) in [0, 1] to their detections, with the augmentation of `TEST`, if any.
+
+def build_detect_fn(config: CfgNode, model: Detector, tiling: Tiling | None = None, batch_size: int = 1) -> DetectFn:
+    """A function from images (3, H, W) in [0, 1] to their detections, with tiles and augmentation as `TEST` says.
 
     An image's detections do not depend on the others, but for rounding errors: only images that are resized to one
     shape are batched, as others would be padded to a common one, which changes scores.
@@ -25,7 +28,18 @@ def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]]
     Args:
         config: the config tree; `TEST`, `INPUT` and `MODEL.BOX` are read.
         model: in evaluation mode.
+        tiling: how images are divided into tiles; None takes that of `TEST`.
+        batch_size: tiles at a time.
     """
+    detect, box = _build_view_fn(config, model), config.MODEL.BOX
+    tiling = Tiling.of_config(config) if tiling is None else tiling
+    if not tiling.size:
+        return detect
+    return lambda images: [detect_in_tiles(x, detect, tiling, batch_size, box.NMS_IOU, box.DETECTIONS) for x in images]
+
+
+def _build_view_fn(config: CfgNode, model: Detector) -> DetectFn:
+    """`build_detect_fn` without tiles."""
     shorts = config.TEST.SHORTS or [config.INPUT.TEST_SHORT]
 
     def detect_alike(images: Sequence[Tensor], short: int) -> list[Output]:
@@ -53,6 +67,45 @@ def build_detect_fn(config: CfgNode, model: Detector) -> Callable[[list[Tensor]]
     return detect
 
 
+def detect_in_tiles(
+    image: Tensor, detect: DetectFn, tiling: Tiling, batch_size: int, nms_iou: float, limit: int
+) -> Output:
+    """The best detections of all tiles of an image and, perhaps, of the whole image; see `merge_indices`.
+
+    Args:
+        image: (3, H, W), in [0, 1].
+        detect: detects objects in tiles.
+        tiling: how the image is divided; one that fits into a tile is seen whole.
+        batch_size: tiles at a time.
+        nms_iou: IoU threshold of NMS.
+        limit: maximum number of detections.
+    """
+    size = tuple(image.shape[1:])
+    tiles = tiling.tiles(*size)
+    if len(tiles) == 1:
+        return detect([image])[0]
+    views, cut = [], []
+    for first in range(0, len(tiles), batch_size):
+        batch = tiles[first : first + batch_size]
+        for tile, found in zip(batch, detect([tile.crop(image) for tile in batch]), strict=True):
+            cut.append(tile.is_cut(found['boxes'], *size))
+            views.append(offset(found, tile, size))
+    if tiling.sees_whole:
+        views += detect([image])
+        cut.append(torch.zeros(len(views[-1]['boxes']), dtype=torch.bool, device=image.device))
+    found = concatenate(views)
+    kept = merge_indices(found['boxes'], found['scores'], found['labels'], torch.cat(cut), nms_iou)[:limit]
+    return {key: x[kept] for key, x in found.items()}
+
+
+def offset(detections: Output, tile: Tile, size: tuple[int, int]) -> Output:
+    """Detections of a tile, in its image, of this height and width."""
+    moved = detections | {'boxes': tile.offset(detections['boxes'])}
+    if 'masks' in detections:
+        moved['masks'] = BoxMasks(detections['masks'].probabilities, moved['boxes'], size)
+    return moved
+
+
 def mirror(detections: Output, width: int) -> Output:
     """Detections of a mirrored image, in the image itself, of this width in pixels."""
     x1, y1, x2, y2 = detections['boxes'].unbind(dim=1)
@@ -65,9 +118,15 @@ def mirror(detections: Output, width: int) -> Output:
 
 def merge(views: tuple[Output, ...], nms_iou: float, limit: int) -> Output:
     """The best detections of all views of an image: NMS within each class, then those with the highest scores."""
-    merged: Output = {key: torch.cat([view[key] for view in views]) for key in ('boxes', 'labels', 'scores')}
+    found = concatenate(views)
+    kept = batched_nms(found['boxes'], found['scores'], found['labels'], nms_iou)[:limit]
+    return {key: x[kept] for key, x in found.items()}
+
+
+def concatenate(views: Sequence[Output]) -> Output:
+    """The detections of all views of an image, one after the other."""
+    found: Output = {key: torch.cat([view[key] for view in views]) for key in ('boxes', 'labels', 'scores')}
     if 'masks' in views[0]:
         masks = [view['masks'] for view in views]
-        merged['masks'] = BoxMasks(torch.cat([x.probabilities for x in masks]), merged['boxes'], masks[0].size)
-    kept = batched_nms(merged['boxes'], merged['scores'], merged['labels'], nms_iou)[:limit]
-    return {key: x[kept] for key, x in merged.items()}
+        found['masks'] = BoxMasks(torch.cat([x.probabilities for x in masks]), found['boxes'], masks[0].size)
+    return found

@@ -9,11 +9,12 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data import DataError
-from data.build import build_loader, build_train_loader
+from data.build import build_loader, build_train_loader, images_of_epoch
 from data.samplers import ShardSampler
 from detection.data.annotation_cache import Log
 from detection.data.annotations import read_class_names
 from detection.data.coco import CocoDataset, Selection, SplitFiles, Target
+from detection.data.repeat_factors import describe_repeats, repeat_factors
 from detection.data.samplers import GroupedTrainSampler
 from detection.data.transforms import TrainTransform
 from engine.distributed import once_per_node
@@ -47,8 +48,19 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
         )
     widths, heights = dataset.images.sizes.T
     is_portrait = (heights > widths).astype(int).tolist()
+    factors = None
+    if config.DATA.REPEAT_FACTOR:
+        factors = repeat_factors(dataset, config.DATA.REPEAT_FACTOR)
+        dataset.notes.append(describe_repeats(factors))
     sampler = GroupedTrainSampler(
-        is_portrait, config.DATA.BATCH_SIZE, rank, world_size, config.SEED, config.TRAIN.VIRTUAL_RANKS
+        is_portrait,
+        config.DATA.BATCH_SIZE,
+        rank,
+        world_size,
+        config.SEED,
+        factors,
+        config.TRAIN.VIRTUAL_RANKS,
+        images_of_epoch(config, len(dataset)),
     )
     return build_train_loader(config, dataset, sampler, collate), eval_loader
 
@@ -139,6 +151,7 @@ def open_split(config: CfgNode, split: str, transform: Callable | None = None, l
         split_files(config, split),
         selection,
         data.EXIF,
+        config.INPUT.COPY_PASTE if transform else 0.0,
         log,
     )
     count = len(dataset.categories)

@@ -17,8 +17,8 @@ from data.sharing import Shareable
 from detection.data.annotation_cache import Log, open_annotations
 from detection.data.annotation_table import AnnotationTable, ImageTable
 from detection.data.annotations import clipped_boxes, decode_masks, select_categories
-
-Target = dict[str, Any]
+from detection.data.copy_paste import paste_objects
+from detection.data.transforms import Target
 
 # Images whose headers are read when a dataset is opened.
 SAMPLED_HEADERS = 100
@@ -64,6 +64,8 @@ class CocoDataset(Shareable, Dataset):
         with_masks: read masks too.
         files: the split, where it is somewhere else.
         selection: what of it is taken.
+        copy_paste: probability that objects of another image of the dataset are pasted on a sample, after the transform
+            of both; needs masks.
         upright: turn images as their EXIF orientation says, so that annotations are of the upright images; otherwise,
             they are of the images as stored.
         log: gets lines about reading a large file.
@@ -90,12 +92,13 @@ class CocoDataset(Shareable, Dataset):
         files: SplitFiles | None = None,
         selection: Selection = EVERYTHING,
         upright: bool = True,
+        copy_paste: float = 0.0,
         log: Log = lambda text: None,
     ):
         files = files or SplitFiles(root / 'annotations' / f'instances_{split}.json', root / split)
         self.annotation_file, self.folder = files
         self.transform, self.with_masks, self.upright = transform, with_masks, upright
-        self._is_train = is_train
+        self._is_train, self.copy_paste = is_train, copy_paste
         tree = open_annotations(self.annotation_file, with_masks, needs_objects=is_train, log=log)
         self.is_labelled, self._info = tree['is_labelled'], tree['info']
         self.categories = select_categories(tree['categories'], selection.classes, self.annotation_file)
@@ -177,6 +180,12 @@ class CocoDataset(Shareable, Dataset):
         """Annotations of an image, without crowd regions and boxes without area."""
         return [self._annotations[row] for row in self._rows_of(index)]
 
+    def labels_of_images(self) -> np.ndarray:
+        """(objects, 2): the index of each object's image, in order, and its label."""
+        ids = self._annotations.columns['category_id'][self._rows]
+        images = np.repeat(np.arange(len(self)), np.diff(self._row_ends, prepend=0))
+        return np.column_stack((images, [self._labels[number] for number in ids.tolist()]))
+
     @property
     def classes(self) -> list[str]:
         """Names of the labels, from label 1."""
@@ -200,6 +209,14 @@ class CocoDataset(Shareable, Dataset):
                 low = high
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image, target = self._read(index)
+        if self.copy_paste and torch.rand(()) < self.copy_paste:
+            other = int(torch.randint(len(self), ()))
+            image, target = paste_objects(image, target, *self._read(other))
+        return image, target
+
+    def _read(self, index: int) -> tuple[Tensor, Target]:
+        """An image and its objects, transformed."""
         index = range(len(self))[index]
         entry, objects = self.images[index], self.objects(index)
         path = existing_path(self.folder, entry['file_name'])

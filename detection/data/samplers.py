@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from data.samplers import TrainSampler
 
@@ -20,7 +21,9 @@ class GroupedTrainSampler(TrainSampler):
         rank: this process's rank.
         world_size: number of processes.
         seed: the run's seed.
-        virtual_ranks: see `TrainSampler`.
+        repeat_factors: see `TrainSampler`, also for the following.
+        virtual_ranks: their number, or 0.
+        images_per_epoch: samples of an epoch; 0 takes all.
     """
 
     def __init__(
@@ -30,10 +33,20 @@ class GroupedTrainSampler(TrainSampler):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        repeat_factors: Tensor | None = None,
         virtual_ranks: int = 0,
+        images_per_epoch: int = 0,
     ):
         self.groups, self.images_per_step = groups, batch_size * (virtual_ranks or world_size)
-        super().__init__(len(groups), rank, world_size, seed, virtual_ranks=virtual_ranks)
+        super().__init__(
+            len(groups),
+            rank,
+            world_size,
+            seed,
+            repeat_factors=repeat_factors,
+            virtual_ranks=virtual_ranks,
+            images_per_epoch=images_per_epoch,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch and start at its beginning."""

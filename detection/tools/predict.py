@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -32,12 +33,14 @@ from detection.frames import VIDEO_SUFFIXES, Frame, Video, detect_frames, frames
 from detection.images import read_pixels
 from detection.main import TASK
 from detection.prediction_formats import CocoJson, csv_header, csv_rows, text_line
+from engine.config_tree import ConfigError
 from engine.predictor import load_predictor, prediction_parser
 from utils import (
     UserError,
     atomic_write,
     exit_on_user_error,
     home_path,
+    non_negative_int,
     orderly_termination,
     positive_int,
     printable,
@@ -235,13 +238,27 @@ def main() -> None:
         type=positive_int,
         default=1,
         metavar='N',
-        help='batch size, in images or frames; it changes only the speed (1)',
+        help='batch size, in images, frames or tiles; it changes only the speed (1)',
+    )
+    add(
+        '--tiles',
+        type=non_negative_int,
+        metavar='SIZE',
+        help='also detect small objects in overlapping tiles of SIZE x SIZE pixels (TEST.TILES)',
+    )
+    add(
+        '--overlap',
+        type=float,
+        metavar='X',
+        help='minimum overlap of tiles, relative to their size (TEST.TILE_OVERLAP, by default 0.2)',
     )
     args = parser.parse_intermixed_args()
-    if args.score is not None:
-        args.opts = [*args.opts, 'MODEL.BOX.SCORE', args.score]
+    given = {'MODEL.BOX.SCORE': args.score, 'TEST.TILES': args.tiles, 'TEST.TILE_OVERLAP': args.overlap}
+    args.opts = [*args.opts, *chain(*((key, value) for key, value in given.items() if value is not None))]
     with exit_on_user_error(), orderly_termination():
         detector = ImageDetector(load_predictor(args, TASK), args.batch_size)
+        if args.overlap is not None and not detector.config.TEST.TILES:
+            raise ConfigError('--overlap is that of tiles: add --tiles SIZE, such as --tiles 512')
         unreadable, count = run(args, detector)
         if args.output:
             print(printable(args.output))

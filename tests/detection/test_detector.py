@@ -16,6 +16,7 @@ from detection.detections import Detection, Detections
 from detection.detector import load_detector
 from detection.images import read_pixels
 from detection.models import build_detector
+from detection.tools import predict as predict_program
 from engine.checkpoint import load_checkpoint
 from engine.config_tree import ConfigError
 from models import MSGTransformer
@@ -70,6 +71,7 @@ def assert_same(one, two):
 CASES = [
     pytest.param((), {}, id='defaults'),
     pytest.param(('TEST.FLIP', 'True', 'TEST.SHORTS', '[48,64]'), {}, id='augmented'),
+    pytest.param(('TEST.TILES', '40', 'TEST.TILE_OVERLAP', '0.3'), {}, id='tiles'),
     pytest.param(('AMP_OPT_LEVEL', 'O1', 'AMP_DTYPE', 'bfloat16'), {'precision': 'bfloat16'}, id='bfloat16'),
 ]
 
@@ -284,10 +286,10 @@ def test_the_code_of_readme_and_of_the_guide_runs(namespace, capsys, tmp_path):
     [readme] = [x for x in code_blocks((ROOT / 'README.md').read_text(), 'py') if 'load_detector' in x]
     exec(readme, readme_names := {})
     assert isinstance(readme_names['detections'], Detections)
-    first, stream, draw = blocks('import load_detector', '.stream(', 'draw_detections')
+    first, stream, tiles, draw = blocks('import load_detector', '.stream(', 'tiles=', 'draw_detections')
     exec(first.replace('score=0.5', 'score=0'), namespace)
     assert len(capsys.readouterr().out.splitlines()) == 10
-    for code in (stream, draw):
+    for code in (stream, tiles.replace('512', '40'), draw):
         exec(code, namespace)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ['photos/a.jpg', 'photos/b.jpg']
     assert Image.open(tmp_path / 'drawn.png').size == (8 * 48, 8 * 64)
@@ -354,3 +356,34 @@ def test_arrays_of_other_byte_orders_and_floats_that_resizing_left_near_0_and_1(
     for wrong in (torch.full((3, 2, 2), 1.01), Image.new('RGB', (0, 5))):
         with pytest.raises(DataError, match='image 0 '):
             read_pixels(wrong)
+
+
+def test_a_detector_and_the_program_use_tiles(checkpoint, coco, monkeypatch, capsys):
+    path = coco / 'val' / '0.png'
+    tiled = load_detector(checkpoint, opts=['TEST.TILES', 32, 'TEST.TILE_OVERLAP', 0.5])(path)
+    detector = load_detector(checkpoint)
+    plain = detector(path)
+    assert not torch.equal(tiled.boxes, plain.boxes)
+    assert_same(detector(path, tiles=32, overlap=0.5), tiled)
+    assert_same(next(detector.stream([path], tiles=32, overlap=0.5)), tiled)
+    assert_same(detector(path), plain)
+    assert_same(load_detector(checkpoint, opts=['TEST.TILES', 32])(path, tiles=0), plain)
+
+    def predict(*flags):
+        flags = ['--resume', checkpoint, '--score', 0, '--workers', 0, *flags]
+        monkeypatch.setattr('sys.argv', ['predict', *map(str, [path, *flags])])
+        predict_program.main()
+
+    predict('--tiles', 32, '--overlap', 0.5)
+    scores = [line.split('\t')[2] for line in capsys.readouterr().out.splitlines()]
+    assert scores == [f'{score:.3f}' for score in tiled.scores.tolist()]
+    with pytest.raises(SystemExit, match='error: --overlap is that of tiles: add --tiles SIZE'):
+        predict('--overlap', 0.5)
+
+    for arguments, message in (
+        ({'tiles': 31}, 'size of tiles .* is 31: write at least 32'),
+        ({'tiles': 64.0}, 'is 64.0: write'),
+        ({'tiles': 64, 'overlap': 20}, 'overlap of tiles .* is 20: write a number between 0 and 0.9'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            detector(path, **arguments)

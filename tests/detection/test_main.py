@@ -104,6 +104,18 @@ def test_a_resumed_run_with_bfloat16_and_accumulation_ends_with_the_same_bits(ti
         assert_resumes_exactly(whole, tiny, folder_of(whole) / name, name, **options)
 
 
+@pytest.mark.slow
+def test_a_resumed_run_with_jitter_copy_paste_and_repeats_ends_with_the_same_bits(tiny):
+    options = {'INPUT__SCALE_JITTER': '[0.5,2.0]', 'INPUT__JITTER_SIZE': '72', 'INPUT__COPY_PASTE': '0.7'}
+    options |= {'DATA__REPEAT_FACTOR': '0.9', 'DATA__BATCH_SIZE': '1', 'TEST__TILES': '40'}
+    whole = tiny(TAG='whole', SAVE_STEPS='1', SAVE_KEEP='0', **OPTIONS, **options)
+    program.main(whole)
+    assert len(records(whole, 'train')) > 2 * 6  # images are repeated
+    assert 'train: an epoch has ' in log_of(whole)
+    for name in ('ckpt_epoch_0_step_1.pth', 'ckpt_epoch_1_step_4.pth'):
+        assert_resumes_exactly(whole, tiny, folder_of(whole) / name, name, DATA__NUM_WORKERS='1', **options)
+
+
 def test_a_resumed_run_with_another_seed_says_so(finished, tiny):
     config = tiny(MODEL__RESUME=str(folder_of(finished) / 'ckpt_epoch_0.pth'), SEED='3', **OPTIONS)
     program.main(config)
@@ -312,6 +324,7 @@ def test_every_key_is_read(finished, tiny):
     run(TAG='adamw', **ONE_EPOCH)
     run(TAG='sgd', TRAIN__OPTIMIZER__NAME='sgd', INPUT__CROP_PROB='1.0', **ONE_EPOCH)
     timm = {'MODEL__BACKBONE': 'timm:resnet18', 'MODEL__TIMM_ARGS': 'channels=(8,8,8,8)'}
+    timm |= {'INPUT__SCALE_JITTER': '[0.5,2.0]'}
     run(TAG='timm', TRAIN__OPTIMIZER__NAME='lamb', **timm, **ONE_EPOCH)
     config = run(EVAL_MODE='True', MODEL__RESUME=checkpoint, SHOW='1')
     assert set(config.leaves()) - reads == {'BASE'}  # which `load_config` reads

@@ -43,6 +43,47 @@ def test_batches_do_not_depend_on_workers_and_shards_are_disjoint(coco):
     assert len(pickle.loads(pickle.dumps(train.dataset))) == 6
 
 
+AUGMENTED = ('INPUT.SCALE_JITTER', '[0.5,2.0]', 'INPUT.JITTER_SIZE', '72', 'INPUT.COPY_PASTE', '0.7')
+AUGMENTED += ('DATA.REPEAT_FACTOR', '0.9')
+
+
+def assert_same_batches(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for (images, targets), (other_images, other_targets) in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, images, other_images))
+        for target, other in zip(targets, other_targets, strict=True):
+            assert target['image_id'] == other['image_id']
+            assert all(torch.equal(target[key], other[key]) for key in ('boxes', 'labels', 'masks', 'has_mask'))
+
+
+@pytest.mark.parametrize(('workers', 'virtual_ranks'), [(2, 0), (0, 2)])
+def test_jitter_copy_paste_and_repeats_resume_within_an_epoch(coco, workers, virtual_ranks):
+    def load(**options):
+        opts = ['DATA.DATA_PATH', str(coco), *AUGMENTED, 'TRAIN.VIRTUAL_RANKS', virtual_ranks, 'DATA.BATCH_SIZE', '1']
+        loader, _ = build_loaders(tiny_detector(*opts, *chain.from_iterable(options.items())))
+        return loader, (loader.batch_sampler if virtual_ranks else loader).sampler
+
+    loader, sampler = load()
+    sampler.set_epoch(1)
+    whole = list(loader)
+    assert len(whole) > 6  # images are repeated
+    state = sampler.state_dict()
+    resumed, sampler = load(**{'DATA.NUM_WORKERS': str(workers)})
+    sampler.load_state_dict(state, start=4)
+    assert_same_batches(list(resumed), whole[4:])
+    again, sampler = load(SEED='1')
+    sampler.set_epoch(1)
+    assert any(image.shape != x.shape for ([image], _), ([x], _) in zip(again, whole, strict=True))
+
+
+@pytest.mark.parametrize('world_size', [2, 4])
+def test_virtual_ranks_see_what_processes_see(coco, world_size):
+    opts = ['DATA.DATA_PATH', str(coco), 'DATA.BATCH_SIZE', '1', *AUGMENTED]
+    processes = [build_loaders(tiny_detector(*opts), rank, world_size)[0] for rank in range(world_size)]
+    virtual, _ = build_loaders(tiny_detector(*opts, 'TRAIN.VIRTUAL_RANKS', world_size))
+    assert_same_batches(list(virtual), list(chain.from_iterable(zip(*processes, strict=True))))
+
+
 def build_and_read(rank, folder, config):
     """Build the loaders and read all of them; note who reads the annotations."""
     open_annotations = coco_module.open_annotations

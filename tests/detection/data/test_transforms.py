@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from detection.config import load_config
-from detection.data.transforms import TrainTransform, flip, random_crop, resize
-from tests.helpers.paths import DETECTION_CONFIGS
+from detection.data.transforms import TrainTransform, flip, random_crop, resize, scale_jitter
+from engine.config_tree import ConfigError
+from tests.helpers.paths import DETECTION_CONFIGS, TINY_DETECTOR
 
 
 def square(height=30, width=40, top=6, left=10, size=8):
@@ -84,3 +85,43 @@ def test_training_augmentation_is_the_published_one():
     assert len(short_sides) >= 8
     assert 25 <= uncropped <= 60  # about half
     assert empty < 40
+
+
+def test_large_scale_jitter_keeps_boxes_on_their_masks():
+    mask, counts, sizes = torch.zeros(1, 240, 320, dtype=torch.uint8), set(), []
+    for row in range(40):  # a triangle, whose box shrinks when its wide end is cut
+        mask[0, 10 + row, 10 : 11 + 2 * row] = 1
+    whole, target = mask.expand(3, -1, -1).float(), {'boxes': box_of(mask[0])[None], 'masks': mask}
+    target |= {'labels': torch.tensor([2]), 'has_mask': torch.tensor([True])}
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, jittered = scale_jitter(whole, target, 256, 0.1, 3.0)
+        sizes.append(max(image.shape[1:]))
+        assert jittered['masks'].shape[1:] == image.shape[1:]
+        counts.add(len(jittered['boxes']))
+        for box, mask in zip(jittered['boxes'], jittered['masks'], strict=True):
+            assert (box_of(mask) - box).abs().max() <= 2  # a small triangle loses its tips
+            assert ((image[0] > 0.5) == mask.bool()).float().mean() > 0.9
+    assert counts == {0, 1}
+    assert min(sizes) < 60
+    assert max(sizes) == 256  # cropped
+    assert 10 < sum(size < 256 for size in sizes) < 28  # 19 on average
+
+    torch.manual_seed(0)  # without masks, boxes are clipped
+    _, jittered = scale_jitter(whole, {key: target[key] for key in ('boxes', 'labels')}, 256, 1.0, 1.0)
+    assert jittered['boxes'].tolist() == [pytest.approx([10 * 0.8, 10 * 0.8, 89 * 0.8, 50 * 0.8])]
+
+
+def test_large_scale_jitter_replaces_the_crop_and_the_resize():
+    config = load_config(TINY_DETECTOR, ['INPUT.SCALE_JITTER', '[0.5,2.0]', 'INPUT.JITTER_SIZE', '90'])
+    transform, sizes = TrainTransform(config), set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        image, _ = transform(*square(30, 40))
+        sizes.add(tuple(image.shape[1:]))
+    assert len(sizes) > 10
+    assert 45 <= min(max(size) for size in sizes) <= 60
+    assert max(max(size) for size in sizes) == 90
+    for value in ('[2.0,0.1]', '[1.0]'):
+        with pytest.raises(ConfigError, match='INPUT.SCALE_JITTER is .*: write two numbers, the smaller first'):
+            load_config(TINY_DETECTOR, ['INPUT.SCALE_JITTER', value])
