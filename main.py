@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 8 main.py --cfg configs/msg_tiny_p4_win7_224.yaml --data-path <imagenet>
 
-docs/training.md has the commands for other machines. This file holds what is specific to classification: its loss and
+docs/launching.md has the commands for other machines. This file holds what is specific to classification: its loss and
 its metrics. The course of a run stands in engine/run_task.py.
 """
 

@@ -29,7 +29,7 @@ SLURM_VARIABLES = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_JOB_N
 # Numbers from here on are those of SLURM's own steps: the shells of salloc and sbatch.
 _SPECIAL_STEPS = 0xFFFFFFF0
 
-# How long processes wait for one that does not answer; docs/training.md says so.
+# How long processes wait for one that does not answer; docs/launching.md says so.
 TIMEOUT = timedelta(minutes=30)
 
 Result = TypeVar('Result')
@@ -286,7 +286,7 @@ def _rendezvous(launch: Launch, variables: Mapping[str, str]) -> dict[str, Any]:
     on_one_node = variables.get('LOCAL_WORLD_SIZE') == variables['WORLD_SIZE']
     if on_one_node and variables.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # After a restart, torchrun's store still holds the addresses of the previous ranks (PyTorch 2.11), and a rank
-        # that reads another's too early fails. Nodes count restarts separately: see docs/training.md.
+        # that reads another's too early fails. Nodes count restarts separately: see docs/launching.md.
         store = dist.TCPStore(launch.master_addr, launch.master_port, is_master=False)
         return {'store': dist.PrefixStore(f'restart_{variables.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)}
     return {'init_method': 'env://'}

@@ -131,7 +131,7 @@ def test_timeout_is_the_documented_one(monkeypatch):
     with start_process('cpu', 0):
         pass
     minutes = options['timeout'].total_seconds() / 60
-    assert f'after {minutes:.0f} minutes, with both gloo and NCCL' in (ROOT / 'docs' / 'training.md').read_text()
+    assert f'after {minutes:.0f} minutes, with both gloo and NCCL' in (ROOT / 'docs' / 'launching.md').read_text()
 
 
 @pytest.mark.parametrize(

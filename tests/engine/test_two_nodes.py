@@ -54,8 +54,8 @@ def nodes():
 
 
 def documented_command(first_node, tree, output, tag):
-    """The two-node command of docs/training.md, with a user's values."""
-    (command,) = (x for x in commands((ROOT / 'docs' / 'training.md').read_text()) if '--nnodes 2' in x)
+    """The two-node command of docs/launching.md, with a user's values."""
+    (command,) = (x for x in commands((ROOT / 'docs' / 'launching.md').read_text()) if '--nnodes 2' in x)
     for placeholder, value in {
         '<first node>': first_node,
         '<imagenet>': str(tree),
