@@ -15,6 +15,8 @@ from data.drawn_text import fit_font, shorten
 MAX_NAME = 30  # characters of a class on the axes
 MAX_NAMED = 100  # classes whose names stand on the axes
 MAX_CONFUSIONS = 40  # listed beside the matrix of more classes
+_MAX_LARGE = 20  # classes of a confusion matrix with large numbers, and with names on two sides only
+_CELL = 0.36  # inches of a class in a confusion matrix
 _LINE = 18  # characters that are as wide as an image
 _THUMBNAIL = 256  # pixels: twice those of an image on the sheet
 
@@ -92,7 +94,7 @@ def _wrap(name: str, end: str = '') -> list[str]:
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], rows: str, columns: str) -> Figure:
-    """Draw a confusion matrix: colours are fractions of a row, numbers are counts where there is room for them.
+    """Draw a confusion matrix: colours are fractions of a row, numbers are counts. Its size grows with the classes.
 
     More than `MAX_NAMED` classes have no room for their names: ticks are their indices, and the most frequent
     confusions are listed beside the matrix.
@@ -117,20 +119,32 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], rows: str, columns:
         head = f'Most frequent confusions: {rows} → {columns}'
         text.text(0, 1, '\n'.join([head, '', *lines]), va='top', font=face, fontsize=11, parse_math=False)
         return figure
-    size = min(max(0.32 * len(names) + 2, 4), 24)
-    figure = Figure(figsize=(size + 1, size), layout='constrained')
+    count, font = len(names), 9 if len(names) <= _MAX_LARGE else 7
+    edges = 2 if count > _MAX_LARGE else 1  # of the axes that names stand on
+    labels = max(map(_width, names)) * 0.62 * 9 / 72 + 0.5  # inches; a character is about 0.62 of its font's size wide
+    size = max(_CELL * count, 2) + edges * labels
+    figure = Figure(figsize=(size, size), layout='constrained')
     axes = figure.subplots()
-    axes.imshow(fractions, cmap='Blues', vmin=0, vmax=1)
+    norm = PowerNorm(0.5, 0, 1)  # a small fraction stays visible
+    axes.imshow(fractions, cmap='Blues', norm=norm, interpolation='nearest')
     axes.set(xlabel=columns, ylabel=rows)
-    font = max(min(9, 500 / len(names)), 3)
-    axes.set_xticks(range(len(names)), names, rotation=90, font=face, fontsize=font, parse_math=False)
-    axes.set_yticks(range(len(names)), names, font=face, fontsize=font, parse_math=False)
-    if len(names) <= 40:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                color = 'white' if fractions[i, j] > 0.5 else 'black'
-                axes.text(j, i, str(count), ha='center', va='center', color=color, fontsize=font)
+    axes.set_xticks(range(count), names, rotation=90, font=face, fontsize=9, parse_math=False)
+    axes.set_yticks(range(count), names, font=face, fontsize=9, parse_math=False)
+    # Names on both sides of a large matrix, as its rows are too long to follow
+    axes.tick_params(length=0, labeltop=edges == 2, labelright=edges == 2)
+    between = np.arange(count - 1) + 0.5
+    for draw_lines in (axes.hlines, axes.vlines):
+        draw_lines(between, -0.5, count - 0.5, color='gainsboro', linewidth=0.5)
+    for i, j in np.argwhere(counts).tolist():
+        color = 'white' if norm(fractions[i, j]) > 0.55 else 'black'
+        text = axes.text(j, i, str(counts[i, j]), ha='center', va='center', color=color, fontsize=font)
+        text.set_in_layout(False)  # thousands of them take seconds to lay out
     return figure
+
+
+def _width(text: str) -> int:
+    """Characters of a text; those of East Asia are twice as wide as others."""
+    return sum(2 if unicodedata.east_asian_width(char) in 'WF' else 1 for char in text)
 
 
 def confusions(counts: np.ndarray) -> list[tuple[int, int, int, int]]:

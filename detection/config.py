@@ -139,6 +139,11 @@ _C.TEST.TILE_OVERLAP = Key(
 _C.TEST.TILE_WHOLE = Key(
     True, 'See the whole image too, for objects that are larger than the overlap of tiles', used_with='TEST.TILES'
 )
+_C.TEST.LOSS = Key(
+    False,
+    'Compute the losses of the evaluation images too, as val_loss; evaluation takes up to twice as long',
+    affects='nothing',
+)
 
 _C.MODEL.TYPE = Key(
     'cascade_rcnn',

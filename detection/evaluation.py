@@ -5,17 +5,25 @@ import io
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from data.figures import draw_confusion
 from detection.confusion import BACKGROUND, confusion_matrix
 from detection.data.coco import CocoDataset, Target
 from detection.models.masks import BoxMasks
+from detection.precision_recall import (
+    ClassPrecision,
+    ScoreCurve,
+    class_precisions,
+    draw_curves,
+    precision_rows,
+    score_curves,
+)
 from engine.config_tree import ConfigError
 from engine.distributed import gather_on_main_process, on_main_process
 from engine.run import Run
@@ -83,20 +91,29 @@ class CocoEvaluation:
         self.kinds = ('box', 'mask') if dataset.with_masks else ('box',)
         self.category_ids = [category['id'] for category in dataset.categories]
         self.detections: dict[Any, list[dict[str, Any]]] = {}  # by image id, so each image counts once
+        self.losses: dict[Any, dict[str, float]] = {}  # by image id
         self.class_names, self.evaluator = dataset.classes, evaluator or choose_evaluator()
         self.metrics: dict[str, float] = {}
-        self.class_precision: dict[str, list[float]] = {}  # on rank 0, by kind
+        self.precisions: dict[str, list[ClassPrecision]] = {}  # of the classes, on rank 0, by kind
         self._encoder = ThreadPoolExecutor(1)
         self._pending: deque[Future] = deque()
 
-    def update(self, targets: list[Target], detections: list[dict[str, Tensor | BoxMasks]]) -> None:
+    def update(
+        self,
+        targets: list[Target],
+        detections: list[dict[str, Tensor | BoxMasks]],
+        losses: dict[str, float] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             targets: with `image_id`.
             detections: a dict per image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1,
                 `scores` (n,) and, where the dataset has masks, `masks` as `BoxMasks`.
+            losses: of the batch's only image, by name; None or nothing if they do not count.
         """
+        if losses:
+            self.losses[targets[0]['image_id']] = losses
         for target, x in zip(targets, detections, strict=True):
             self._wait(_MAX_PENDING - 1)
             on_cpu = {key: value.cpu() for key, value in x.items()}
@@ -127,13 +144,16 @@ class CocoEvaluation:
         Returns:
             `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, `box_APm`, `box_APl`, `box_AR1`, `box_AR10`, `box_AR100`,
             `box_ARs`, `box_ARm`, `box_ARl`, and the same for `mask_` if there are masks, in percent, in every process;
-            NaN where the data have no such objects.
+            NaN where the data have no such objects. If there are losses, `val_loss`, their sum, and `val_loss_...`,
+            each of them; all are means over images.
         """
         self._wait(0)
         self._encoder.shutdown()
-        gathered = gather_on_main_process(self.detections)
+        gathered = gather_on_main_process((self.detections, self.losses))
         if gathered is not None:
-            self.detections = {image_id: x for detections in gathered for image_id, x in detections.items()}
+            self.detections, self.losses = (
+                {image_id: x for part in parts for image_id, x in part.items()} for parts in zip(*gathered, strict=True)
+            )
         self.metrics = on_main_process(self._evaluate)
         return self.metrics
 
@@ -145,23 +165,46 @@ class CocoEvaluation:
         results, metrics = self.results(), {}
         if not self.is_labelled:
             return metrics
-        # Nothing else, since hotcoco refuses, say, a license that is a text.
-        tree = {
-            part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
-            for part, keys in _EVALUATED_KEYS.items()
-        }
+        tree = self._evaluated_tree()
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints each of its steps
             for kind in self.kinds:
-                ground_truth = self._load_ground_truth(tree, kind)
-                detections = self._load_results(ground_truth, results, kind)
-                evaluation = self.evaluator.COCOeval(ground_truth, detections, _IOU_TYPES[kind])
+                evaluation = self._load(tree, results, kind)
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
                 for name, value in zip(_PRECISION + _RECALL, evaluation.stats, strict=True):
                     metrics[f'{kind}_{name}'] = 100 * float(value) if value >= 0 else float('nan')
-                self.class_precision[kind] = _class_precision(np.asarray(evaluation.eval['precision']))
-        return metrics
+                self.precisions[kind] = class_precisions(evaluation)
+        return metrics | self._mean_losses()
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Means over images, in one order on any number of processes."""
+        if not self.losses:
+            return {}
+        losses = [self.losses[image_id] for image_id in sorted(self.losses)]
+        means = {f'val_{name}': sum(x[name] for x in losses) / len(losses) for name in losses[0]}
+        return {'val_loss': sum(means.values())} | means
+
+    def score_curves(self) -> list[ScoreCurve]:
+        """After `finish` on rank 0: precision and recall of each class's boxes by score threshold, at an IoU of 0.5."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = self._load(self._evaluated_tree(), self.results(), 'box')
+            params = evaluation.params
+            params.iouThrs, params.areaRng, params.areaRngLbl = params.iouThrs[:1], params.areaRng[:1], ['all']
+            evaluation.evaluate()
+        return score_curves(evaluation)
+
+    def _evaluated_tree(self) -> dict[str, Any]:
+        """What is evaluated of the ground truth, without other keys: hotcoco refuses, say, a license that is a text."""
+        return {
+            part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
+            for part, keys in _EVALUATED_KEYS.items()
+        }
+
+    def _load(self, tree: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:
+        """A `COCOeval` of boxes or masks."""
+        ground_truth = self._load_ground_truth(tree, kind)
+        return self.evaluator.COCOeval(ground_truth, self._load_results(ground_truth, results, kind), _IOU_TYPES[kind])
 
     def _load_ground_truth(self, tree: dict[str, Any], kind: str) -> Any:
         """The objects, for the evaluator; for masks, those without one are crowd regions, which do not count."""
@@ -197,20 +240,34 @@ class CocoEvaluation:
             for kind in self.kinds:
                 rows.append([kind + suffix, *(f'{self.metrics[f"{kind}_{name}"]:.2f}' for name in names)])
             tables.append(_markdown(rows))
+        if 'val_loss' in self.metrics:
+            parts = {key: value for key, value in self.metrics.items() if key.startswith('val_loss_')}
+            text = ', '.join(f'{key.removeprefix("val_loss_")} {value:.4f}' for key, value in parts.items())
+            tables.append(f'val_loss {self.metrics["val_loss"]:.4f} of {len(self.losses)} images with objects: {text}')
         return '\n\n'.join(tables)
 
-    def class_rows(self) -> list[list[str]]:
-        """After `finish` on rank 0: a header, and the AP of each class in percent; empty where it has no objects."""
-        rows = [['class', *(f'{kind} AP' for kind in self.kinds)]]
-        columns = [self.class_precision[kind] for kind in self.kinds]
-        for name, *values in zip(self.class_names, *columns, strict=True):
-            rows.append([name, *('' if math.isnan(value) else f'{value:.2f}' for value in values)])
-        return rows
+    def class_rows(self, curves: Sequence[ScoreCurve]) -> list[list[str]]:
+        """A table of the classes: objects, AP, and the best threshold with the precision, recall and F1 of boxes at it.
 
-    def class_table(self) -> str:
-        """`class_rows` as a Markdown table, names last."""
-        head, *rows = ([*values, name] for name, *values in self.class_rows())
-        return _markdown([head, ['---'] * len(head), *rows])
+        AP, precision, recall and F1 are in percent. A cell is empty where a class has no objects, or none is found.
+
+        Args:
+            curves: from `score_curves`.
+        """
+        ap_columns = [f'{kind} {name}' for kind in self.kinds for name in ('AP', 'AP50')]
+        rows = [['class', 'objects', *ap_columns, 'best threshold', 'precision', 'recall', 'F1']]
+        for k, (name, curve) in enumerate(zip(self.class_names, curves, strict=True)):
+            values = [value for kind in self.kinds for value in self.precisions[kind][k][:2]]
+            row = [name, str(curve.objects), *('' if math.isnan(x) else f'{100 * x:.2f}' for x in values)]
+            best = curve.best
+            if best is None:
+                row += [''] * 4
+            else:
+                # Rounded down, so that a detection with just this score is above it
+                row.append(f'{math.floor(1e4 * curve.thresholds[best]) / 1e4:.4f}')
+                row += [f'{100 * x[best]:.2f}' for x in (curve.precision, curve.recall, curve.f1)]
+            rows.append(row)
+        return rows
 
     def write(self, path: Path) -> None:
         """After `finish`, write the results as JSON for pycocotools and COCO's server; rank 0 writes.
@@ -226,35 +283,50 @@ class CocoEvaluation:
         on_main_process(write)
 
     def write_report(self, run: Run, suffix: str) -> None:
-        """Write detections as `results<suffix>.json` and, where there are annotations, the report of the classes.
-
-        That is AP per class as `classes<suffix>.csv`, and the confusion matrix of detections with a score of at least
-        `SHOW_SCORE` as `confusion<suffix>.csv` and `.png`.
-        """
+        """Write detections as `results<suffix>.json` and, where there are annotations, the report of the classes."""
         self.write(run.output_dir / f'results{suffix}.json')
+
+        def write() -> None:
+            table = self.write_class_report(run.output_dir, suffix, run.config.SHOW_SCORE)
+            run.logger.info(f'classes, results{suffix}.json:\n{table}')
+
         if self.is_labelled:
-            on_main_process(lambda: self._write_class_report(run, suffix))
+            on_main_process(write)
 
-    def _write_class_report(self, run: Run, suffix: str) -> None:
-        folder = run.output_dir
-        run.logger.info(f'AP of each class, results{suffix}.json:\n{self.class_table()}')
-        counts = confusion_matrix(self.ground_truth, self.results(), run.config.SHOW_SCORE)
+    def write_class_report(self, folder: Path, suffix: str, min_score: float) -> str:
+        """After `finish` on rank 0: write `classes`, `precision_recall` and `confusion`, all with the suffix.
+
+        Args:
+            folder: where to.
+            suffix: at the end of the names of files.
+            min_score: minimum score of a detection in the confusion matrix.
+
+        Returns:
+            The table of the classes in Markdown, with the names last.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        curves = self.score_curves()
+        rows = self.class_rows(curves)
+        counts = confusion_matrix(self.ground_truth, self.results(), min_score)
         names = [*self.class_names, BACKGROUND]
-        rows = [['', *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+        tables = {
+            'classes': rows,
+            'precision_recall': precision_rows(self.class_names, self.precisions),
+            'confusion': [['', *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))],
+        }
+        figures = {
+            'precision_recall': draw_curves(self.class_names, self.precisions, curves),
+            'confusion': draw_confusion(counts, names, rows='object', columns='detected as'),
+        }
         with report_write_errors(folder):
-            for name, table in (('classes', self.class_rows()), ('confusion', rows)):
+            for name, table in tables.items():
                 (folder / f'{name}{suffix}.csv').write_text(''.join(map(csv_row, table)), encoding='utf-8')
-            figure = draw_confusion(counts, names, rows='object', columns='detected as')
-            figure.savefig(folder / f'confusion{suffix}.png', dpi=100)
-
-
-def _class_precision(precision: np.ndarray) -> list[float]:
-    """AP of each class in percent, NaN without objects, from pycocotools' (IoUs, recalls, classes, areas, limits)."""
-    means = []
-    for values in np.moveaxis(precision[..., 0, -1], -1, 0):
-        known = values[values > -1]
-        means.append(100 * float(known.mean()) if known.size else math.nan)
-    return means
+            for name, figure in figures.items():
+                figure.savefig(folder / f'{name}{suffix}.png', dpi=100)
+        head, *rows = ([*values, name] for name, *values in rows)
+        return _markdown([head, ['---'] * len(head), *rows])
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -29,6 +29,7 @@ from data.device_copies import DeviceCopies
 from detection.config import TREE, check_schedule, get_config
 from detection.data import build_eval_loader, build_loaders, with_classes_of_data
 from detection.data.coco import CocoDataset
+from detection.data.transforms import resize
 from detection.detections import Detections
 from detection.draw import beside, draw_detections, draw_ground_truth
 from detection.evaluation import CocoEvaluation
@@ -44,7 +45,7 @@ from engine.run_task import run_task
 from engine.task import LossFn, Task
 from engine.weights import fit_weights, load_weights
 from optimizer import build_optimizer
-from utils import exit_on_user_error, report_write_errors
+from utils import exit_on_user_error, random_states, report_write_errors, set_random_states
 
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,13 +192,15 @@ def validate(run: Run, network: Detector, loader: DataLoader, poll: Poll = no_po
     evaluation = CocoEvaluation(loader.dataset)
     loop, detect = EvaluationLoop(run, loader, poll), build_detect_fn(run.config, network)
     to_device = DeviceCopies(device)
+    with_loss = run.config.TEST.LOSS and loader.dataset.is_labelled
     for images, targets in loop:
+        index = process.rank + loop.step * process.world_size  # in the dataset, as there is one image per batch
         with run.precision.autocast():
             detections = detect(to_device(images))
-        evaluation.update(targets, detections)
+            losses = evaluation_losses(run, network, images[0], targets[0], index) if with_loss else None
+        evaluation.update(targets, detections, losses)
         counts = [len(x['boxes']) for x in detections]
         loop.log(lambda counts=counts: f'detections {sum(counts) / len(counts):.1f}')
-        index = process.rank + loop.step * process.world_size  # in the dataset, as there is one image per batch
         if index < run.config.SHOW:
             shown = Detections.from_output(detections[0], classes, images[0].shape[1:]).above(run.config.SHOW_SCORE)
             picture = draw_detections(images[0], shown)
@@ -207,6 +210,39 @@ def validate(run: Run, network: Detector, loader: DataLoader, poll: Poll = no_po
     evaluation.finish()
     run.logger.info(f'{len(loader.dataset)} images, by {evaluation.evaluator.name}:\n{evaluation.table()}')
     return evaluation
+
+
+def evaluation_losses(
+    run: Run, network: Detector, image: Tensor, target: dict[str, Any], index: int
+) -> dict[str, float]:
+    """The losses of training of one evaluation image, at the size of evaluation.
+
+    Training leaves out images without objects, unless `DATA.EMPTY_IMAGES` says otherwise, and so does this. Anchors and
+    RoIs are sampled by the image's index, so that each evaluation samples the same; the run's random numbers are not
+    touched.
+
+    Args:
+        run: the run.
+        network: the detector, in evaluation mode.
+        image: (3, H, W), in [0, 1].
+        target: its objects.
+        index: of the image in the dataset.
+
+    Returns:
+        Losses by name, already weighted; nothing for an image that is left out.
+    """
+    config, device = run.config, run.process.device
+    if not len(target['boxes']) and not config.DATA.EMPTY_IMAGES:
+        return {}
+    sample = DeviceCopies(device)((image, target))
+    image, target = resize(*sample, config.INPUT.TEST_SHORT, config.INPUT.MAX_LONG)
+    states = random_states(device)
+    torch.manual_seed(index)
+    try:
+        losses = network.losses([image], [target])
+        return dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+    finally:
+        set_random_states(states, device)
 
 
 def save_picture(picture: Image.Image, folder: Path, image_id: Any) -> None:

@@ -21,7 +21,8 @@ class Evaluation(Protocol):
     """The result of evaluating a network.
 
     Attributes:
-        metrics: by name, in percent except for `val_loss`, which breaks ties when the best checkpoint is selected.
+        metrics: by name, in percent except for losses, `val_...`; `val_loss` breaks ties when the best checkpoint is
+            selected.
     """
 
     metrics: dict[str, float]

@@ -74,6 +74,7 @@ ALLOWED = {
         'optimizer',
         'text_files',
         'tools.benchmark.throughput',
+        'tools.duplicates',
         'utils',
     ),
     'tools': ('config', 'data', 'detection', 'engine', 'logger', 'main', 'models', 'startup', 'text_files', 'utils'),

@@ -177,7 +177,7 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
         rate.plot(*run.curve('lr'), color=color, marker=marker)
     average = f', average over {smooth:g} epoch(s)' if smooth > 0 else ''
     styles = {f'training (augmented){average}': 'dashed'}
-    if any(run.curve('val_loss')[0] for run in runs):  # detectors have none
+    if any(run.curve('val_loss')[0] for run in runs):  # detectors have it with TEST.LOSS
         styles['evaluation'] = 'solid'
     loss.set_title('Loss')
     loss.set_ylim(bottom=0)
@@ -201,7 +201,7 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
 
 
 def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
-    """Draw each loss of detectors on axes of its own.
+    """Draw each loss of detectors on axes of its own, and dotted the same loss of evaluation images, with TEST.LOSS.
 
     Args:
         runs: at least one.
@@ -225,6 +225,9 @@ def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
             if name in run.loss_names:
                 x, y = run.training_loss(name)
                 axes.plot(x, moving_average(x, y, smooth) if smooth > 0 else y, color=color, label=run.name)
+                evaluated = run.curve(f'val_{name}')
+                if evaluated[0]:
+                    axes.plot(*evaluated, color=color, linestyle='dotted', marker='.')
         axes.set_title(name.removeprefix('loss_'), fontsize=9)
         axes.set_ylim(bottom=0)
         tidy_axes(axes)

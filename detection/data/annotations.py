@@ -114,14 +114,14 @@ def _read_sections(
     release: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Check and collect the sections of a file; see `read_annotations`. `release` is called now and then."""
-    images = [{key: image[key] for key in _KEYS['images']} for image in _entries(tree, 'images', path)]
-    categories = list(_entries(tree, 'categories', path))
+    images = [{key: image[key] for key in _KEYS['images']} for image in read_entries(tree, 'images', path)]
+    categories = list(read_entries(tree, 'categories', path))
     _check_images_and_categories(images, categories, path)
     is_labelled = needs_objects or 'annotations' in tree
-    entries = _entries(tree, 'annotations', path) if is_labelled else ()
+    entries = read_entries(tree, 'annotations', path) if is_labelled else ()
     numbers = {image['id']: number for number, image in enumerate(images)}
     has_text_ids = _number_images(images)
-    reader = _AnnotationReader(path, images, numbers, categories, with_masks)
+    reader = AnnotationReader(path, images, numbers, categories, with_masks)
     for annotation in entries:
         reader.add(annotation)
         if reader.count % 10_000 == 1:
@@ -137,7 +137,7 @@ def _read_sections(
     }
 
 
-class _AnnotationReader:
+class AnnotationReader:
     """Checks annotations one by one, fills in what is missing, and collects them.
 
     Args:
@@ -277,7 +277,7 @@ def read_class_names(path: Path, names: Sequence[str] = ()) -> list[str]:
 
 def _read_categories(tree: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """Check and collect a file's categories."""
-    images, categories = (list(_entries(tree, section, path)) for section in ('images', 'categories'))
+    images, categories = (list(read_entries(tree, section, path)) for section in ('images', 'categories'))
     _check_images_and_categories(images, categories, path)
     return categories
 
@@ -296,9 +296,21 @@ def read_tree(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _entries(tree: dict[str, Any], section: str, path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a section, decoded one at a time where they are JSON, and checked for the keys and types they need."""
-    keys, entries = _KEYS[section], tree.get(section)
+def read_entries(
+    tree: dict[str, Any], section: str, path: Path, on_error: Callable[[DataError], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Entries of a section, decoded one at a time where they are JSON, and checked for the keys and types they need.
+
+    Args:
+        tree: the content of an annotation file.
+        section: `images`, `categories` or `annotations`.
+        path: the file, for messages.
+        on_error: gets the error of each invalid entry, which is left out; None raises it.
+
+    Raises:
+        DataError: there is no such section, or an entry is invalid.
+    """
+    entries = tree.get(section)
     no_list = f'annotation file {path} has no list "{section}": it is not in COCO\'s instance format'
     if not isinstance(entries, list):
         raise DataError(no_list)
@@ -307,19 +319,29 @@ def _entries(tree: dict[str, Any], section: str, path: Path) -> Iterator[dict[st
             entry = msgspec.json.decode(entry)
         if not isinstance(entry, dict):
             raise DataError(no_list)
-        if missing := [key for key in keys if key not in entry]:
-            raise DataError(f'{path}: entry {number} of "{section}" has no {", ".join(missing)}: add it')
-        for key, kind in keys.items():
-            value = entry[key]
-            if kind is object or (type(value) is int and kind is not str and -(2**63) < value < 2**63):
-                continue  # most are
-            entry[key] = value = whole_number(value)
-            if not is_a(value, kind) or (isinstance(value, int) and abs(value) >= 2**63):
-                expected = 'text' if kind is str else 'an integer' if kind is int else 'an integer or a text'
-                raise DataError(
-                    f'{path}: entry {number} of "{section}" has the {key} {repr(value)[:80]}: write {expected}'
-                )
-        yield entry
+        try:
+            _check_entry(entry, number, section, path)
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+        else:
+            yield entry
+
+
+def _check_entry(entry: dict[str, Any], number: int, section: str, path: Path) -> None:
+    """Refuse an entry that lacks a key, or has a value of another type; integers may be written as floats."""
+    keys = _KEYS[section]
+    if missing := [key for key in keys if key not in entry]:
+        raise DataError(f'{path}: entry {number} of "{section}" has no {", ".join(missing)}: add it')
+    for key, kind in keys.items():
+        value = entry[key]
+        if kind is object or (type(value) is int and kind is not str and -(2**63) < value < 2**63):
+            continue  # most are
+        entry[key] = value = whole_number(value)
+        if not is_a(value, kind) or (isinstance(value, int) and abs(value) >= 2**63):
+            expected = 'text' if kind is str else 'an integer' if kind is int else 'an integer or a text'
+            raise DataError(f'{path}: entry {number} of "{section}" has the {key} {repr(value)[:80]}: write {expected}')
 
 
 def _check_images_and_categories(
@@ -329,21 +351,27 @@ def _check_images_and_categories(
     for section, entries in (('images', images), ('categories', categories)):
         if not entries:
             raise DataError(f'annotation file {path} has no {section}')
-        if duplicates := _duplicates(entry['id'] for entry in entries):
-            raise DataError(f'{path}: two of the {section} have the id {duplicates[0]}: give each its own')
-    if duplicates := _duplicates(category['name'] for category in categories):
-        raise DataError(f'{path}: two of the categories have the name {duplicates[0]!r}: give each its own')
+        if repeated := duplicates(entry['id'] for entry in entries):
+            raise DataError(f'{path}: two of the {section} have the id {repeated[0]}: give each its own')
+    if repeated := duplicates(category['name'] for category in categories):
+        raise DataError(f'{path}: two of the categories have the name {repeated[0]!r}: give each its own')
     for image in images:
-        if not min(image['width'], image['height']) > 0:
-            raise DataError(f'{path}: image {image["file_name"]} has no width and height in pixels: write them')
-        if image['width'] * image['height'] > _MAX_PIXELS:
-            raise DataError(
-                f'{path}: image {image["file_name"]} has {image["width"]} x {image["height"]} pixels, too many to be '
-                f'read: correct the entry, or scale the image down'
-            )
+        check_size(image, path)
 
 
-def _duplicates(values: Iterable[Any]) -> list[Any]:
+def check_size(image: dict[str, Any], path: Path) -> None:
+    """Refuse the entry of an image whose size no image has."""
+    if not min(image['width'], image['height']) > 0:
+        raise DataError(f'{path}: image {image["file_name"]} has no width and height in pixels: write them')
+    if image['width'] * image['height'] > _MAX_PIXELS:
+        raise DataError(
+            f'{path}: image {image["file_name"]} has {image["width"]} x {image["height"]} pixels, too many to be '
+            f'read: correct the entry, or scale the image down'
+        )
+
+
+def duplicates(values: Iterable[Any]) -> list[Any]:
+    """The values that have occurred before, each time that they do."""
     seen = set()
     return [value for value in values if value in seen or seen.add(value)]
 

@@ -71,6 +71,26 @@ class Detector(GeneralizedRCNN):
         with self.transform.resizing_to(short):
             return super().forward(images)
 
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of training by name, of a network in evaluation mode, which it keeps.
+
+        Norms use their running statistics, which do not change, and no path is dropped. Anchors and RoIs are sampled
+        with random numbers, as in training.
+
+        Args:
+            images: (3, H, W), in [0, 1], at the size at which the network sees them.
+            targets: objects of each image, see `CascadeHeads.forward`.
+        """
+        # Their parts, such as norms, stay in evaluation mode.
+        containers = (self, self.transform, self.rpn, self.roi_heads)
+        for module in containers:
+            module.training = True
+        try:
+            return super().forward(images, targets)
+        finally:
+            for module in containers:
+                module.training = False
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay."""
         return {f'backbone.body.{name}' for name in self.backbone.body.no_weight_decay()}

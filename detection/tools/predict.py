@@ -12,7 +12,6 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -29,7 +27,15 @@ from data.images import DataError, choose_images, find_images, report_other_file
 from detection.detections import Detections
 from detection.detector import ImageDetector
 from detection.draw import draw_detections
-from detection.frames import VIDEO_SUFFIXES, Frame, Video, detect_frames, frames_of_images
+from detection.frames import (
+    Frame,
+    Video,
+    VideoWriter,
+    detect_frames,
+    frames_of_images,
+    import_av,
+    is_video,
+)
 from detection.images import read_pixels
 from detection.main import TASK
 from detection.prediction_formats import CocoJson, csv_header, csv_rows, text_line
@@ -79,33 +85,6 @@ def output_paths(paths: list[Path], videos: list[Path], output: Path) -> dict[Pa
     if len(set(drawings.values())) < len(drawings):
         raise DataError('several files have the same name: give the folder that holds them all, or fewer of them')
     return drawings
-
-
-class VideoWriter:
-    """Writes frames to a video file of the first one's size.
-
-    Args:
-        path: the file, .mp4.
-        fps: frames per second.
-    """
-
-    def __init__(self, path: Path, fps: float):
-        self.path, self.fps, self.writer = path, fps, None
-
-    def write(self, pixels: np.ndarray) -> None:
-        """Write a frame (H, W, 3), RGB."""
-        if self.writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            size = pixels.shape[1::-1]
-            self.writer = cv2.VideoWriter(os.fsencode(self.path), cv2.VideoWriter_fourcc(*'mp4v'), self.fps, size)
-            if not self.writer.isOpened():
-                raise UserError(f'{self.path} cannot be written: write to another folder')
-        self.writer.write(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self.writer is not None:
-            self.writer.release()
 
 
 class Results:
@@ -256,6 +235,8 @@ def main() -> None:
     given = {'MODEL.BOX.SCORE': args.score, 'TEST.TILES': args.tiles, 'TEST.TILE_OVERLAP': args.overlap}
     args.opts = [*args.opts, *chain(*((key, value) for key, value in given.items() if value is not None))]
     with exit_on_user_error(), orderly_termination():
+        if args.output and any(map(is_video, args.images)):
+            import_av()  # before the work
         detector = ImageDetector(load_predictor(args, TASK), args.batch_size)
         if args.overlap is not None and not detector.config.TEST.TILES:
             raise ConfigError('--overlap is that of tiles: add --tiles SIZE, such as --tiles 512')
@@ -274,7 +255,7 @@ def run(args: argparse.Namespace, detector: ImageDetector) -> tuple[int, int]:
     Raises:
         UserError: something cannot be read or written.
     """
-    videos = [path for path in args.images if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+    videos = list(filter(is_video, args.images))
     sources = [path for path in args.images if path not in videos]
     if args.csv and args.csv == args.json:
         raise DataError(f'--csv and --json are both {args.csv}: write two files')

@@ -1,9 +1,11 @@
 """Compute COCO's metrics of detections in COCO's result format, such as `results.json` of `--eval`.
 
     python -m detection.tools.score <results.json> --data-path <coco>
+    python -m detection.tools.score <results.json> --data-path <coco> --output <folder>
     python -m detection.tools.score <results.json> --data-path <coco> --by pycocotools hotcoco
 
-No network is run. With several evaluators, their times can be compared; their metrics are equal.
+No network is run. `--output` writes the report of the classes that `--eval` writes. With several evaluators, their
+times can be compared; their metrics are equal.
 """
 
 if __name__ == '__main__':
@@ -22,7 +24,7 @@ from detection.data.annotations import to_rle
 from detection.evaluation import EVALUATORS, CocoEvaluation, choose_evaluator
 from detection.tools.options import add_data_options, load_data_config
 from text_files import read_json
-from utils import UserError, exit_on_user_error, home_path
+from utils import UserError, exit_on_user_error, home_path, report_write_errors
 
 
 class ResultsError(UserError):
@@ -90,13 +92,18 @@ def main() -> None:
     add = parser.add_argument
     add('results', type=home_path, help='JSON file of detections in the evaluation split')
     add_data_options(parser)
+    add('--output', type=home_path, metavar='DIR', help='write AP per class, curves and the confusion matrix there')
     add('--by', nargs='+', choices=EVALUATORS, default=[choose_evaluator().name], help='evaluators (the fastest here)')
     args = parser.parse_args()
     with exit_on_user_error():
         results = read_results(args.results)
         has_masks = bool(results) and all('segmentation' in x for x in results)
-        dataset = open_split(load_data_config(args, 'VAL', MODEL__MASK__ENABLED=has_masks), 'VAL')
+        config = load_data_config(args, 'VAL', MODEL__MASK__ENABLED=has_masks)
+        dataset = open_split(config, 'VAL')
         detections = by_image(results, dataset, args.results)
+        if args.output:
+            with report_write_errors(args.output):
+                args.output.mkdir(parents=True, exist_ok=True)
         for name in args.by:
             evaluation = CocoEvaluation(dataset, choose_evaluator(name))
             evaluation.detections = detections
@@ -104,6 +111,8 @@ def main() -> None:
             evaluation.finish()
             seconds = time.perf_counter() - start
             print(f'{evaluation.table()}\n\n{len(results)} detections, {name}: {seconds:.2f} s\n')
+        if args.output and dataset.is_labelled:
+            print(evaluation.write_class_report(args.output, '', config.SHOW_SCORE))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,7 @@ import torch.nn.functional as F
 
 from detection.data import CocoDataset
 from detection.detections import Detections
-from detection.draw import draw_detections, instance_color
+from detection.draw import class_color, contrasting, draw_detections
 from tests.helpers.detectors import box_masks, perfect_detections
 
 NAMES = ['box', 'wedge', 'rare']
@@ -21,7 +19,7 @@ def test_detections_above_the_threshold_are_drawn(coco):
     drawn = np.asarray(draw_detections(image, detections.above(0.5)))
     assert drawn.shape == (8 * 48, 8 * 64, 3)  # enlarged to make names legible
     x1, y1 = (int(x) * 8 for x in target['boxes'][0, :2])
-    assert tuple(drawn[y1, x1]) in {instance_color(rank) for rank in range(len(target['labels']))}
+    assert tuple(drawn[y1, x1]) == class_color(int(target['labels'][0]))
     plain = np.asarray(draw_detections(image, detections.above(0.95)))
     enlarged = (F.interpolate(image[None], scale_factor=8, mode='bilinear')[0] * 255).round().to(torch.uint8)
     np.testing.assert_array_equal(plain, enlarged.permute(1, 2, 0).numpy())
@@ -33,21 +31,38 @@ def test_large_images_are_not_enlarged_and_long_ones_only_to_4000_pixels():
         assert draw_detections(image, NOTHING).size == size
 
 
-def test_colors_of_100_instances_differ_and_those_of_neighbours_are_far_apart():
-    colors = [instance_color(rank) for rank in range(100)]
-    assert len(set(colors)) == 100
-    assert min(np.abs(np.subtract(*pair)).max() for pair in pairwise(colors)) > 100
+def test_80_classes_have_different_colors_on_which_their_names_are_legible():
+    colors = [class_color(label) for label in range(1, 81)]
+    assert len(set(colors)) == 80
+    assert class_color(81) == colors[0]
+    for color in colors:
+        light, dark = sorted((luminance(color), luminance(contrasting(color))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, color  # as the WCAG asks of text
 
 
-def test_instances_of_one_class_have_different_colors():
-    masks = torch.zeros(2, 1, 500, 600)
-    masks[0, :, :200, :200] = masks[1, :, 300:, 300:] = 1
-    boxes = torch.tensor([[0.0, 0, 200, 200], [300, 300, 600, 500]])
-    detections = {'boxes': boxes, 'labels': torch.tensor([1, 1]), 'scores': torch.tensor([0.9, 0.8])}
+def luminance(color):
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (value / 255 for value in color)]
+    return np.dot((0.2126, 0.7152, 0.0722), linear)
+
+
+def test_objects_have_the_colors_of_their_classes_and_masks_an_outline():
+    masks = torch.zeros(3, 1, 500, 600)
+    masks[0, :, :200, :200] = masks[1, :, 300:, 300:] = masks[2, :, :200, 300:500] = 1
+    boxes = torch.tensor([[0.0, 0, 200, 200], [300, 300, 600, 500], [300, 0, 500, 200]])
+    detections = {'boxes': boxes, 'labels': torch.tensor([1, 1, 2]), 'scores': torch.tensor([0.9, 0.8, 0.7])}
     detections = Detections.from_output(detections | {'masks': box_masks(masks)}, NAMES, (500, 600))
     drawn = draw_detections(torch.zeros(3, 500, 600), detections)
-    for rank, centre in enumerate([(100, 100), (450, 400)]):
-        assert drawn.getpixel(centre) == tuple(value // 2 for value in instance_color(rank))
+    for label, centre in [(1, (100, 100)), (1, (450, 400)), (2, (400, 100))]:
+        assert drawn.getpixel(centre) == tuple(value // 2 for value in class_color(label))
+    assert drawn.getpixel((198, 100)) == class_color(1)  # next to the line of the box
+
+
+def test_names_stay_within_the_picture():
+    boxes = torch.tensor([[590.0, 2, 599, 9], [0, 490, 9, 499], [-5, -5, 700, 700]])
+    detections = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 2, 3]), NAMES, (500, 600))
+    drawn = np.asarray(draw_detections(torch.zeros(3, 500, 600), detections))
+    for label in (1, 2, 3):
+        assert (drawn == class_color(label)).all(axis=2).sum() > 300  # the ground of a name
 
 
 def test_an_image_that_is_not_enlarged_is_not_interpolated(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from data.samplers import ShardSampler
 from detection.data import CocoDataset
 from detection.evaluation import CocoEvaluation, choose_evaluator
 from detection.models.masks import BoxMasks
+from detection.precision_recall import draw_curves, precision_rows, score_curve
 from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree, write_coco, write_tree
 from tests.helpers.detectors import box_masks, no_detections, perfect_detections
 from utils import OutputError
@@ -51,14 +53,17 @@ def evaluate(dataset, indices, detect):
     for index in indices:
         _, target = dataset[index]
         detections = detect(target)
-        evaluation.update([target], [detections | {'masks': box_masks(detections['masks'])}])
+        losses = {'loss_box': 0.1 * index, 'loss_mask': 0.3} if index != 2 else {}
+        evaluation.update([target], [detections | {'masks': box_masks(detections['masks'])}], losses)
     return evaluation, evaluation.finish()
 
 
 def test_perfect_detections_have_an_ap_of_100(coco):
     dataset = CocoDataset(coco, 'val')
     evaluation, metrics = evaluate(dataset, range(len(dataset)), perfect_detections)
-    assert list(metrics) == [f'{kind}_{name}' for kind in ('box', 'mask') for name in NAMES]
+    losses = ['val_loss', 'val_loss_box', 'val_loss_mask']
+    assert list(metrics) == [*(f'{kind}_{name}' for kind in ('box', 'mask') for name in NAMES), *losses]
+    assert [metrics[name] for name in losses] == pytest.approx([0.3 + 1.9 / 6, 1.9 / 6, 0.3])  # image 2 has none
     for kind in ('box', 'mask'):
         for name in ('AP', 'AP50', 'AP75', 'APs'):
             assert metrics[f'{kind}_{name}'] == pytest.approx(100)
@@ -67,10 +72,15 @@ def test_perfect_detections_have_an_ap_of_100(coco):
     assert lines[0] == '| COCO, % | AP | AP50 | AP75 | APs | APm | APl |'
     assert lines[2:4] == [f'| {kind} | 100.00 | 100.00 | 100.00 | 100.00 | nan | nan |' for kind in ('box', 'mask')]
     assert lines[5] == '| COCO, % | AR1 | AR10 | AR100 | ARs | ARm | ARl |'
-    assert [line.split(' | ')[0] for line in lines[7:]] == ['| box recall', '| mask recall']
-    assert all(line.split(' | ')[3:] == ['100.00', '100.00', 'nan', 'nan |'] for line in lines[7:])
-    assert evaluation.class_rows()[0] == ['class', 'box AP', 'mask AP']
-    assert evaluation.class_rows()[1:] == [['box', '100.00', '100.00'], ['wedge', '100.00', '100.00'], ['rare', '', '']]
+    assert [line.split(' | ')[0] for line in lines[7:9]] == ['| box recall', '| mask recall']
+    assert all(line.split(' | ')[3:] == ['100.00', '100.00', 'nan', 'nan |'] for line in lines[7:9])
+    assert lines[10] == 'val_loss 0.6167 of 6 images with objects: box 0.3167, mask 0.3000'
+    head, *rows = evaluation.class_rows(evaluation.score_curves())
+    kinds = ['box AP', 'box AP50', 'mask AP', 'mask AP50']
+    assert head == ['class', 'objects', *kinds, 'best threshold', 'precision', 'recall', 'F1']
+    counts = Counter(dataset.classes[label - 1] for i in range(7) for label in dataset[i][1]['labels'].tolist())
+    perfect = ['100.00'] * 4 + ['0.8999'] + ['100.00'] * 3  # the score is 0.9 in float32, rounded down
+    assert rows == [*([name, str(counts[name]), *perfect] for name in ('box', 'wedge')), ['rare', '0', *[''] * 8]]
 
 
 def pycocotools_metrics(root, results, iou_type):
@@ -115,11 +125,17 @@ def test_metrics_are_those_of_pycocotools_on_the_written_results(coco, tmp_path,
         for label, values in ((kind, ours[:6]), (f'{kind} recall', ours[6:])):
             row = f'| {label} | ' + ' | '.join(f'{value:.2f}' for value in values) + ' |'
             assert row in evaluation.table().splitlines()
-        for number, (name, *cells) in enumerate(evaluation.class_rows()[1:]):
-            precision = reference.eval['precision'][:, :, number, 0, 2]
-            known = precision[precision > -1]
-            cell = cells[('box', 'mask').index(kind)]
-            assert cell == (f'{100 * known.mean():.2f}' if known.size else ''), name
+        curves = evaluation.score_curves()
+        for number, (name, _, *cells) in enumerate(evaluation.class_rows(curves)[1:]):
+            first = 2 * ('box', 'mask').index(kind)
+            for cell, ious in zip(cells[first : first + 2], (slice(None), slice(0, 1)), strict=True):
+                precision = reference.eval['precision'][ious, :, number, 0, 2]
+                known = precision[precision > -1]
+                assert cell == (f'{100 * known.mean():.2f}' if known.size else ''), name
+        # The same matches, so the recall of all detections is the same.
+        recall = [100 * curve.recall[0] for curve in curves if len(curve.recall)]
+        if kind == 'box':
+            assert np.mean(recall) == pytest.approx(100 * reference.eval['recall'][0, :2, 0, 2].mean())
 
 
 def test_ap_is_0_without_detections_and_nan_without_objects(coco):
@@ -127,7 +143,44 @@ def test_ap_is_0_without_detections_and_nan_without_objects(coco):
     assert (metrics['box_AP'], metrics['mask_AP50']) == (0, 0)
     update_tree(coco, annotations=[])
     _, metrics = evaluate(CocoDataset(coco, 'val'), range(7), no_detections)
-    assert all(math.isnan(value) for value in metrics.values())
+    assert all(math.isnan(value) for name, value in metrics.items() if not name.startswith('val_loss'))
+
+
+def test_the_best_threshold_is_that_of_all_thresholds():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, is_true = rng.integers(-5, 6, 30) / 10, (rng.random(30) < 0.5).astype(float)  # with ties
+        objects = int(is_true.sum()) + 7
+        curve, best = score_curve(scores, is_true, objects), None
+        for threshold in sorted(set(scores)):
+            kept = is_true[scores >= threshold]
+            precision, recall = kept.mean(), kept.sum() / objects
+            f1 = 2 * precision * recall / (precision + recall) if kept.any() else 0
+            if best is None or f1 >= best[0]:
+                best = f1, threshold, precision, recall
+        shown = [x[curve.best] for x in (curve.f1, curve.thresholds, curve.precision, curve.recall)]
+        assert shown == pytest.approx(best)
+    for curve in (score_curve(scores, 0 * is_true, 3), score_curve(scores[:0], is_true[:0], 3)):
+        assert (curve.objects, curve.best) == (3, None)
+
+
+def test_curves_are_drawn_of_all_classes_or_named_of_the_worst(coco):
+    dataset = CocoDataset(coco, 'val')
+    evaluation, metrics = evaluate(dataset, range(7), noisy_detections)
+    figure = draw_curves(['_box $1', 'wedge', 'rare'], evaluation.precisions, evaluation.score_curves())
+    boxes, masks, f1 = figure.axes
+    assert [len(axes.lines) for axes in (boxes, masks)] == [3, 3]  # two classes, and their mean
+    for axes, kind in ((boxes, 'box'), (masks, 'mask')):
+        assert np.mean(axes.lines[-1].get_ydata()) == pytest.approx(metrics[f'{kind}_AP50'] / 100)
+    assert [text.get_text().split(': ')[1] for text in f1.get_legend().get_texts()] == ['_box $1', 'wedge']
+    many = [evaluation.precisions['box'][0]] * 20
+    figure = draw_curves([f'c{i}' for i in range(20)], {'box': many}, evaluation.score_curves()[:1] * 20)
+    assert len(figure.axes[1].get_legend().get_texts()) == 5
+    rows = precision_rows(dataset.classes, evaluation.precisions)
+    assert len(rows) == 1 + 2 * 2 * 101
+    assert np.mean([float(row[3]) for row in rows[1:102]]) == pytest.approx(
+        evaluation.precisions['box'][0].ap50, abs=1e-4
+    )
 
 
 def test_an_image_evaluated_twice_counts_once(coco):

@@ -3,20 +3,24 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import detection.main as program
 from data import DataError
 from detection.config import load_config
+from detection.data.transforms import resize
 from detection.models import build_detector
 from detection.models.build import Detector
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.config_tree import ConfigError
 from engine.weights import choose_weights
 from models import MSGTransformer
+from models.layers import RegionDropPath
 from tests.helpers.coco_data import CATEGORIES, read_tree, update_tree, write_coco
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.golden import fill_
@@ -131,6 +135,44 @@ def test_a_checkpoint_with_old_names_resumes_with_the_same_bits(finished, tiny, 
     assert_resumes_exactly(finished, tiny, tmp_path / 'old.pth', 'resumed')
 
 
+def test_validation_losses_are_recorded_and_leave_the_training_as_it_is(finished, tiny):
+    config = tiny(TAG='loss', TEST__LOSS='True', **OPTIONS)
+    program.main(config)
+    checkpoint = last_checkpoint(config)
+    assert checkpoint['scores'].pop('loss') > 0  # breaks ties of box AP
+    assert differences(last_checkpoint(finished), checkpoint) == []
+    for epoch, plain in zip(records(config, 'epoch'), records(finished, 'epoch'), strict=True):
+        for prefix in ('', 'ema_'):
+            assert sum(epoch[f'{prefix}val_{name}'] for name in LOSSES) == pytest.approx(epoch[f'{prefix}val_loss'])
+        assert epoch['box_AP'] == plain['box_AP']
+        assert not [key for key in plain if 'val_loss' in key]
+    assert 'val_loss ' in log_of(config)
+
+
+def test_validation_losses_are_those_of_training(tiny):
+    config = tiny(MODEL__DROP_PATH_RATE='0.3')
+    torch.manual_seed(0)
+    network = build_detector(config).eval()
+    dataset = program.build_eval_loader(config).dataset
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    random = torch.get_rng_state()
+    run = SimpleNamespace(config=config, process=SimpleNamespace(device=torch.device('cpu')))
+    with torch.inference_mode():
+        losses = program.evaluation_losses(run, network, *dataset[1], 1)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module.training for module in network.modules())
+    assert differences(before, dict(network.state_dict())) == []
+    for module in network.train().modules():
+        if isinstance(module, nn.BatchNorm2d | RegionDropPath):
+            module.eval()
+    image, target = resize(*dataset[1], config.INPUT.TEST_SHORT, config.INPUT.MAX_LONG)
+    torch.manual_seed(1)
+    assert losses.keys() == LOSSES
+    assert losses == pytest.approx({name: x.item() for name, x in network([image], [target]).items()}, rel=1e-4)
+    empty = target | {key: target[key][:0] for key in ('boxes', 'labels', 'masks', 'has_mask')}
+    assert program.evaluation_losses(run, network.eval(), image, empty, 1) == {}
+
+
 def test_evaluation_logs_metrics_writes_results_and_draws(finished, tiny, coco, capsys):
     options = {'EVAL_MODE': 'True', 'MODEL__RESUME': str(folder_of(finished) / 'ckpt_epoch_1.pth')}
     options |= {'MODEL__BOX__SCORE': '0.0', 'SHOW_SCORE': '0.0'}
@@ -150,7 +192,9 @@ def test_evaluation_logs_metrics_writes_results_and_draws(finished, tiny, coco, 
     for suffix in ('', '_ema'):
         with (folder / f'classes{suffix}.csv').open() as file:
             head, *rows = csv.reader(file)
-        assert head == ['class', 'box AP', 'mask AP']
+        assert head[:6] == ['class', 'objects', 'box AP', 'box AP50', 'mask AP', 'mask AP50']
+        assert Image.open(folder / f'precision_recall{suffix}.png').width > 0
+        assert (folder / f'precision_recall{suffix}.csv').read_text().startswith('kind,class,recall,precision,score')
         assert [row[0] for row in rows] == [category['name'] for category in CATEGORIES]
         with (folder / f'confusion{suffix}.csv').open() as file:
             rows = list(csv.reader(file))
@@ -158,7 +202,7 @@ def test_evaluation_logs_metrics_writes_results_and_draws(finished, tiny, coco, 
         assert Image.open(folder / f'confusion{suffix}.png').width > 0
     objects = sum(1 for x in read_tree(coco, 'val')['annotations'])
     assert sum(int(x) for row in rows[1:-1] for x in row[1:]) == objects
-    assert 'AP of each class, results.json:\n| box AP | mask AP | class |' in log_of(config)
+    assert 'classes, results.json:\n| objects | box AP | box AP50 | mask AP | mask AP50 | best' in log_of(config)
 
     # The metrics are those of the last epoch.
     rows = re.findall(r'\| box \| ([\d.]+) \| ([\d.]+)', log_of(config))

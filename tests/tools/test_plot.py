@@ -207,5 +207,8 @@ def test_each_loss_of_detectors_has_axes_of_its_own(tmp_path):
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
     assert figure.axes[0].lines[0].get_ydata().tolist() == [1, 2]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['a', 'b']
+    a.epochs[0]['val_loss_box_0'] = 2.5
+    evaluated = plot_losses([a, b], smooth=0).axes[0].lines[1]
+    assert (evaluated.get_xdata().tolist(), evaluated.get_ydata().tolist()) == ([1], [2.5])
     with pytest.raises(PlotError, match='c has a single loss, which is drawn without --losses'):
         plot_losses([a, c])

@@ -2,8 +2,12 @@ import csv
 import json
 import os
 import shutil
+import struct
+import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from data import DataError
 from data.file_loader import SOME_UNREADABLE
 from detection.config import load_config
 from detection.detections import Detections
-from detection.frames import Frame, frames_of_images
+from detection.frames import Frame, Video, VideoWriter, frames_of_images
 from detection.models import build_detector
 from detection.tools.make_digits_coco import make_digits_coco
 from detection.tools.predict import Results, main, output_paths
@@ -242,6 +246,45 @@ def test_videos_are_read_and_drawn_frame_by_frame(weights, tmp_path):
     assert done.returncode == 3
     assert f'error: video {bad} cannot be read\nerror: 1 of 2 images cannot be read' in done.stderr
     assert f'{path},0,' in (tmp_path / 'again.csv').read_text()
+
+
+def test_drawn_videos_play_in_browsers(tmp_path):
+    """H.264 in 4:2:0 with the index in front, of even sizes; the frame rate is exact, also of NTSC."""
+    path = tmp_path / 'new' / 'film.mp4'
+    writer = VideoWriter(path, 29.97002997)
+    for number in range(4):
+        writer.write(np.full((33, 65, 3), (250, 60 * number, 0), np.uint8))
+    writer.close()
+    content = path.read_bytes()
+    assert 0 < content.index(b'moov') < content.index(b'mdat')
+    with av.open(path) as video:
+        (stream,) = video.streams
+        assert (stream.codec.name, stream.pix_fmt, stream.average_rate) == ('h264', 'yuv420p', Fraction(30000, 1001))
+        frames = [frame.to_ndarray(format='rgb24') for frame in video.decode(video=0)]
+    assert [frame.shape for frame in frames] == [(34, 66, 3)] * 4
+    for number, frame in enumerate(frames):
+        assert np.abs(frame.reshape(-1, 3).mean(axis=0) - (250, 60 * number, 0)).max() < 12
+    with pytest.raises(OutputError, match='film.mp4'):
+        VideoWriter(path / 'film.mp4', 25).write(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_videos_are_turned_upright(tmp_path):
+    writer = VideoWriter(tmp_path / 'film.mp4', 10)
+    writer.write(np.zeros((32, 64, 3), np.uint8))
+    writer.close()
+    content = bytearray((tmp_path / 'film.mp4').read_bytes())
+    matrix = content.index(b'tkhd') + 44  # of the track's header, as a phone writes it
+    content[matrix : matrix + 36] = struct.pack('>9i', 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    (tmp_path / 'film.mp4').write_bytes(content)
+    (frame,) = Video(tmp_path / 'film.mp4')
+    assert frame.pixels.shape == (3, 64, 32)
+
+
+def test_drawing_a_video_without_pyav_is_refused(weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'av', None)
+    write_video(tmp_path / 'film.avi', 1)
+    line = error_line(*PROGRAM, tmp_path / 'film.avi', '--resume', weights, '--output', tmp_path / 'drawn')
+    assert 'needs PyAV: pip install av' in line
 
 
 def test_interrupted_files_keep_what_has_been_found(tmp_path):

@@ -36,6 +36,16 @@ def test_each_evaluator_finds_the_annotations_perfect(data, results, tmp_path):
     assert '| box | 0.00 |' in run_here(*PROGRAM, path, *data).stdout
 
 
+def test_the_report_of_the_classes(data, results, tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps(results))
+    done = run_here(*PROGRAM, path, *data, '--output', tmp_path / 'new' / 'report')
+    assert '| objects | box AP | box AP50 | best threshold | precision | recall | F1 | class |' in done.stdout
+    names = {f'{name}{end}' for name in ('precision_recall', 'confusion') for end in ('.csv', '.png')} | {'classes.csv'}
+    assert {file.name for file in (tmp_path / 'new' / 'report').iterdir()} == names
+    assert str(path) in error_line(*PROGRAM, path, *data, '--output', path)
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
