@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.detections import Detections
+from detection.exported import load_exported_detector
 from detection.images import ImageInput, read_pixels
 from detection.main import TASK
 from detection.tiles import Tiling
@@ -143,7 +144,9 @@ def load_detector(
     `results.json` for the raw weights, to `results_ema.json` for the EMA weights.
 
     Args:
-        checkpoint: path of the checkpoint.
+        checkpoint: path of the checkpoint, or of an ONNX file of `tools.export --detector`. Such a file runs in float32
+            on the CPU. Its network is fixed: `weights` and `cfg` are errors, as are `opts` of `MODEL` and a lower
+            `score` than that of the export.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, or a `torch.device`.
         precision: `float32`, `float16` or `bfloat16`, or such a `torch.dtype`; None as evaluation: float16 autocast on
             a GPU, float32 elsewhere.
@@ -170,6 +173,13 @@ def load_detector(
         )
     if score is not None:
         options += ['MODEL.BOX.SCORE', float(score)]
+    if Path(checkpoint).suffix == '.onnx':
+        if weights != 'auto' or cfg is not None or precision not in (None, 'float32'):
+            raise ConfigError(
+                f'{checkpoint} is an exported file, in float32, with its own weights and config: leave out weights, '
+                f'cfg and precision'
+            )
+        return ImageDetector(load_exported_detector(Path(checkpoint).expanduser(), options), batch_size)
     args = Namespace(
         resume=os.path.expanduser(checkpoint), stored=(), cfg=cfg, opts=options, pretrained_weights=weights
     )

@@ -20,12 +20,14 @@ from config import load_config
 from data.formats import open_samples
 from data.images import decode_image
 from detection.data import CocoDataset
+from detection.exported import load_exported_detector
 from detection.tools.convert_dataset.__main__ import convert, open_converted
 from detection.tools.convert_dataset.coco import read_coco
 from detection.tools.convert_dataset.voc import read_voc
 from detection.tools.convert_dataset.yolo import read_yolo
 from engine.checkpoint import load_checkpoint
 from engine.experiment import ENVIRONMENT
+from engine.exported_file import report_file
 from engine.predictor import load_predictor, prediction_parser
 from engine.run_folder import RunFolder
 from engine.run_lock import RunLock
@@ -35,12 +37,13 @@ from models import build_model
 from tests.helpers.bad_files import COUNT, VALUES, assert_bad_files_are_told, bad_files, damaged_files
 from tests.helpers.coco_data import read_tree, write_coco
 from tests.helpers.datasets import as_huggingface, as_shards, as_table, as_webdataset, as_zip
+from tests.helpers.detectors import tiny_detector
 from tests.helpers.exports import voc_object, write_voc, write_yolo
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.runs import build_run, build_trainer
 from tools.convert_checkpoint import convert as convert_checkpoint
-from tools.export.exported import BACKENDS, load_exported, report_file
+from tools.export.exported import BACKENDS, load_exported
 from tools.plot import plot, read_run
 from tools.study.plan import read_study
 from utils import UserError
@@ -154,6 +157,16 @@ def test_reports_of_exported_files(tiny_config, tmp_path, monkeypatch):
     report['config'] = yaml.safe_load(tiny_config().dump())
     contents = bad_files(report, as_json)
     assert assert_bad_files_are_told(lambda: load_exported('onnxruntime', path), contents, report_file(path)) > 50
+
+
+def test_reports_of_exported_detectors(tmp_path, monkeypatch):
+    monkeypatch.setattr('detection.exported.run_onnx_detector', lambda path: None)
+    path = tmp_path / 'bad.onnx'
+    path.touch()
+    report = {'network': 'detector', 'input': {'images': [1, 3, 64, 96]}, 'classes': ['a', 'b', 'c']}
+    report['config'] = yaml.safe_load(tiny_detector().dump())
+    contents = bad_files(report, as_json, count=FEW)
+    assert assert_bad_files_are_told(lambda: load_exported_detector(path), contents, report_file(path)) > 10
 
 
 def read_all(name, folder, split='train'):

@@ -27,6 +27,7 @@ from data.images import DataError, choose_images, find_images, report_other_file
 from detection.detections import Detections
 from detection.detector import ImageDetector
 from detection.draw import draw_detections
+from detection.exported import load_exported_detector
 from detection.frames import (
     Frame,
     Video,
@@ -40,7 +41,7 @@ from detection.images import read_pixels
 from detection.main import TASK
 from detection.prediction_formats import CocoJson, csv_header, csv_rows, text_line
 from engine.config_tree import ConfigError
-from engine.predictor import load_predictor, prediction_parser
+from engine.predictor import Predictor, load_predictor, prediction_parser
 from utils import (
     UserError,
     atomic_write,
@@ -55,11 +56,14 @@ from utils import (
 
 DetectFn = Callable[[Iterable[Frame]], Iterator[tuple[Frame, Detections]]]
 
+BACKEND = 'onnxruntime'
+
 EPILOG = """
 examples:
   python -m detection.tools.predict --resume ckpt_best.pth --output drawn photos
   python -m detection.tools.predict --resume ckpt_best.pth --output drawn film.mp4 --batch-size 4
   python -m detection.tools.predict --resume ckpt_best.pth --json found.json 'photos/**/*.jpg' --opts TEST.FLIP True
+  python -m detection.tools.predict --backend onnxruntime detector.onnx --output drawn photos
 
 exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images or videos that cannot be read, 130
 interrupted: --csv, --json and the drawn video hold what was found until then
@@ -201,7 +205,7 @@ def predict_video(path: Path, detect: DetectFn, results: Results, drawing: Path 
 
 def main() -> None:
     """Read the command line, print one line per object and write what is asked for."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG)
+    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, backends=(BACKEND,))
     add = parser.add_argument
     add('--output', type=home_path, metavar='DIR', help='folder to draw the images and videos into')
     add('--csv', type=home_path, metavar='FILE', help='CSV to write, a row per object, as they are found')
@@ -232,18 +236,36 @@ def main() -> None:
         help='minimum overlap of tiles, relative to their size (TEST.TILE_OVERLAP, by default 0.2)',
     )
     args = parser.parse_intermixed_args()
+    if args.backend and args.backend[0] != BACKEND:
+        parser.error(f'argument --backend: {args.backend[0]!r} is not one: write {BACKEND}, then the file')
+    if args.backend and (args.cfg or args.pretrained_weights != 'auto'):
+        flag = '--cfg' if args.cfg else '--pretrained-weights'
+        parser.error(f'{flag} is for checkpoints, and an exported file has its own: leave it out')
     given = {'MODEL.BOX.SCORE': args.score, 'TEST.TILES': args.tiles, 'TEST.TILE_OVERLAP': args.overlap}
     args.opts = [*args.opts, *chain(*((key, value) for key, value in given.items() if value is not None))]
     with exit_on_user_error(), orderly_termination():
         if args.output and any(map(is_video, args.images)):
             import_av()  # before the work
-        detector = ImageDetector(load_predictor(args, TASK), args.batch_size)
+        detector = ImageDetector(load_network(args), args.batch_size)
         if args.overlap is not None and not detector.config.TEST.TILES:
             raise ConfigError('--overlap is that of tiles: add --tiles SIZE, such as --tiles 512')
         unreadable, count = run(args, detector)
         if args.output:
             print(printable(args.output))
     exit_if_unreadable(unreadable, count)
+
+
+def load_network(args: argparse.Namespace) -> Predictor:
+    """Load the detector that the command line names: a checkpoint, or an exported file.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if args.backend:
+        return load_exported_detector(home_path(args.backend[1]), args.opts)
+    if Path(args.resume).suffix == '.onnx':
+        raise UserError(f'{args.resume} is an exported file: write --backend {BACKEND} {args.resume}')
+    return load_predictor(args, TASK)
 
 
 def run(args: argparse.Namespace, detector: ImageDetector) -> tuple[int, int]:

@@ -554,6 +554,13 @@ def test_a_backbone_needs_a_size(tmp_path, export):
         export('onnx', 'a.onnx')
 
 
+def test_a_backbone_of_timm_is_not_exported_by_itself(tmp_path, export):
+    config = tiny_detector('MODEL.BACKBONE', 'timm:test_resnet')
+    save(tmp_path / 'a.pth', build_detector(config), config)
+    with pytest.raises(SystemExit, match='is timm:test_resnet, which is not exported by itself: write --format'):
+        export('onnx', 'a.onnx', '--size', '64')
+
+
 def test_the_checkpoint_is_not_overwritten(classifier, tmp_path, export):
     classifier()
     export('safetensors', 'b.safetensors')

@@ -2,12 +2,16 @@
 
     python -m tools.export --resume ckpt.pth --format onnx --output msg.onnx --always-pad --latency
     python -m tools.export --resume ckpt.pth --format torch_export --output msg.pt2 --size 480 640
+    python -m tools.export --resume ckpt.pth --format onnx --output detector.onnx --detector --size 800 1344
     python -m tools.export --resume ckpt.pth --format openvino --output msg.xml --int8 --calibrate train --labelled val
 
-A classifier is exported whole. Of a detector, the backbone is exported (safetensors: all weights). The batch size is
-dynamic. With --always-pad, so are height and width: each from one patch to 4096 pixels. Otherwise, a file has one image
-size. The file is run on real images at several sizes, and kept only if no output differs by more than 1e-4; weights are
-read back and compared. FILE.json has the differences, the range, versions, classes, preprocessing and config.
+A classifier is exported whole. Of a detector, the backbone is exported (safetensors: all weights), or with --detector
+the whole network with its NMS, for one batch size and one image size. Of other graphs, the batch size is dynamic. With
+--always-pad, so are height and width: each from one patch to 4096 pixels. Otherwise, a file has one image size.
+
+The file is run on real images at several sizes. It is kept only if no output differs by more than 1e-4 or, with
+--detector, if it finds the same objects. Weights are read back and compared. FILE.json has the differences, the range,
+versions, classes, preprocessing and config.
 
 --int8 quantizes a classifier's ONNX or OpenVINO file on images of --calibrate. The int8 file is kept only if its top-1
 accuracy on --labelled falls by at most --max-drop points, and if it is faster than the file without --int8.
@@ -32,13 +36,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from engine.exported_file import report_file
 from engine.predictor import add_network_flags
 from models.pyramid import Size
 from models.registry import stored_weights
 from tools.convert_checkpoint import convert
-from tools.export import formats, openvino_files, quantization
+from tools.export import detector, formats, openvino_files, quantization
 from tools.export.check import TOLERANCE, check_sizes, check_weights, compare, load_images, make_batch, measure_latency
-from tools.export.exported import files_read, report_file
+from tools.export.exported import files_read
 from tools.export.formats import FORMATS, GRAPHS, OPSET, PACKAGES, Runner
 from tools.export.network import ExportError, Network, load_network
 from tools.export.openvino_files import files_of
@@ -93,11 +98,13 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--latency', action='store_true', help='time the file against eager and compiled execution: minutes')
     add('--rounds', type=positive_int, default=20, metavar='N', help='rounds of timing (20)')
     add_int8_flags(parser)
+    detector.add_detector_flags(parser)
     args = parser.parse_args(argv)
     if any(len(size) > 2 for size in args.size):
         parser.error('--size takes one number, or height and width: write --size again for another')
     if args.format not in GRAPHS and (args.always_pad or args.latency or args.size or args.images):
         parser.error('safetensors holds weights, for any size: leave out --always-pad, --latency, --size and --images')
+    detector.check_detector_flags(parser, args)
     check_int8_flags(parser, args)
     args.size = [Size.of(size[0] if len(size) == 1 else size) for size in args.size]
     return args
@@ -140,9 +147,12 @@ def main() -> None:
     with exit_on_user_error():
         check_output(args)
         formats.require_packages(packages_of(args))
+        if args.detector:
+            export_whole_detector(args)
+            return
         network = load_network(args)
         if network.is_detector and args.format in GRAPHS and not args.int8:
-            print("the detector's backbone is exported: a whole detector cannot be traced", file=sys.stderr)
+            print("the detector's backbone is exported: add --detector for the whole detector", file=sys.stderr)
         any_size = args.always_pad or args.format not in GRAPHS
         sizes = check_sizes(network, args.size, any_size)
         int8_images = find_int8_images(network, args, sizes) if args.int8 else None
@@ -157,6 +167,22 @@ def main() -> None:
                 report |= {'checked': [], 'max_abs_difference': 0.0}
             save(file, args.output, report)
         print_report(args.output, report)
+
+
+def export_whole_detector(args: argparse.Namespace) -> None:
+    """Export, check and write a whole detector, and print how the file agrees with eager execution.
+
+    Raises:
+        UserError: see `detector.export_detector`.
+    """
+    predictor = detector.load_whole_detector(args)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / args.output.name
+        report = detector.export_detector(args, predictor, file)
+        save(file, args.output, report)
+    print(f'{report["images"]} images: the file has {detector.Agreement(**report["agreement"])}')
+    print_latency(report)
+    print_files(args.output)
 
 
 def packages_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -349,11 +375,21 @@ def print_report(output: Path, report: dict[str, Any]) -> None:
         print('all weights read back equal')
     if int8 := report.get('int8'):
         print_int8(int8)
+    print_latency(report)
+    print_files(output)
+
+
+def print_latency(report: dict[str, Any]) -> None:
+    """Print the latency of a file, if it was measured."""
     if latency := report.get('latency'):
         batch, _, height, width = latency['shape']
         ms = ', '.join(f'{name} {1e3 * seconds:.1f} ms' for name, seconds in latency['median_seconds'].items())
         times = ', '.join(f'{x["median"]:.2f} x {name}' for name, x in latency['time_relative_to'].items())
         print(f'latency at {height} x {width}, batch {batch}: {ms}; the file takes {times}')
+
+
+def print_files(output: Path) -> None:
+    """Print the files that were written."""
     print(printable(', '.join(map(str, [*reversed(files_of(output)), report_file(output)]))))
 
 

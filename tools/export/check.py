@@ -73,14 +73,14 @@ def check_sizes(network: Network, asked: Sequence[Size], any_size: bool) -> list
     return sizes
 
 
-def load_images(paths: Sequence[Path], mode: str) -> list[Image.Image]:
-    """Images among files and below folders, a few of them; scikit-learn's photographs without any path.
+def load_images(paths: Sequence[Path], mode: str, limit: int = max(BATCHES)) -> list[Image.Image]:
+    """Images among files and below folders, at most `limit` of them; scikit-learn's photographs without any path.
 
     Raises:
         DataError: there are none, or one cannot be read.
     """
     if paths:
-        return [load_image(path, mode, upright=True) for path in choose_images(find_images(paths), max(BATCHES))]
+        return [load_image(path, mode, upright=True) for path in choose_images(find_images(paths), limit)]
     return [Image.fromarray(photograph).convert(mode) for photograph in load_sample_images().images]
 
 

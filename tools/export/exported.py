@@ -12,18 +12,14 @@ from yacs.config import CfgNode
 from data.transforms import image_mode
 from engine.checkpoint_entries import without_other_forms
 from engine.config_tree import stated_task
+from engine.exported_file import ExportedFileError, reason, report_file
 from engine.predictor import Predictor
 from engine.weights import check_same_network
 from main import TASK
 from text_files import read_json
 from tools.export.formats import MAX_SIDE, Runner, require_packages, run_onnx
 from tools.export.openvino_files import files_of, run_openvino
-from utils import UserError, printable, shortened
-
-
-class ExportedFileError(UserError):
-    """An exported file that cannot be used; the message says why, and what can."""
-
+from utils import printable
 
 # Backends by name: the function that loads a file, and the suffixes of what it loads
 BACKENDS: dict[str, tuple[Callable[[Path], Runner], tuple[str, ...]]] = {
@@ -35,11 +31,6 @@ BACKENDS: dict[str, tuple[Callable[[Path], Runner], tuple[str, ...]]] = {
 def backend_of(path: str | Path) -> str | None:
     """The backend for a file by its suffix; None if no backend runs it."""
     return next((name for name, (_, suffixes) in BACKENDS.items() if Path(path).suffix in suffixes), None)
-
-
-def report_file(path: Path) -> Path:
-    """The report of `tools.export` on an exported file: FILE.json."""
-    return path.with_name(f'{path.name}.json')
 
 
 def files_read(path: Path) -> list[Path]:
@@ -136,7 +127,9 @@ def read_report(path: Path) -> dict[str, Any]:
     if not report.get('config') or 'classes' not in report:
         raise ExportedFileError(f'{file} is not a report of tools.export: export the network again')
     if stated_task(report['config']) not in (None, TASK.name) or report.get('network') != 'classifier':
-        raise ExportedFileError(f'{path} is not a classifier: predict with a checkpoint, --resume')
+        with_detector = report.get('network') == 'detector'
+        remedy = 'detection.tools.predict --backend' if with_detector else 'a checkpoint, --resume'
+        raise ExportedFileError(f'{path} is not a classifier: predict with {remedy}')
     if not report['classes']:
         raise ExportedFileError(f'{path} has no classes')
     return report
@@ -174,9 +167,3 @@ def fixed_size(report: Mapping[str, Any]) -> list[int]:
     shape = about.get('shape') if isinstance(about, Mapping) else None
     size = shape[2:] if isinstance(shape, list) and len(shape) == 4 else []
     return size if all(isinstance(x, int) for x in size) else []
-
-
-def reason(error: Exception) -> str:
-    """Why a backend fails, on one line; OpenVINO's messages begin with places in its source."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith('Exception from')]
-    return shortened(lines[0] if lines else type(error).__name__)

@@ -5,18 +5,24 @@ size is 1, which is not known of a dynamic size. A switch of the exporter, which
 general branch.
 """
 
+import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, nn
 
+from engine.exported_file import onnx_session
 from models.pyramid import Size
 from tools.export.network import ExportError, Network, as_list
 from utils import first_line
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # Formats with the suffixes of their files
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'torch_export': '.pt2', 'safetensors': '.safetensors'}
@@ -101,14 +107,27 @@ def run_torch_export(path: Path) -> Runner:
     return lambda images: as_list(module(images))
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[str], axes: dict[int, str]) -> None:
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    outputs: list[str],
+    axes: dict[int, str] | None,
+    inputs: Sequence[str] = ('images',),
+    translations: Mapping[Any, Callable] | None = None,
+    only_fold: bool = False,
+) -> None:
     """Write a graph as ONNX.
 
     Args:
         program: the graph.
         path: the file.
         outputs: names of the outputs.
-        axes: names of the dynamic axes.
+        axes: names of the dynamic axes of the images; None if all shapes are fixed.
+        inputs: names of the inputs.
+        translations: how operators that are not PyTorch's are written: see `custom_translation_table` of
+            `torch.onnx.export`.
+        only_fold: only fold constants. The exporter's other optimizations take minutes for a detector, and runtimes
+            optimize a file when they load it.
 
     Raises:
         ExportError: `torch.onnx` refuses.
@@ -118,24 +137,37 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: list[
             warnings.simplefilter('ignore')
             onnx_program = torch.onnx.export(
                 program,
-                input_names=['images'],
+                input_names=list(inputs),
                 output_names=outputs,
-                dynamic_shapes=(axes,),
+                dynamic_shapes=None if axes is None else (axes,),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=dict(translations or {}),
+                optimize=not only_fold,
             )
+            if only_fold:
+                fold_constants(onnx_program.model)
     except Exception as error:  # documents no exceptions of its own
         raise ExportError(f'torch.onnx refuses this network: {first_line(error)}') from error
     onnx_program.save(path, external_data=False)
 
 
+def fold_constants(model: 'ir.Model') -> None:
+    """Fold the constants of an ONNX graph, and remove what is then unused."""
+    from onnxscript import optimizer
+
+    logger = logging.getLogger('onnxscript')
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn of each operator that it skips
+    try:
+        optimizer.fold_constants(model)
+        optimizer.remove_unused_nodes(model)
+    finally:
+        logger.setLevel(level)
+
+
 def run_onnx(path: Path) -> Runner:
     """Run a graph with onnxruntime, on as many threads as PyTorch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # idle threads would slow PyTorch's
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    session = onnx_session(path)
     return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]

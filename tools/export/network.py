@@ -14,6 +14,7 @@ from data.transforms import image_mode, mean_and_std, resized_side
 from engine.checkpoint import load_checkpoint
 from engine.predictor import load_predictor
 from engine.task import Task
+from models import MSGTransformer
 from models.pyramid import Size
 from tools.msg_network import build_msg_network
 from tools.tasks import TASKS
@@ -109,6 +110,11 @@ def load_network(args: argparse.Namespace) -> Network:
     is_detector = task is detection.main.TASK
     predictor = load_predictor(args, task, None if is_detector else build_msg_network, checkpoint)
     graph = task.backbone(predictor.model).cpu().requires_grad_(False)
+    if is_detector and not isinstance(graph, MSGTransformer):
+        raise ExportError(
+            f'the backbone of {args.resume} is {predictor.config.MODEL.BACKBONE}, which is not exported by itself: '
+            f'write --format onnx --detector for the whole detector'
+        )
     if is_detector:
         outputs = [str(i) for i in range(len(graph.out_channels))]
     else:
