@@ -32,9 +32,10 @@ from detection.exported import ExportedDetector, load_exported_detector
 from detection.main import TASK
 from detection.tta import Output, build_detect_fn
 from engine.config_tree import add_options
+from engine.exported_file import ExportedFileError
 from engine.predictor import load_predictor
-from engine.weights import check_same_network
-from utils import exit_on_user_error, home_path
+from engine.weights import changed_network
+from utils import exit_on_user_error, home_path, report_write_errors
 
 FILE, EAGER, PADDED = 'file', 'eager', 'eager, padded'
 
@@ -107,6 +108,9 @@ def main() -> None:
     """Read the command line, evaluate and print."""
     args = parse_option()
     with exit_on_user_error():
+        if args.output:
+            with report_write_errors(args.output.parent):
+                args.output.parent.mkdir(parents=True, exist_ok=True)
         predictor = load_exported_detector(args.file, [*args.opts, 'DATA.DATA_PATH', args.data_path])
         config, exported = predictor.config, predictor.model
         detectors = {FILE: build_detect_fn(config, exported)}
@@ -140,7 +144,12 @@ def eager_detectors(
     )
     predictor = load_predictor(options, TASK)
     checkpoint = {'config': yaml.safe_load(predictor.config.dump()), 'task': TASK.name}
-    check_same_network(config, checkpoint, args.resume, TASK.tree)
+    changed = changed_network(config, checkpoint, TASK.tree)
+    if changed:
+        raise ExportedFileError(
+            f'{args.resume} is not the network of {args.file} ({"; ".join(map(str, changed))}): give the checkpoint '
+            f'that the file was exported from'
+        )
     model = predictor.model
     padded = ExportedDetector(config, exported.size, 1, FixedDetector(model, exported.size).eval())
     return {EAGER: build_detect_fn(config, model), PADDED: build_detect_fn(config, padded)}

@@ -292,6 +292,22 @@ def test_what_a_file_cannot_do(tmp_path, arguments, message):
         load_detector(write_report(tmp_path / 'a.onnx'), **arguments)
 
 
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--resume', 'a.pth'], r'a.pth is not the network of .*a.onnx \(MODEL.BOX.IOUS .*: give the checkpoint that'),
+        (['--output', 'a.pth/results.json'], 'output folder a.pth: File exists: write'),
+    ],
+)
+def test_evaluations_that_cannot_start(checkpoint, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr('detection.exported.run_onnx_detector', lambda path: None)
+    monkeypatch.chdir(tmp_path)
+    file = str(write_report(tmp_path / 'a.onnx'))
+    monkeypatch.setattr(sys, 'argv', ['evaluate_onnx', file, '--data-path', str(tmp_path), *flags])
+    with pytest.raises(SystemExit, match=message):
+        evaluate_onnx.main()
+
+
 def test_files_run_in_float32_and_take_other_keys(tmp_path, monkeypatch):
     monkeypatch.setattr('detection.exported.run_onnx_detector', lambda path: None)
     opts = ['TEST.FLIP', True, 'INPUT.TEST_SHORT', 48]
