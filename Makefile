@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection app test test-slow test-timm test-versions rehearsal growth lint format docs clean
+.PHONY: help demo demo-detection app test test-slow test-timm test-versions rehearsal growth lint format docs site clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,7 +40,8 @@ help:
 	@echo "make rehearsal       kill and resume a run of 300 epochs 30 times, and compare it with an undisturbed one"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
-	@echo "make docs            draw the figures and write docs/configuration.md"
+	@echo "make docs            draw the figures and write docs/configuration.md and docs/command_line.md"
+	@echo "make site            build the documentation site: open $(OUTPUT)/site/index.html"
 	@echo "make clean           remove $(OUTPUT) and $(VENV)"
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT) SEED=$(SEED)"
 
@@ -50,7 +51,8 @@ $(VENV)/installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-export.txt requirements-app.txt requirements-trackers.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-export.txt requirements-app.txt requirements-docs.txt \
+		requirements-trackers.txt $(VENV)/installed
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
@@ -184,6 +186,16 @@ docs: $(VENV)/installed
 	$(PY) -m tools.draw_figures --output docs --figures study exchange_study --formats pdf
 	$(PY) -m tools.visualize.gallery $(PHOTOGRAPHS) --weights $(STORED) --output docs/photographs.png
 	$(PY) -m tools.list_config > docs/configuration.md
+	$(PY) -m tools.list_commands > docs/command_line.md
+
+$(VENV)/installed-docs: requirements-docs.txt | $(VENV)/installed
+	$(PY) -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+# A broken link or docstring is an error. With --quiet, mkdocs would ignore it. The variable silences an advertisement.
+site: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --config-file tools/site/mkdocs.yml --site-dir $(abspath $(OUTPUT))/site
+	@echo "Look at $(OUTPUT)/site/index.html"
 
 clean:
 	rm -rf $(OUTPUT) $(VENV)

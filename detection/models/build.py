@@ -43,8 +43,7 @@ class Detector(GeneralizedRCNN):
     returns `boxes`, `labels`, `scores` and, unless it finds boxes alone, `masks` of each image, in its own pixels. They
     are boolean, (n, 1, H, W). `detect` keeps them within their boxes, which takes a fraction of the memory.
 
-    Args:
-        backbone, rpn, roi_heads, transform: see `GeneralizedRCNN`.
+    It takes the arguments of `GeneralizedRCNN`: `backbone`, `rpn`, `roi_heads` and `transform`.
     """
 
     # Names of the weights that depend on the classes.
