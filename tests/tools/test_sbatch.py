@@ -18,3 +18,12 @@ def test_a_stopped_job_requeues_itself(tmp_path, code, requeues):
     assert done.returncode == code
     requeued = tmp_path / 'requeued'
     assert (requeued.read_text() if requeued.exists() else '') == ('requeue 7\n' if requeues else '')
+
+
+@pytest.mark.parametrize(('program', 'called'), [(None, 'main.py'), ('-m detection.main', '-m detection.main')])
+def test_script_starts_the_program_for_classifiers_or_another_one(tmp_path, program, called):
+    (tmp_path / 'srun').write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/called\n')
+    (tmp_path / 'srun').chmod(0o755)
+    variables = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'} | ({'PROGRAM': program} if program else {})
+    subprocess.run(['bash', ROOT / 'tools' / 'train.sbatch', '--cfg', 'a b.yaml'], env=variables, check=True)
+    assert (tmp_path / 'called').read_text().endswith(f'python {called} --cfg a b.yaml\n')
