@@ -52,9 +52,10 @@ from utils import exit_on_user_error
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
     return run_parser(
-        'Train, evaluate or time an MSG-Transformer. Every setting is a key of the config tree '
-        '(docs/configuration.md); that of each flag is in parentheses. Flags override --opts, --opts override '
-        'the file, the file overrides the defaults.',
+        'python main.py',
+        'Train, evaluate or benchmark a classifier. Every setting is a key of the config tree '
+        "(docs/configuration.md); a flag's key is in parentheses. Flags override --opts, --opts override the file, and "
+        'the file overrides the defaults.',
         TREE,
         example='configs/msg_tiny_p4_win7_224.yaml',
     ).parse_args(argv)

@@ -50,15 +50,14 @@ from utils import exit_on_user_error, random_states, report_write_errors, set_ra
 
 def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a flag not given is None and overrides nothing."""
-    parser = run_parser(
-        'Train, evaluate or time a detector. Every setting is a key of the config tree (docs/configuration.md); that '
-        'of each flag is in parentheses. Flags override --opts, --opts override the file, the file overrides the '
+    return run_parser(
+        'python -m detection.main',
+        'Train, evaluate or benchmark a detector. Every setting is a key of the config tree (docs/configuration.md); a '
+        "flag's key is in parentheses. Flags override --opts, --opts override the file, and the file overrides the "
         'defaults.',
         TREE,
         example='detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml',
-    )
-    parser.prog = 'python -m detection.main'
-    return parser.parse_args(argv)
+    ).parse_args(argv)
 
 
 def main(config: CfgNode, until: tuple[int, int] | None = None) -> None:

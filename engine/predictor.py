@@ -29,6 +29,7 @@ class Predictor(NamedTuple):
 
 
 def prediction_parser(
+    prog: str,
     description: str,
     epilog: str | None = None,
     stored: Mapping[str, Path] | None = None,
@@ -38,6 +39,7 @@ def prediction_parser(
     """A parser of images and of a trained network; read it with `parse_intermixed_args`.
 
     Args:
+        prog: how the program is called: `python -m tools.predict`.
         description: of the program.
         epilog: examples, kept as they are written.
         stored: see `add_network_flags`.
@@ -45,7 +47,7 @@ def prediction_parser(
         needs_images: whether images must be named.
     """
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     images = 'files, folders, quoted patterns such as "photos/**/*.jpg", or - for a list of them on standard input'

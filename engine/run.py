@@ -90,15 +90,16 @@ class Run(NamedTuple):
         return math.ceil(batches / self.accumulation_steps)
 
 
-def run_parser(description: str, tree: ConfigTree, example: str) -> argparse.ArgumentParser:
+def run_parser(prog: str, description: str, tree: ConfigTree, example: str) -> argparse.ArgumentParser:
     """A parser of `--cfg`, `--opts` and the flags of a task's keys.
 
     Args:
+        prog: how the program is called: `python main.py`.
         description: the program's description.
         tree: the task's keys.
         example: path of one of its configs.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
     parser.add_argument('--cfg', required=True, metavar='FILE', help=f'YAML config, such as {example}')
     add_options(parser, 'config keys and values, such as TRAIN.EPOCHS 100 SEED 1; may be repeated')
     tree.add_flags(parser)

@@ -95,7 +95,7 @@ def checkpoint(tiny_config):
 
 def test_checkpoints_for_tools(checkpoint, tmp_path):
     path = tmp_path / 'bad.pth'
-    args = prediction_parser('').parse_intermixed_args(['images', '--resume', str(path)])
+    args = prediction_parser('', '').parse_intermixed_args(['images', '--resume', str(path)])
     assert assert_bad_files_are_told(lambda: load_predictor(args, TASK), bad_checkpoints(checkpoint[1]), path) > 50
 
 
@@ -404,6 +404,6 @@ def test_a_checkpoint_cannot_ask_for_a_network_that_fills_the_memory(tmp_path):
     ):
         config['MODEL']['MSG'] |= {'EMBED_DIM': 8, 'DEPTHS': [1, 1], key: value}
         torch.save({'model': weights, 'config': config}, tmp_path / 'large.pth')
-        args = prediction_parser('').parse_intermixed_args(['images', '--resume', str(tmp_path / 'large.pth')])
+        args = prediction_parser('', '').parse_intermixed_args(['images', '--resume', str(tmp_path / 'large.pth')])
         with pytest.raises(UserError, match=message):
             load_predictor(args, TASK)

@@ -83,7 +83,7 @@ def save_folder(source: Path, folder: Path, choice: str = 'auto') -> str:
 
 def main() -> None:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser('python -m tools.convert_checkpoint', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('source', type=home_path, metavar='SOURCE', help='checkpoint to read, .pth or .safetensors')
     add(

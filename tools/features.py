@@ -274,7 +274,9 @@ def write_features(path: Path, features: Features) -> None:
 
 def parse_option() -> argparse.Namespace:
     """Read the command line."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights(), needs_images=False)
+    parser = prediction_parser(
+        'python -m tools.features', __doc__.splitlines()[0], EPILOG, stored_weights(), needs_images=False
+    )
     add = parser.add_argument
     add('--data-path', type=home_path, metavar='DIR', help='in place of images: a dataset with train/ and val/')
     add('--output', type=home_path, metavar='FILE', help='features to write, .npz or .parquet')

@@ -83,7 +83,7 @@ PROGRAMS = {
 
 def main() -> None:
     """Print the document."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser('python -m tools.list_commands', description=__doc__.splitlines()[0]).parse_args()
     with exit_on_user_error():
         print(document(), end='')
 

@@ -44,7 +44,7 @@ Modules that `--import` names can add keys, and names to keys such as `TRAIN.LOS
 
 def main() -> None:
     """Print the document."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser('python -m tools.list_config', description=__doc__.splitlines()[0]).parse_args()
     with exit_on_user_error():
         print(document(), end='')
 

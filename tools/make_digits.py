@@ -44,7 +44,7 @@ def make_digits(output: Path) -> dict[str, int]:
 
 def main() -> None:
     """Read the command line and write the data."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser('python -m tools.make_digits', description=__doc__.splitlines()[0])
     parser.add_argument(
         '--output', type=home_path, required=True, metavar='DIR', help='folder to write train/ and val/ in'
     )

@@ -242,13 +242,22 @@ def _write_index(samples: Samples, root: Path, shards: list[PackedShard], starts
 def main() -> None:
     """Read the command line and pack `train` and `val`."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.split('\n\n', 2)[2], allow_abbrev=False
+        'python -m tools.pack_dataset',
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split('\n\n', 2)[2],
+        allow_abbrev=False,
     )
     parser.add_argument('source', type=home_path, metavar='SOURCE', help='folder of the dataset')
     parser.add_argument('target', type=home_path, metavar='TARGET', help='folder to write train/ and val/ in')
-    parser.add_argument('--format', choices=sorted(FORMATS), help='of SOURCE; default: what it looks like')
     parser.add_argument(
-        '--samples-per-shard', type=positive_int, default=10_000, metavar='N', help='default: 10000, about 1.1 GB'
+        '--format', choices=sorted(FORMATS), help='format of SOURCE (default: recognised from its files)'
+    )
+    parser.add_argument(
+        '--samples-per-shard',
+        type=positive_int,
+        default=10_000,
+        metavar='N',
+        help='images per shard (10000, about 1.1 GB of ImageNet)',
     )
     args = parser.parse_args()
     with exit_on_user_error():

@@ -280,7 +280,10 @@ def epochs(text: str) -> float:
 def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        'python -m tools.plot',
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add('--run', type=home_path, nargs='+', action='extend', required=True, metavar='DIR', help='folders of runs')

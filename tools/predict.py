@@ -126,7 +126,9 @@ def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
 
 def parse_option() -> argparse.Namespace:
     """Read the command line."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, stored_weights(), tuple(BACKENDS))
+    parser = prediction_parser(
+        'python -m tools.predict', __doc__.splitlines()[0], EPILOG, stored_weights(), tuple(BACKENDS)
+    )
     add = parser.add_argument
     add('--batch-size', type=positive_int, default=64, metavar='N', help='batch size (64)')
     add('--topk', type=positive_int, default=1, metavar='K', help='number of most likely classes to report (1)')

@@ -96,6 +96,7 @@ class Stretch(NamedTuple):
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
+        'python -m tools.replay',
         description=__doc__.splitlines()[0],
         epilog='exit code: 0 equal to the bit, 3 not equal, 1 error, 2 wrong command line',
         allow_abbrev=False,

@@ -153,7 +153,7 @@ def parse_option() -> argparse.Namespace:
     add('--keep', type=_percentage, default=90.0, metavar='P', help='percentage of known images not to flag (90)')
     add('--score', choices=tuple(SCORES), default='', help='the score (default: the one with the highest AUROC)')
     add('--output', type=home_path, metavar='FILE', help='copy of the weights to write, .safetensors')
-    add('--workers', type=non_negative_int, default=workers, metavar='N', help='loader processes')
+    add('--workers', type=non_negative_int, default=workers, metavar='N', help=f'loader processes ({workers})')
     return parser.parse_args()
 
 

@@ -160,11 +160,11 @@ def describe(mask: np.ndarray) -> dict[str, Any]:
 
 def main() -> None:
     """Read the command line and write the data."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser('python -m detection.tools.make_digits_coco', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--output', type=home_path, required=True, metavar='DIR', help='folder to write')
-    add('--train', type=int, default=800, metavar='N', help='training images')
-    add('--val', type=int, default=200, metavar='N', help='evaluation images')
+    add('--train', type=int, default=800, metavar='N', help='training images (800)')
+    add('--val', type=int, default=200, metavar='N', help='evaluation images (200)')
     pair = {'type': positive_int, 'nargs': 2}
     add('--size', **pair, default=SIZE, metavar=('WIDTH', 'HEIGHT'), help='size of the images, in pixels (128 96)')
     add(

@@ -205,7 +205,9 @@ def predict_video(path: Path, detect: DetectFn, results: Results, drawing: Path 
 
 def main() -> None:
     """Read the command line, print one line per object and write what is asked for."""
-    parser = prediction_parser(__doc__.splitlines()[0], EPILOG, backends=(BACKEND,))
+    parser = prediction_parser(
+        'python -m detection.tools.predict', __doc__.splitlines()[0], EPILOG, backends=(BACKEND,)
+    )
     add = parser.add_argument
     add('--output', type=home_path, metavar='DIR', help='folder to draw the images and videos into')
     add('--csv', type=home_path, metavar='FILE', help='CSV to write, a row per object, as they are found')

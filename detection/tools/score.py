@@ -90,10 +90,16 @@ def main() -> None:
     """Read the command line, evaluate and print."""
     parser = argparse.ArgumentParser('python -m detection.tools.score', description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('results', type=home_path, help='JSON file of detections in the evaluation split')
+    add('results', type=home_path, metavar='FILE', help='JSON file of detections in the evaluation split')
     add_data_options(parser)
     add('--output', type=home_path, metavar='DIR', help='write AP per class, curves and the confusion matrix there')
-    add('--by', nargs='+', choices=EVALUATORS, default=[choose_evaluator().name], help='evaluators (the fastest here)')
+    add(
+        '--by',
+        nargs='+',
+        choices=EVALUATORS,
+        default=[choose_evaluator().name],
+        help='libraries that compute AP (default: the fastest one that is installed)',
+    )
     args = parser.parse_args()
     with exit_on_user_error():
         results = read_results(args.results)

@@ -105,7 +105,7 @@ def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, cap
     scores = {'raw': 16.5, 'ema': 18.0}
     torch.save({'model': raw.state_dict(), 'model_ema': ema.state_dict(), 'scores': scores}, path)
     for flags, expected in (([], ema), (['--pretrained-weights', 'ema'], ema), (['--pretrained-weights', 'raw'], raw)):
-        args = prediction_parser('').parse_intermixed_args(['x', '--cfg', str(TINY), '--resume', path, *flags])
+        args = prediction_parser('', '').parse_intermixed_args(['x', '--cfg', str(TINY), '--resume', path, *flags])
         model = load_predictor(args, TASK).model
         assert torch.equal(model.head.weight.cpu(), expected.head.weight)
         name, first, second = ('EMA', 18.0, 16.5) if expected is ema else ('raw', 16.5, 18.0)
@@ -121,7 +121,7 @@ def test_the_config_comes_from_the_checkpoint_and_cfg_overrides_it(tiny_config, 
 
     def load(*flags):
         argv = ['x', '--resume', str(tmp_path / 'w.pth'), *flags]
-        return load_predictor(prediction_parser('').parse_intermixed_args(argv), TASK)
+        return load_predictor(prediction_parser('', '').parse_intermixed_args(argv), TASK)
 
     config, model, names, _ = load()
     assert config.MODEL.MSG == trained.MODEL.MSG

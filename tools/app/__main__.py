@@ -1,4 +1,4 @@
-"""A web page that classifies a picture and shows what the network looks at, on this machine alone.
+"""Serve a web page on this machine that classifies images and shows what the network looks at.
 
     python -m tools.app --resume <checkpoint>
 

@@ -1,4 +1,4 @@
-"""Start-up time and memory of a detector's data: ranks that open a dataset in COCO's layout, and their workers.
+"""Measure start-up time and memory of a detector's data: ranks that open a COCO dataset, and their workers.
 
     python -m tools.benchmark.coco_start --data-path <coco>
     python -m tools.benchmark.coco_start --data-path <coco> --ranks 4 --workers 2
@@ -85,9 +85,11 @@ def main() -> None:
     """Start the ranks and print a row of a table."""
     parser = argparse.ArgumentParser('python -m tools.benchmark.coco_start', description=__doc__.splitlines()[0])
     parser.add_argument('--data-path', type=home_path, required=True, metavar='DIR', help='the dataset')
-    parser.add_argument('--ranks', type=positive_int, default=1, help='processes that train (1)')
-    parser.add_argument('--workers', type=positive_int, default=2, help='workers of each rank (2)')
-    parser.add_argument('--images', type=non_negative_int, default=0, help='images of the pass; 0 takes all (0)')
+    parser.add_argument('--ranks', type=positive_int, default=1, metavar='N', help='processes that train (1)')
+    parser.add_argument('--workers', type=positive_int, default=2, metavar='N', help='workers of each rank (2)')
+    parser.add_argument(
+        '--images', type=non_negative_int, default=0, metavar='N', help='images of the pass; 0 takes all (0)'
+    )
     parser.add_argument('--opts', nargs='+', default=[], metavar='KEY VALUE', help='other settings of the detector')
     args = parser.parse_args()
     for row in (HEAD, ['---'] * len(HEAD)):

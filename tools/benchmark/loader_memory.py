@@ -1,4 +1,4 @@
-"""Memory and start-up time of loaders whose dataset has as many samples as ImageNet-1K.
+"""Measure memory and start-up time of data loaders for a dataset with as many samples as ImageNet-1K.
 
     python -m tools.benchmark.loader_memory
     python -m tools.benchmark.loader_memory --ranks 2 --workers 4
@@ -118,8 +118,10 @@ def total_memory(process: int) -> int:
 
 def main() -> None:
     """Start the ranks and print a row of a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--ranks', type=positive_int, default=1, help='processes that train (1)')
+    parser = argparse.ArgumentParser(
+        'python -m tools.benchmark.loader_memory', description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument('--ranks', type=positive_int, default=1, metavar='N', help='processes that train (1)')
     parser.add_argument('--workers', type=positive_int, default=8, help='workers of each rank (8)')
     parser.add_argument('--samples', type=positive_int, default=IMAGENET_SAMPLES, help="default: ImageNet-1K's")
     args = parser.parse_args()

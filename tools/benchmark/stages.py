@@ -1,4 +1,4 @@
-"""Time inference of an MSG-Transformer's embedding, stages and head, each by itself, and of the whole network.
+"""Time inference of an MSG-Transformer's embedding, stages and head separately, and of the whole network.
 
 The last stage computes what the head reads, as in inference: its MSG tokens, unless the config says otherwise.
 """

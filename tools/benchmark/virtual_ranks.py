@@ -1,4 +1,4 @@
-"""Time per update with virtual ranks and with DDP, of the same processes, network and images per update.
+"""Measure the time per update with virtual ranks and with DDP, for the same processes, network and images per update.
 
     python -m tools.make_digits --output output/digits
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m tools.benchmark.virtual_ranks \
@@ -77,7 +77,12 @@ def with_ddp(config: CfgNode, processes: int) -> CfgNode:
 
 def main() -> None:
     """Train with both in turns, and print a table on rank 0."""
-    parser = run_parser(__doc__.splitlines()[0], TASK.tree, example='configs/study_nano_p2_win7_56.yaml')
+    parser = run_parser(
+        'python -m tools.benchmark.virtual_ranks',
+        __doc__.splitlines()[0],
+        TASK.tree,
+        example='configs/study_nano_p2_win7_56.yaml',
+    )
     config = get_config(parser.parse_args())
     count = config.TRAIN.VIRTUAL_RANKS
     if not count:

@@ -36,7 +36,7 @@ def row(config: str, batch: int, rounds: int, device: torch.device) -> str:
 
 def main() -> None:
     """Print a row for each config."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser('python -m tools.benchmark.weights_hash', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('configs', nargs='+', metavar='CONFIG', help='config file of a classifier')
     add('--batch', type=positive_int, default=8, metavar='N', help='images per update (default: 8)')

@@ -85,7 +85,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='FILE',
         help=f'file to write: {", ".join(FORMATS.values())}; with .xml, also a .bin',
     )
-    add('--always-pad', action='store_true', help='dynamic height and width, each from one patch to 4096 pixels')
+    add('--always-pad', action='store_true', help='also allow any height and width, from one patch to 4096 pixels')
     add('--size', type=positive_int, nargs='+', action='append', default=[], metavar='N', help=SIZE_HELP)
     add(
         '--images',

@@ -58,10 +58,18 @@ def main() -> None:
         nargs='+',
         default=[1],
         metavar='N',
-        help='numbers of processes of the disturbed run, one after the other, each for an equal part of the run (1)',
+        help='numbers of processes of the interrupted run, one after the other, each for an equal part of the run (1)',
     )
-    parser.add_argument('--kills', type=positive_int, default=30, help='disturbances of the run (30)')
-    parser.add_argument('--seed', type=non_negative_int, default=0, help='seed of their moments and kinds (0)')
+    parser.add_argument(
+        '--kills', type=positive_int, default=30, metavar='N', help='interruptions of the second run (30)'
+    )
+    parser.add_argument(
+        '--seed',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='seed of the moments and kinds of interruptions (0)',
+    )
     parser.add_argument(
         '--slurm', type=non_negative_int, default=0, metavar='N', help='requeue a third run, a SLURM job, N times (0)'
     )

@@ -59,9 +59,9 @@ def main() -> None:
     """Read the command line and write the folder."""
     parser = argparse.ArgumentParser('python -m tools.rehearsal.names', description=__doc__.splitlines()[0])
     parser.add_argument('--output', type=home_path, required=True, metavar='DIR', help='a new folder')
-    parser.add_argument('--images', type=positive_int, default=1_281_167, help='training images (1281167)')
-    parser.add_argument('--classes', type=positive_int, default=1000, help='number of classes (1000)')
-    parser.add_argument('--size', type=positive_int, default=64, help='pixels of both sides (64)')
+    parser.add_argument('--images', type=positive_int, default=1_281_167, metavar='N', help='training images (1281167)')
+    parser.add_argument('--classes', type=positive_int, default=1000, metavar='N', help='number of classes (1000)')
+    parser.add_argument('--size', type=positive_int, default=64, metavar='N', help='pixels of both sides (64)')
     args = parser.parse_args()
     write_names(args.output, args.images, args.classes, args.size)
 

@@ -59,8 +59,14 @@ def parse_args() -> argparse.Namespace:
         '--results', type=home_path, metavar='FILE', help='print the table of a study.json; train nothing'
     )
     add('--study', type=home_path, default=DEFAULT_STUDY, metavar='FILE', help=f'study file ({DEFAULT_STUDY})')
-    add('--variants', nargs='+', metavar='NAME', help='variants of the study file to train (all)')
-    add('--seeds', nargs='+', type=non_negative_int, metavar='N', help="seeds to train (the study file's)")
+    add('--variants', nargs='+', metavar='NAME', help='variants to train (default: all of the study file)')
+    add(
+        '--seeds',
+        nargs='+',
+        type=non_negative_int,
+        metavar='N',
+        help='seeds to train (default: those of the study file)',
+    )
     add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time; they share cores and GPU (1)')
     add('--output', type=home_path, metavar='DIR', help='folder of runs and results (output/studies/<study>)')
     add(

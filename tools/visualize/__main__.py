@@ -78,9 +78,9 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add('images', nargs='+', type=home_path, metavar='IMAGES', help='image files or folders; first, or after --output')
+    add('images', nargs='+', type=home_path, metavar='IMAGES', help='image files or folders')
     add_network_flags(parser, stored_weights(), is_required=False)
-    add('--random-weights', action='store_true', help='take the network of --cfg with random weights, and say so')
+    add('--random-weights', action='store_true', help='use the network of --cfg with random weights; the sheets say so')
     add('--output', type=home_path, required=True, metavar='DIR|FILE', help='folder, or file of a single sheet')
     add('--kind', choices=(*KINDS, 'all'), default='all', help='what to draw (default: all)')
     add('--stage', type=_from_one, nargs='+', metavar='N', help='stages, from 1 (default: all)')
