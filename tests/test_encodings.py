@@ -9,7 +9,7 @@ from tests.helpers.processes import environment
 from tests.test_imports import FILES
 
 TEXTS = {'read_text', 'write_text', 'open', 'NamedTemporaryFile', 'TemporaryFile', 'FileHandler', 'fdopen'}
-BINARY_MODULES = {'Image', 'tarfile', 'zipfile', 'os'}  # their `open` has no encoding
+BINARY_MODULES = {'Image', 'tarfile', 'zipfile', 'os', 'self.av'}  # their `open` has no encoding
 
 
 def is_text_without_encoding(call):

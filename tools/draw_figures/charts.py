@@ -25,12 +25,12 @@ LABELS = {  # of names in growth.json
 
 def draw_study() -> Figure:
     """Draw the study of MSG tokens."""
-    return chart(json.loads((DOCS / 'study.json').read_text()))
+    return chart(json.loads((DOCS / 'study.json').read_text(encoding='utf-8')))
 
 
 def draw_exchange_study() -> Figure:
     """Draw the study of exchanges."""
-    return chart(json.loads((DOCS / 'exchange_study.json').read_text()))
+    return chart(json.loads((DOCS / 'exchange_study.json').read_text(encoding='utf-8')))
 
 
 def draw_growth() -> Figure:
@@ -47,7 +47,7 @@ def draw_growth() -> Figure:
 def read_growth(key: str) -> list[Result]:
     """Read the results of growth.json over 'sizes' or 'batches'; the time is NaN where it was not measured."""
     results = []
-    for row in json.loads((DOCS / 'growth.json').read_text())[key]:
+    for row in json.loads((DOCS / 'growth.json').read_text(encoding='utf-8'))[key]:
         setting = Setting('inference', 'fp32', 'eager', row['batch'], row['size'], row['threads'])
         seconds = float('nan') if row['seconds'] is None else row['seconds']
         results.append(Result(row['name'], setting, [seconds], pixels=setting.pixels, memory=row['memory_MB'] * 2**20))

@@ -36,7 +36,7 @@ class Launch:
         torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
         launcher = torchrun if processes > 1 else []
         environment = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
-        with output.open('a') as file:
+        with output.open('a', encoding='utf-8') as file:
             self._process = subprocess.Popen(
                 [sys.executable, *launcher, *program, *command[1:]],
                 cwd=ROOT,
@@ -143,7 +143,7 @@ def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
         RehearsalError: it fails, or is not installed.
     """
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding='utf-8')
     except FileNotFoundError as error:
         raise RehearsalError(f'there is no {command[0]}: install SLURM, or leave out --slurm') from error
     if done.returncode:
@@ -153,7 +153,9 @@ def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
 
 def _children(process: int) -> list[int]:
     """Numbers of the processes that a process has started."""
-    listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process)], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(process)], capture_output=True, text=True, encoding='utf-8'
+    ).stdout
     return [int(child) for child in listed.split()]
 
 
