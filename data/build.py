@@ -88,8 +88,8 @@ def images_of_epoch(config: CfgNode, images: int) -> int:
     asked = config.DATA.IMAGES_PER_EPOCH
     if asked > images:
         raise DataError(
-            f'DATA.IMAGES_PER_EPOCH is {asked}, but there are {images} training images: write at most {images}, or 0 '
-            f'for all'
+            f'DATA.IMAGES_PER_EPOCH is {asked}, but an epoch has {images} training images: write at most {images}, or '
+            f'0 for all'
         )
     return asked
 

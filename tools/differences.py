@@ -18,6 +18,9 @@ _MEASURED = {'seconds', 'data_s', 'images_per_s', 'memory_mb'}
 # Metrics of an epoch that do not depend on its evaluation
 _TRAINING = {'updates', 'train_loss', 'lr'}
 
+# Entries that depend on the evaluation: which images share a batch there depends on the number of processes
+EVALUATION_ENTRIES = ('scores', 'max_accuracy', 'progress.stale_evaluations')
+
 # Epoch, and number of updates in it that were made before; infinity is the end of the epoch
 Place = tuple[int, float]
 

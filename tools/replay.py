@@ -33,7 +33,7 @@ from engine.config_tree import add_options
 from engine.distributed import Process, on_main_process, start_process
 from engine.experiment import ENVIRONMENT, PRETRAINED, RESUME, ExperimentError, has_changed, recorded_origin
 from engine.run_folder import RunFolder
-from tools.differences import compare_records, differing_entries, entries, read_records
+from tools.differences import EVALUATION_ENTRIES, compare_records, differing_entries, entries, read_records
 from tools.tasks import TASKS
 from utils import UserError, environment, exit_on_user_error, home_path, printable
 
@@ -47,9 +47,6 @@ _LEFT_OUT = ('config', 'environment')
 
 # Entries that are read only when they are compared
 _LARGE = ('model', 'model_ema', 'optimizer')
-
-# Entries that depend on the evaluation: which images share its batches depends on the number of processes
-_EVALUATION = ('scores', 'max_accuracy', 'progress.stale_evaluations')
 
 # Config of a replay. Name and tag of the run may come from anyone, and would become parts of a path
 _REPLAY_OPTIONS = {
@@ -286,7 +283,7 @@ def compare(
     Returns:
         Whether all is equal to the bit, and the result in words.
     """
-    left_out = _LEFT_OUT if has_same_processes else (*_LEFT_OUT, *_EVALUATION)
+    left_out = _LEFT_OUT if has_same_processes else (*_LEFT_OUT, *EVALUATION_ENTRIES)
     ours, theirs = (
         {name: value for name, value in entries(load_checkpoint(path)) if not name.startswith(left_out)}
         for path in (stretch.end.path, recomputed)

@@ -51,7 +51,6 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
     factors = None
     if config.DATA.REPEAT_FACTOR:
         factors = repeat_factors(dataset, config.DATA.REPEAT_FACTOR)
-        dataset.notes.append(describe_repeats(factors))
     sampler = GroupedTrainSampler(
         is_portrait,
         config.DATA.BATCH_SIZE,
@@ -60,8 +59,10 @@ def build_loaders(config: CfgNode, rank: int = 0, world_size: int = 1) -> tuple[
         config.SEED,
         factors,
         config.TRAIN.VIRTUAL_RANKS,
-        images_of_epoch(config, len(dataset)),
+        images_of_epoch(config, len(dataset) if factors is None else int(factors.sum())),
     )
+    if factors is not None:
+        dataset.notes.append(describe_repeats(factors, sampler.length))
     return build_train_loader(config, dataset, sampler, collate), eval_loader
 
 

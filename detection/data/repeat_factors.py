@@ -25,10 +25,10 @@ def repeat_factors(dataset: CocoDataset, threshold: float) -> Tensor:
     return torch.from_numpy(factors)
 
 
-def describe_repeats(factors: Tensor) -> str:
-    """What repeat factors do to an epoch, for the log."""
+def describe_repeats(factors: Tensor, samples: int) -> str:
+    """What repeat factors do to an epoch of this many samples, for the log."""
     repeated = int((factors > 1).sum())
     return (
-        f'an epoch has {int(factors.sum())} samples of {len(factors)} images: {repeated} images are repeated, '
+        f'an epoch has {samples} samples of {len(factors)} images: {repeated} images are repeated, '
         f'at most {factors.max():.1f} times on average (DATA.REPEAT_FACTOR)'
     )

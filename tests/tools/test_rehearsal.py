@@ -1,15 +1,18 @@
 """tools.rehearsal: runs that are disturbed and compared with an undisturbed one."""
 
 import json
+import os
 import subprocess
+import sys
+import time
 
 import pytest
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import error_line, run_here, start
-from tools.rehearsal.course import different_entries, restart_of_logs
+from tests.helpers.processes import children, environment, error_line, run_here, start
+from tools.rehearsal.course import compare, restart_of_logs
 from tools.rehearsal.names import write_names
 
 UPDATE = 'x: INFO Train: [{}/9][{}/3]\teta\n'
@@ -59,16 +62,36 @@ def test_disturbed_run_equals_the_undisturbed_one_and_a_faulty_one_does_not(tmp_
     options = 'TRAIN.EPOCHS 100 SAVE_STEPS 1 PRINT_FREQ 1 EVAL_FREQ 50 TRAIN.VIRTUAL_RANKS 2 DATA.BATCH_SIZE 4'
     command = ['main.py', '--cfg', TINY, '--data-path', tmp_path / 'tree', '--opts', *options.split()]
     output = tmp_path / 'runs'
-    done = start('-m', 'tools.rehearsal', '--output', output, '--processes', 2, 1, '--kills', 3, '--', *command)
+    done = start('-m', 'tools.rehearsal', '--output', output, '--processes', 1, 2, '--kills', 3, '--', *command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'disturbed: equal to the undisturbed run, to the bit' in done.stdout
     restarts = json.loads((output / 'rehearsal.json').read_text())['disturbed']['restarts']
-    assert [restart['processes'] for restart in restarts] == [[2, 2], [2, 1], [1, 1]]
+    assert [restart['processes'] for restart in restarts] == [[1, 1], [1, 2], [2, 2]]
     assert all(restart['is_exact'] for restart in restarts)
-    one, two = (load_checkpoint(output / 'tiny' / tag / 'ckpt_epoch_99.pth') for tag in ('undisturbed', 'disturbed'))
-    assert different_entries(one, two) == []
-    next(iter(two['model'].values())).view(-1)[0] += 1e-6
-    assert different_entries(one, two) == ['model']
+    one, two = (output / 'tiny' / tag / 'ckpt_epoch_99.pth' for tag in ('undisturbed', 'disturbed'))
+    assert compare(one, two) == []
+    changed = load_checkpoint(two)
+    next(iter(changed['model'].values())).view(-1)[0] += 1e-6
+    save_checkpoint(two, changed)
+    (difference,) = compare(one, two)
+    assert difference.startswith('model.')
+
+
+@pytest.mark.slow
+def test_interrupted_rehearsal_leaves_no_process(tmp_path):
+    write_images(tmp_path / 'tree')
+    command = [sys.executable, '-m', 'tools.rehearsal', '--output', tmp_path / 'runs', '--', 'main.py', '--cfg', TINY]
+    command += ['--data-path', tmp_path / 'tree', '--opts', 'TRAIN.EPOCHS', '9999']
+    with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE) as process:
+        log, end = tmp_path / 'runs' / 'undisturbed.txt', time.monotonic() + 120
+        while not (log.exists() and 'Train: [' in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        started = children(process.pid)
+        process.terminate()
+        process.wait(30)
+    assert started
+    assert not [pid for pid in started if os.path.exists(f'/proc/{pid}')]
 
 
 def test_script_for_slurm_is_a_shell_script():

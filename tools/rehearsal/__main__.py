@@ -18,11 +18,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from engine.checkpoint import load_checkpoint
-from tools.rehearsal.course import RehearsedRun, Restart, different_entries, rehearse, rehearse_slurm, sizes
-from utils import exit_on_user_error, home_path, non_negative_int, positive_int
+from tools.rehearsal.course import RehearsedRun, Restart, compare, rehearse, rehearse_slurm, sizes
+from utils import exit_on_user_error, home_path, non_negative_int, orderly_termination, positive_int
 
 HEAD = ('', 'disturbance', 'in epoch', 'processes', 'updates computed again', 'start-up, s', 'peak of a process, MB')
 HEAD += ('resumed bit for bit',)
@@ -33,19 +33,54 @@ def print_row(cells: Iterable[object]) -> None:
     print('| ' + ' | '.join(map(str, cells)) + ' |', flush=True)
 
 
-def print_restarts(restarts: Iterable[Restart]) -> list[Restart]:
-    """Print a table of disturbances as they come, and return them."""
-    for row in (HEAD, ['---'] * len(HEAD)):
-        print_row(row)
-    done = []
-    for number, restart in enumerate(restarts, start=1):
-        before, after = restart.processes
-        processes = str(before) if before == after else f'{before}, then {after}'
-        peak = f'{restart.peak_mb:,.0f}' if restart.peak_mb else ''
-        cells = [number, restart.kind, restart.epoch, processes, restart.lost_updates, f'{restart.seconds:.0f}', peak]
-        print_row([*cells, 'yes' if restart.is_exact else 'no'])
-        done.append(restart)
-    return done
+def print_restart(number: int, restart: Restart) -> None:
+    """Print the row of an interruption."""
+    before, after = restart.processes
+    processes = str(before) if before == after else f'{before}, then {after}'
+    peak = f'{restart.peak_mb:,.0f}' if restart.peak_mb else ''
+    cells = [number, restart.kind, restart.epoch, processes, restart.lost_updates, f'{restart.seconds:.0f}', peak]
+    print_row([*cells, 'yes' if restart.is_exact else 'no'])
+
+
+def run_all(args: argparse.Namespace, runs: Mapping[str, RehearsedRun]) -> bool:
+    """Train all runs, print tables, and write `rehearsal.json` after every row.
+
+    Returns:
+        Whether all are equal to the undisturbed run, to the bit.
+    """
+    undisturbed, is_equal = runs['undisturbed'], True
+    result: dict[str, Any] = {'command': args.command, 'processes': args.processes, 'seed': args.seed}
+
+    def write() -> None:
+        text = json.dumps(result, indent=1) + '\n'
+        (args.output / 'rehearsal.json').write_text(text, encoding='utf-8')
+
+    start = time.monotonic()
+    undisturbed.start(min(args.processes))
+    undisturbed.finish()
+    seconds = time.monotonic() - start
+    result['undisturbed'] = {'seconds': seconds, 'bytes': sizes(undisturbed)}
+    write()
+    print(f'undisturbed on {min(args.processes)} process(es): {undisturbed.epochs} epochs in {seconds:.0f} s')
+    print(', '.join(f'{name} {size / 2**20:.1f} MB' for name, size in sizes(undisturbed).items()), flush=True)
+    courses = {'disturbed': rehearse(runs['disturbed'], args.processes, args.kills, args.seed)}
+    if args.slurm:
+        courses['slurm'] = rehearse_slurm(runs['slurm'], max(args.processes), args.slurm, args.seed)
+    for tag, course in courses.items():
+        result[tag] = {'restarts': []}
+        for row in (HEAD, ['---'] * len(HEAD)):
+            print_row(row)
+        for number, restart in enumerate(course, start=1):
+            print_restart(number, restart)
+            result[tag]['restarts'].append(restart._asdict())
+            is_equal &= restart.is_exact
+            write()
+        differences = compare(undisturbed.last_checkpoint, runs[tag].last_checkpoint)
+        print(f'{tag}: {"; ".join(differences) or "equal to the undisturbed run, to the bit"}', flush=True)
+        result[tag]['differences'] = differences
+        is_equal &= not differences
+        write()
+    return is_equal
 
 
 def main() -> None:
@@ -79,26 +114,14 @@ def main() -> None:
         parser.error(f'--output {args.output} is not empty: give an empty folder')
     args.output.mkdir(parents=True, exist_ok=True)
     runs = {tag: RehearsedRun(args.command, args.output, tag) for tag in ('undisturbed', 'disturbed', 'slurm')}
-    undisturbed, result, is_equal = runs['undisturbed'], {'command': args.command, 'seed': args.seed}, True
-    start = time.monotonic()
-    undisturbed.finish(undisturbed.start(min(args.processes)))
-    seconds = time.monotonic() - start
-    print(f'undisturbed on {min(args.processes)} process(es): {undisturbed.epochs} epochs in {seconds:.0f} s')
-    print(', '.join(f'{name} {size / 2**20:.1f} MB' for name, size in sizes(undisturbed).items()), flush=True)
-    result['undisturbed'] = {'seconds': seconds, 'bytes': sizes(undisturbed)}
-    courses = {'disturbed': rehearse(runs['disturbed'], args.processes, args.kills, args.seed)}
-    if args.slurm:
-        courses['slurm'] = rehearse_slurm(runs['slurm'], max(args.processes), args.slurm, args.seed)
-    for tag, course in courses.items():
-        restarts = print_restarts(course)
-        different = different_entries(*(load_checkpoint(run.last_checkpoint) for run in (undisturbed, runs[tag])))
-        print(f'{tag}: {f"differs in {different}" if different else "equal to the undisturbed run, to the bit"}')
-        result[tag] = {'restarts': [restart._asdict() for restart in restarts], 'differences': different}
-        is_equal &= not different and all(restart.is_exact for restart in restarts)
-    (args.output / 'rehearsal.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+    try:
+        is_equal = run_all(args, runs)
+    finally:
+        for run in runs.values():
+            run.stop()
     sys.exit(0 if is_equal else 1)
 
 
 if __name__ == '__main__':
-    with exit_on_user_error():
+    with exit_on_user_error(), orderly_termination():
         main()

@@ -4,14 +4,15 @@ import contextlib
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
+from engine.checkpoint import load_checkpoint
 from engine.memory import read_kb
+from tools.differences import EVALUATION_ENTRIES, differing_entries, entries
 from tools.rehearsal.launch import Launch, RehearsalError, SlurmJob
 
 # Seconds in which a run must make progress; the first start may read a large dataset
@@ -50,12 +51,17 @@ class RehearsedRun:
         command: a program and its arguments, without `--output` and `--tag`.
         output: the folder of all runs.
         tag: the name of the run.
+
+    Attributes:
+        console: file with everything that the run has printed.
+        job: the run's processes; None before the start.
     """
 
     def __init__(self, command: Sequence[str], output: Path, tag: str):
         self.command = [*command, '--output', str(output.resolve()), '--tag', tag]
         self.output, self.tag = output, tag
         self.console = output / f'{tag}.txt'
+        self.job: Launch | SlurmJob | None = None
 
     @property
     def folder(self) -> Path:
@@ -75,8 +81,16 @@ class RehearsedRun:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint of the last epoch."""
-        return self.folder / f'ckpt_epoch_{self.epochs - 1}.pth'
+        """The newest checkpoint at the end of an epoch.
+
+        Raises:
+            RehearsalError: there is none.
+        """
+        epochs = {re.fullmatch(r'ckpt_epoch_(\d+)', path.stem): path for path in self.folder.glob('ckpt_epoch_*.pth')}
+        last = max((int(match[1]) for match in epochs if match), default=None)
+        if last is None:
+            raise RehearsalError(f'{self.folder} has no checkpoint of an epoch: see {self.console}')
+        return self.folder / f'ckpt_epoch_{last}.pth'
 
     def log(self) -> str:
         """The log of rank 0; empty before the start."""
@@ -86,18 +100,29 @@ class RehearsedRun:
 
     def start(self, processes: int) -> Launch:
         """Start the command, or go on with it."""
-        return Launch(self.command, processes, self.console)
+        self.job = Launch(self.command, processes, self.console)
+        return self.job
 
-    def finish(self, job: Launch | SlurmJob) -> None:
+    def start_slurm(self, processes: int) -> SlurmJob:
+        """Submit the command as a SLURM job."""
+        self.job = SlurmJob(self.command[1:], processes, self.console)
+        return self.job
+
+    def stop(self) -> None:
+        """End the run's processes, if there are any."""
+        if self.job is not None and self.job.is_running:
+            self.job.kill()
+
+    def finish(self) -> None:
         """Wait for the end of the run.
 
         Raises:
             RehearsalError: it failed.
         """
-        if code := job.wait():
+        if code := self.job.wait():
             raise RehearsalError(f'{self.tag} ended with exit code {code}: see {self.console}')
 
-    def wait_for(self, job: Launch | SlurmJob, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds.
 
         Raises:
@@ -105,7 +130,7 @@ class RehearsedRun:
         """
         size, since = -1, time.monotonic()
         while not condition():
-            if not job.is_running and not condition():
+            if not self.job.is_running and not condition():
                 raise RehearsalError(f'{self.tag} has ended too early: see {self.console}')
             if len(log := self.log()) != size:
                 size, since = len(log), time.monotonic()
@@ -113,18 +138,14 @@ class RehearsedRun:
                 raise RehearsalError(f'{self.tag} has made no progress for {PATIENCE} s: see {self.console}')
             time.sleep(0.1)
 
-    def epochs_when_started(self, job: Launch | SlurmJob) -> int:
-        """`epochs`, after the first update."""
-        self.wait_for(job, lambda: 'Train: [' in self.log())
-        return self.epochs
+    def wait_for_part(self, part: float) -> None:
+        """Wait until the run has logged an update of the epoch in which a part of its epochs, in [0, 1), has passed."""
+        self.wait_for(lambda: 'Train: [' in self.log())
+        self.wait_for(lambda: _last_update(self.log())[0] >= int(part * self.epochs))
 
-    def wait_for_epoch(self, job: Launch | SlurmJob, epoch: int) -> None:
-        """Wait until the run has logged an update of an epoch, or of a later one."""
-        self.wait_for(job, lambda: _last_update(self.log())[0] >= epoch)
-
-    def wait_for_resume(self, job: Launch | SlurmJob, start: int) -> str:
+    def wait_for_resume(self, start: int) -> str:
         """Wait until the run has logged an update after a place in its log, and return the log from there."""
-        self.wait_for(job, lambda: 'Train: [' in self.log()[start:])
+        self.wait_for(lambda: 'Train: [' in self.log()[start:])
         return self.log()[start:]
 
 
@@ -152,7 +173,7 @@ def rehearse(run: RehearsedRun, process_counts: Sequence[int], kills: int, seed:
     counts = [process_counts[i * len(process_counts) // (kills + 1)] for i in range(kills + 1)]
     job = run.start(counts[0])
     for number, kind in enumerate(kinds):
-        run.wait_for_epoch(job, int((number + 0.9 * rng.random()) * run.epochs_when_started(job) / kills))
+        run.wait_for_part((number + 0.9 * rng.random()) / kills)
         time.sleep(rng.random() * MOMENT)
         peak = max((_peak_mb(rank) for rank in job.ranks()), default=0.0)
         if kind == 'all processes killed':
@@ -164,18 +185,18 @@ def rehearse(run: RehearsedRun, process_counts: Sequence[int], kills: int, seed:
         log_before = run.log()
         started = time.monotonic()
         job = run.start(counts[number + 1])
-        resumed = run.wait_for_resume(job, len(log_before))
+        resumed = run.wait_for_resume(len(log_before))
         seconds = time.monotonic() - started
         yield restart_of_logs(kind, log_before, resumed, counts[number : number + 2], seconds, peak)
-    run.finish(job)
+    run.finish()
 
 
 def rehearse_slurm(run: RehearsedRun, processes: int, requeues: int, seed: int) -> Iterator[Restart]:
     """Train a run as a SLURM job that is put into the queue again and again; otherwise as `rehearse`."""
     rng = random.Random(seed)
-    job = SlurmJob(run.command[1:], processes, run.console)
+    job = run.start_slurm(processes)
     for number in range(requeues):
-        run.wait_for_epoch(job, int((number + 0.9 * rng.random()) * run.epochs_when_started(job) / requeues))
+        run.wait_for_part((number + 0.9 * rng.random()) / requeues)
         time.sleep(rng.random() * MOMENT)
         if number % 2:
             kind = 'requeued from outside'
@@ -186,9 +207,9 @@ def rehearse_slurm(run: RehearsedRun, processes: int, requeues: int, seed: int) 
         started = time.monotonic()
         job.restart(number + 1)
         log_before = run.log()  # the job needs seconds until it writes to it
-        resumed = run.wait_for_resume(job, len(log_before))
+        resumed = run.wait_for_resume(len(log_before))
         yield restart_of_logs(kind, log_before, resumed, [processes, processes], time.monotonic() - started, 0.0)
-    run.finish(job)
+    run.finish()
 
 
 def restart_of_logs(
@@ -234,17 +255,17 @@ def sizes(run: RehearsedRun) -> dict[str, Any]:
     return {'checkpoint': run.last_checkpoint.stat().st_size, **files, 'tensorboard': trackers}
 
 
-def different_entries(one: Any, two: Any) -> list[str]:
-    """Names of the entries in which two checkpoints differ, except for those that name folders."""
-    return [name for name in sorted({*one, *two} - {'config', 'origin'}) if not _is_equal(one.get(name), two.get(name))]
+def compare(one: Path, other: Path) -> list[str]:
+    """Name and describe the entries in which two checkpoints of a rehearsal differ.
 
-
-def _is_equal(one: Any, two: Any) -> bool:
-    """Whether two values of a checkpoint are equal to the last bit."""
-    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        return one.keys() == two.keys() and all(_is_equal(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        return len(one) == len(two) and all(map(_is_equal, one, two))
-    return one == two
+    The config and the origin name folders, and the environment the number of processes: these are not compared. The
+    last digits of metrics depend on which images share a batch, and so on the number of processes: metrics are compared
+    only if it is equal.
+    """
+    checkpoints = [load_checkpoint(path) for path in (one, other)]
+    left_out = ('config', 'origin', 'environment')
+    if len({checkpoint['environment']['world_size'] for checkpoint in checkpoints}) > 1:
+        left_out += EVALUATION_ENTRIES
+    return differing_entries(
+        *({name: x for name, x in entries(c) if not name.startswith(left_out)} for c in checkpoints)
+    )

@@ -103,6 +103,10 @@ class SlurmJob:
             time.sleep(1)
         return int(self._state() != 'COMPLETED')
 
+    def kill(self) -> None:
+        """Cancel the job."""
+        _slurm('scancel', self.number)
+
     def time_is_up(self) -> None:
         """Send USR1, as SLURM does before the time limit; the job saves and puts itself into the queue again."""
         _slurm('scancel', '--signal=USR1', self.number)

@@ -43,6 +43,21 @@ def test_batches_do_not_depend_on_workers_and_shards_are_disjoint(coco):
     assert len(pickle.loads(pickle.dumps(train.dataset))) == 6
 
 
+@pytest.mark.parametrize(('factor', 'ranks', 'longest'), [('0', 0, 6), ('0.9', 0, 7), ('0', 2, 6)])
+def test_epochs_may_be_shorter(coco, factor, ranks, longest):
+    options = ('DATA.DATA_PATH', str(coco), 'DATA.REPEAT_FACTOR', factor, 'TRAIN.VIRTUAL_RANKS', str(ranks))
+    options += ('DATA.BATCH_SIZE', '1')
+    whole, _ = build_loaders(tiny_detector(*options))
+    assert whole.batch_sampler.sampler.length >= longest
+    train, _ = build_loaders(tiny_detector(*options, 'DATA.IMAGES_PER_EPOCH', '4'))
+    assert len(list(train)) == 4
+    notes = [note for note in train.dataset.dataset.notes if 'an epoch has' in note]
+    assert all('an epoch has 4 samples' in note for note in notes)
+    assert bool(notes) == (factor != '0')
+    with pytest.raises(DataError, match='write at most'):
+        build_loaders(tiny_detector(*options, 'DATA.IMAGES_PER_EPOCH', '99'))
+
+
 AUGMENTED = ('INPUT.SCALE_JITTER', '[0.5,2.0]', 'INPUT.JITTER_SIZE', '72', 'INPUT.COPY_PASTE', '0.7')
 AUGMENTED += ('DATA.REPEAT_FACTOR', '0.9')
 
