@@ -14,8 +14,10 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -25,17 +27,21 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from data import DataError
 from detection.data import build_eval_loader
+from detection.data.annotations import read_class_names
+from detection.data.build import split_files
 from detection.evaluation import CocoEvaluation
 from detection.export import FixedDetector
 from detection.exported import ExportedDetector, load_exported_detector
 from detection.main import TASK
 from detection.tta import Output, build_detect_fn
 from engine.config_tree import add_options
+from engine.experiment import compare_classes
 from engine.exported_file import ExportedFileError
 from engine.predictor import load_predictor
 from engine.weights import changed_network
-from utils import exit_on_user_error, home_path, report_write_errors
+from utils import exit_on_user_error, home_path, printable, report_write_errors
 
 FILE, EAGER, PADDED = 'file', 'eager', 'eager, padded'
 
@@ -62,6 +68,29 @@ def parse_option() -> argparse.Namespace:
     add_options(parser, 'config keys and values that override those of the file, such as DATA.VAL_LIMIT 100')
     add('--output', type=home_path, metavar='FILE', help="JSON to write: the file's detections in COCO's result format")
     return parser.parse_args()
+
+
+def check_classes(config: CfgNode, classes: Sequence[str], file: Path) -> None:
+    """Compare the classes of the evaluation split with those of the file; warn on stderr of other names.
+
+    Args:
+        config: the config tree; `DATA` is read.
+        classes: of the detector in the file.
+        file: the ONNX file, for messages.
+
+    Raises:
+        DataError: the data cannot be used, or have another number of classes.
+    """
+    annotations = split_files(config, 'VAL').annotations
+    names = read_class_names(annotations, list(filter(None, config.DATA.CLASSES)))
+    if len(names) != len(classes):
+        raise DataError(
+            f'{annotations} has {len(names)} categories, and {file} detects {len(classes)} classes: give --data-path a '
+            f'dataset with the classes of the file'
+        )
+    for change in compare_classes(names, {'classes': classes}):
+        text = f'{annotations} has {change} than {file}: metrics mean nothing unless they stand for the same things'
+        print(printable(f'warning: {text}'), file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -113,6 +142,7 @@ def main() -> None:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
         predictor = load_exported_detector(args.file, [*args.opts, 'DATA.DATA_PATH', args.data_path])
         config, exported = predictor.config, predictor.model
+        check_classes(config, predictor.class_names, args.file)
         detectors = {FILE: build_detect_fn(config, exported)}
         if args.resume:
             detectors |= eager_detectors(args, config, exported)

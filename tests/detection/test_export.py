@@ -19,7 +19,7 @@ from detection.tools import evaluate_onnx
 from engine.config_tree import ConfigError
 from engine.exported_file import ExportedFileError, report_file
 from models.pyramid import Size
-from tests.helpers.coco_data import write_coco
+from tests.helpers.coco_data import update_tree, write_coco
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT
@@ -299,12 +299,29 @@ def test_what_a_file_cannot_do(tmp_path, arguments, message):
         (['--output', 'a.pth/results.json'], 'output folder a.pth: File exists: write'),
     ],
 )
-def test_evaluations_that_cannot_start(checkpoint, tmp_path, monkeypatch, flags, message):
+def test_evaluations_that_cannot_start(checkpoint, coco, tmp_path, monkeypatch, flags, message):
     monkeypatch.setattr('detection.exported.run_onnx_detector', lambda path: None)
     monkeypatch.chdir(tmp_path)
     file = str(write_report(tmp_path / 'a.onnx'))
-    monkeypatch.setattr(sys, 'argv', ['evaluate_onnx', file, '--data-path', str(tmp_path), *flags])
+    monkeypatch.setattr(sys, 'argv', ['evaluate_onnx', file, '--data-path', str(coco), *flags])
     with pytest.raises(SystemExit, match=message):
+        evaluate_onnx.main()
+
+
+def test_an_evaluation_compares_the_classes_of_the_data_with_those_of_the_file(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('detection.exported.run_onnx_detector', lambda path: None)
+    monkeypatch.setattr(evaluate_onnx, 'evaluate', lambda config, detectors: {})
+    file = write_report(tmp_path / 'a.onnx')
+    monkeypatch.setattr(sys, 'argv', ['evaluate_onnx', str(file), '--data-path', str(coco)])
+    evaluate_onnx.main()
+    assert 'warning' not in capsys.readouterr().err
+    update_tree(coco, categories=[{'id': 3, 'name': 'wedge'}, {'id': 7, 'name': 'box'}, {'id': 90, 'name': 'rare'}])
+    evaluate_onnx.main()
+    assert f'has other classes (wedge for box) than {file}: metrics mean nothing unless' in capsys.readouterr().err
+    update_tree(coco, categories=[{'id': 3, 'name': 'box'}, {'id': 7, 'name': 'wedge'}])
+    with pytest.raises(
+        SystemExit, match='has 2 categories, and .*a.onnx detects 3 classes: give --data-path'
+    ):
         evaluate_onnx.main()
 
 
