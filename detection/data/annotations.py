@@ -311,14 +311,11 @@ def read_entries(
         DataError: there is no such section, or an entry is invalid.
     """
     entries = tree.get(section)
-    no_list = f'annotation file {path} has no list "{section}": it is not in COCO\'s instance format'
     if not isinstance(entries, list):
-        raise DataError(no_list)
+        raise DataError(f'annotation file {path} has no list "{section}": it is not in COCO\'s instance format')
     for number, entry in enumerate(entries):
         if type(entry) is msgspec.Raw:
             entry = msgspec.json.decode(entry)
-        if not isinstance(entry, dict):
-            raise DataError(no_list)
         try:
             _check_entry(entry, number, section, path)
         except DataError as error:
@@ -329,8 +326,10 @@ def read_entries(
             yield entry
 
 
-def _check_entry(entry: dict[str, Any], number: int, section: str, path: Path) -> None:
-    """Refuse an entry that lacks a key, or has a value of another type; integers may be written as floats."""
+def _check_entry(entry: Any, number: int, section: str, path: Path) -> None:
+    """Refuse an entry that is no object, lacks a key or has a value of another type; integers may be floats."""
+    if not isinstance(entry, dict):
+        raise DataError(f'{path}: entry {number} of "{section}" is not an object: remove it')
     keys = _KEYS[section]
     if missing := [key for key in keys if key not in entry]:
         raise DataError(f'{path}: entry {number} of "{section}" has no {", ".join(missing)}: add it')

@@ -58,6 +58,7 @@ from utils import (
 # Kinds of faults, and what the summary calls them
 FAULTS = {
     'file': 'annotation files that cannot be used',
+    'empty': 'annotation files without images, categories or objects to train on',
     'entry': 'invalid entries of images, categories or annotations',
     'duplicate': 'ids, names or objects given twice',
     'box': 'boxes without area, outside their images, or away from their masks',
@@ -180,6 +181,11 @@ def check_file(split: Split, name: str) -> Iterator[Fault]:
         except DataError as error:
             yield Fault('entry', name, str(error))
     yield from _check_annotations(split, sized, annotations, name)
+    for what, count in (('images', len(sized)), ('categories', len(split.categories))):
+        if not count:
+            yield Fault('empty', name, f'{path} has no valid {what}')
+    if name == 'train' and sized and split.categories and not split.objects:
+        yield Fault('empty', name, f'{path} has no objects to train on')
 
 
 def _check_annotations(
@@ -259,7 +265,7 @@ def compare_categories(splits: Mapping[str, Split]) -> Iterator[Fault]:
                 yield Fault('category', name, f'{missing} is a category of {other} only')
         if set(names['train']) == set(names['val']):
             yield Fault('category', 'val', 'the categories are in another order than in train')
-    if 'train' in splits:
+    if 'train' in splits and splits['train'].objects:  # else the fault of the file says so
         for category in splits['train'].categories:
             if not splits['train'].objects[category['id']]:
                 yield Fault('category', 'train', f'{category["name"]} has no object')

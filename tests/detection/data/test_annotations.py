@@ -110,7 +110,7 @@ def test_images_with_texts_as_ids_are_numbered(coco):
     ('sections', 'message'),
     [
         ({'images': None}, 'has no list "images": it is not in COCO\'s instance format'),
-        ({'annotations': [1]}, 'has no list "annotations"'),
+        ({'annotations': [1]}, 'entry 0 of "annotations" is not an object: remove it'),
         ({'categories': []}, 'has no categories'),
         ({'images': [{'id': 5, 'file_name': 'a.png', 'width': 4}]}, 'entry 0 of "images" has no height: add it'),
         ({'categories': [*CATEGORIES, CATEGORIES[0]]}, 'two of the categories have the id 3'),

@@ -4,6 +4,8 @@ import shutil
 import pytest
 from PIL import Image
 
+from detection.data.coco import SplitFiles
+from detection.tools.check_dataset import check_dataset
 from tests.helpers.coco_data import crowd, read_tree, rectangle, update_tree
 from tests.helpers.images import damage
 from tests.helpers.processes import error_line, run_here, start
@@ -135,6 +137,31 @@ def test_files_that_cannot_be_used(sound):
     assert 'DATA.TRAIN_SPLITS' in error_line(*PROGRAM, '--data-path', sound, '--opts', 'DATA.TRAIN_SPLITS', 'x')
     path = sound / 'val' / '0.png' / 'faults.json'
     assert 'write another --output' in error_line(*PROGRAM, '--data-path', sound, '--json', path, *SPLITS)
+
+
+@pytest.mark.parametrize(
+    ('sections', 'kind', 'message'),
+    [
+        ({'annotations': []}, 'empty', 'has no objects to train on'),
+        ({'images': [], 'annotations': []}, 'empty', 'has no valid images'),
+        ({'categories': [], 'annotations': []}, 'empty', 'has no valid categories'),
+        ({'annotations': None}, 'file', 'has no list "annotations"'),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_one_fault(sound, sections, kind, message):
+    update_tree(sound, 'train', **sections)
+    files = {name: SplitFiles(sound / f'annotations/instances_{name}.json', sound / name) for name in ('train', 'val')}
+    [fault] = check_dataset(files, upright=False, workers=0)[1]
+    assert (fault.kind, fault.split) == (kind, 'train')
+    assert message in fault.text
+
+
+def test_entries_that_are_no_objects_are_left_out(sound):
+    tree = read_tree(sound, 'train')
+    update_tree(sound, 'train', annotations=[5, *tree['annotations'], None])
+    kinds, texts = faults(sound, '--split', 'train')
+    assert kinds == ['entry', 'entry']
+    assert 'entry 0 of "annotations" is not an object: remove it' in texts
 
 
 @pytest.mark.slow
