@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data import DataError
-from detection.data.annotations import read_entries
+from detection.data.annotations import duplicates, read_entries
 from text_files import read_json
 from utils import exit_on_user_error, fraction, home_path, non_negative_int, printable, report_write_errors
 
@@ -74,11 +74,18 @@ def split_tree(
         The content of `train` and of `val`.
 
     Raises:
-        DataError: it is not in COCO's format, has fewer than two groups, or an image lacks the key.
+        DataError: it is not in COCO's format, has no objects, has an id or the name of a category twice, has fewer than
+            two groups, or an image lacks the key.
     """
     images, categories, annotations = (
         list(read_entries(tree, section, path)) for section in ('images', 'categories', 'annotations')
     )
+    for what, entries in (('categories', categories), ('annotations', annotations)):
+        if not entries:
+            raise DataError(f'{path} has no {what}, so there are no objects to divide: give a file with objects')
+    for key in ('id', 'name'):
+        if repeated := duplicates(category[key] for category in categories):
+            raise DataError(f'{path}: two of the categories have the {key} {repeated[0]!r}: give each its own')
     groups = {image['id']: _group(image, group_by, path) for image in images}
     if len(groups) < len(images):
         raise DataError(f'{path}: two of the images have one id: give each its own')

@@ -74,6 +74,24 @@ def test_there_is_always_an_image_on_both_sides():
         split_tree(tree_of((1,)), 'x.json', 0.2)
 
 
+@pytest.mark.parametrize(
+    ('section', 'entries', 'message'),
+    [
+        ('categories', [], 'x.json has no categories, so there are no objects to divide'),
+        ('annotations', [], 'x.json has no annotations, so there are no objects to divide'),
+        ('categories', [{'id': 1, 'name': 'c1'}, {'id': 1, 'name': 'c2'}], 'two of the categories have the id 1'),
+        (
+            'categories',
+            [{'id': 1, 'name': 'c'}, {'id': 2, 'name': 'c'}],
+            "two of the categories have the name 'c'",
+        ),
+    ],
+)
+def test_files_that_cannot_be_split_are_refused(section, entries, message):
+    with pytest.raises(DataError, match=message):
+        split_tree(tree_of((3, 2)) | {section: entries}, 'x.json', 0.2)
+
+
 def test_files_are_written_and_mistakes_named(tmp_path):
     path, output = tmp_path / 'all.json', tmp_path / 'new' / 'split'
     path.write_text(json.dumps(tree_of((8, 1))))
