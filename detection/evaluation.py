@@ -330,7 +330,8 @@ class CocoEvaluation:
 
 
 def _markdown(rows: list[list[str]]) -> str:
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    """A table; cells may have the character that separates cells."""
+    return '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in rows)
 
 
 def _box_as_crowd(annotation: dict[str, Any]) -> dict[str, Any]:

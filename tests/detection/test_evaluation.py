@@ -146,6 +146,27 @@ def test_ap_is_0_without_detections_and_nan_without_objects(coco):
     assert all(math.isnan(value) for name, value in metrics.items() if not name.startswith('val_loss'))
 
 
+def test_mean_losses_do_not_depend_on_the_order_of_images(coco):
+    """These sums lose the small number in one order and not in the other."""
+    losses = {1: 1e200, 2: -1e200, 3: 1e100, 4: -1e100, 5: 1.0}
+    means = []
+    for order in ((1, 2, 3, 4, 5), (1, 3, 5, 4, 2)):
+        evaluation = CocoEvaluation(CocoDataset(coco, 'val'))
+        evaluation.losses = {image_id: {'loss_box': losses[image_id]} for image_id in order}
+        means.append(evaluation.finish()['val_loss'])
+    assert means == [0.2, 0.2]
+
+
+def test_names_of_classes_do_not_divide_cells_of_the_report(coco, tmp_path):
+    names = ['box|case', 'wedge', 'rare']
+    update_tree(coco, categories=[{'id': x, 'name': name} for x, name in zip((3, 7, 90), names, strict=True)])
+    evaluation, _ = evaluate(CocoDataset(coco, 'val'), range(7), perfect_detections)
+    head, _, first, *_ = evaluation.write_class_report(tmp_path, '', 0.5).splitlines()
+    assert first.endswith(r'| box\|case |')
+    assert first.replace(r'\|', '').count('|') == head.count('|')
+    assert '\nbox|case,' in (tmp_path / 'classes.csv').read_text()
+
+
 def test_the_best_threshold_is_that_of_all_thresholds():
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -319,9 +319,7 @@ def test_an_evaluation_compares_the_classes_of_the_data_with_those_of_the_file(c
     evaluate_onnx.main()
     assert f'has other classes (wedge for box) than {file}: metrics mean nothing unless' in capsys.readouterr().err
     update_tree(coco, categories=[{'id': 3, 'name': 'box'}, {'id': 7, 'name': 'wedge'}])
-    with pytest.raises(
-        SystemExit, match='has 2 categories, and .*a.onnx detects 3 classes: give --data-path'
-    ):
+    with pytest.raises(SystemExit, match='has 2 categories, and .*a.onnx detects 3 classes: give --data-path'):
         evaluate_onnx.main()
 
 
