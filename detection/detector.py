@@ -82,7 +82,7 @@ class ImageDetector:
 
         Raises:
             DataError: an image cannot be read, or is of another form.
-            ConfigError: `tiles` or `overlap` cannot be used.
+            ConfigError: `tiles` or `overlap` cannot be used, or there is an overlap without tiles.
         """
         if _is_image(images):
             return next(self.stream([images], tiles=tiles, overlap=overlap))
@@ -100,10 +100,12 @@ class ImageDetector:
 
         Raises:
             DataError: an image cannot be read, or is of another form.
-            ConfigError: `tiles` or `overlap` cannot be used.
+            ConfigError: `tiles` or `overlap` cannot be used, or there is an overlap without tiles.
         """
         given = {'size': tiles, 'overlap': overlap}
         tiling = replace(Tiling.of_config(self.config), **{key: x for key, x in given.items() if x is not None})
+        if overlap is not None and not tiling.size:
+            raise ConfigError(f'overlap={overlap!r} has no effect without tiles: give tiles too, such as tiles=512')
         detect = build_detect_fn(self.config, self.model, tiling, self.batch_size)
         numbered = enumerate(images)
         while batch := list(islice(numbered, self.batch_size)):
@@ -173,7 +175,7 @@ def load_detector(
         )
     if score is not None:
         options += ['MODEL.BOX.SCORE', float(score)]
-    if Path(checkpoint).suffix == '.onnx':
+    if Path(checkpoint).suffix.lower() == '.onnx':
         if weights != 'auto' or cfg is not None or precision not in (None, 'float32'):
             raise ConfigError(
                 f'{checkpoint} is an exported file, in float32, with its own weights and config: leave out weights, '

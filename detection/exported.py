@@ -158,10 +158,11 @@ def load_exported_detector(path: Path, opts: Sequence[Any] = ()) -> Predictor:
         raise ExportedFileError(f'{path} does not exist: give a file that tools.export --detector has written')
     report = read_detector_report(path)
     fp32 = ['AMP_OPT_LEVEL', 'O0']  # whatever the precision of training was
-    exported, config = (TREE.load(None, [*options, *fp32], report['config']) for options in ((), opts))
-    check_overrides(exported, config, path)
-    batch_size, _, *size = report['input']['images']
-    model = ExportedDetector(config, Size(*size), batch_size, run_onnx_detector(path))
+    exported, config = (TREE.load(None, [*fp32, *options], report['config']) for options in ((), opts))
+    batch_size, _, *sides = report['input']['images']
+    size = Size(*sides)
+    check_overrides(exported, config, path, size)
+    model = ExportedDetector(config, size, batch_size, run_onnx_detector(path))
     print(printable(f'{path}: fp32, {model.size}, run by onnxruntime'), file=sys.stderr)
     return Predictor(config, model.eval(), list(report['classes']), torch.device('cpu'))
 
@@ -194,19 +195,34 @@ def read_detector_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def check_overrides(exported: CfgNode, config: CfgNode, path: Path) -> None:
+def check_overrides(exported: CfgNode, config: CfgNode, path: Path, size: Size) -> None:
     """Refuse keys that the graph does not follow.
 
     Args:
         exported: the config that the file was exported with.
         config: with other values of some keys.
         path: the file.
+        size: height and width of its images.
 
     Raises:
-        ExportedFileError: a key differs that is part of the graph, or the device is not the CPU.
+        ExportedFileError: a key differs that is part of the graph, images would be larger than the graph's, the device
+            is not the CPU, or the precision is not float32.
     """
     if config.DEVICE not in ('auto', 'cpu'):
         raise ExportedFileError(f'DEVICE is {config.DEVICE}, and exported files run on the CPU: write DEVICE cpu')
+    if config.AMP_OPT_LEVEL != 'O0':
+        raise ExportedFileError(
+            f'AMP_OPT_LEVEL is {config.AMP_OPT_LEVEL}, and exported files run in float32: leave it out'
+        )
+    for key, before, shorts in (
+        ('INPUT.TEST_SHORT', [exported.INPUT.TEST_SHORT], [config.INPUT.TEST_SHORT]),
+        ('TEST.SHORTS', exported.TEST.SHORTS, config.TEST.SHORTS),
+    ):
+        if list(shorts) != list(before) and shorts and max(shorts) > min(size):
+            raise ExportedFileError(
+                f'{key} has {max(shorts):g} pixels, and {path} takes images of {size}: write at most {min(size)}, or '
+                f'export the detector with a larger --size'
+            )
     before, after = dict(leaves(exported.MODEL)), dict(leaves(config.MODEL))
     for key in before:
         if key == 'BOX.SCORE' and after[key] >= before[key]:

@@ -265,7 +265,7 @@ def load_network(args: argparse.Namespace) -> Predictor:
     """
     if args.backend:
         return load_exported_detector(home_path(args.backend[1]), args.opts)
-    if Path(args.resume).suffix == '.onnx':
+    if Path(args.resume).suffix.lower() == '.onnx':
         raise UserError(f'{args.resume} is an exported file: write --backend {BACKEND} {args.resume}')
     return load_predictor(args, TASK)
 

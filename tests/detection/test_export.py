@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from detection.export import FixedDetector, keep_best, onnx_translations
 from detection.exported import ExportedDetector, load_exported_detector, read_detector_report
 from detection.models import build_detector
 from detection.tools import evaluate_onnx
+from detection.tools.predict import load_network
 from engine.config_tree import ConfigError
 from engine.exported_file import ExportedFileError, report_file
+from engine.predictor import Predictor
 from models.pyramid import Size
 from tests.helpers.coco_data import update_tree, write_coco
 from tests.helpers.detectors import tiny_detector
@@ -26,8 +29,9 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_here
 from tests.helpers.runs import one_thread
 from tools.export.__main__ import main
-from tools.export.detector import Agreement, check_agreement, compare_detections, detect_eagerly, per_image
+from tools.export.detector import Agreement, check_agreement, check_size, compare_detections, detect_eagerly, per_image
 from tools.export.network import ExportError
+from utils import UserError
 
 NAMES = ['box', 'wedge', 'rare']
 ALL = ('MODEL.BOX.SCORE', '0.0')  # an untrained network is sure of nothing
@@ -161,6 +165,34 @@ def test_images_that_do_not_fit_are_made_smaller():
     assert pixels[..., :43].all()
 
 
+@pytest.mark.parametrize(
+    ('size', 'image', 'shape'),
+    [((96, 64), (40, 60), (43, 64)), ((64, 96), (60, 40), (64, 43))],
+    ids=['landscape in a portrait file', 'portrait in a landscape file'],
+)
+def test_images_of_the_other_orientation_are_made_smaller(size, image, shape):
+    exported = ExportedDetector(tiny_detector(), Size(*size), 1, None)
+    assert exported.resized_shape(torch.empty(3, *image), 64) == shape
+    assert exported.resized_shape(torch.empty(3, *reversed(image)), 64) == size  # as in evaluation
+
+
+@pytest.mark.parametrize(
+    ('size', 'note'),
+    [
+        ((64, 64), ': images that do not fit into 64 x 64 are'),
+        ((96, 160), ': portrait images that do not fit into 96 x 160 are'),
+        ((160, 96), ': landscape images that do not fit into 160 x 96 are'),
+        ((160, 160), ''),
+    ],
+)
+def test_a_note_says_which_images_are_made_smaller(size, note, capsys):
+    model, config = detector_of('INPUT.TEST_SHORT', '96', 'INPUT.MAX_LONG', '160')
+    check_size(Predictor(config, model, NAMES, torch.device('cpu')), Size(*size))
+    printed = capsys.readouterr().err
+    assert note in printed
+    assert bool(note) == ('made smaller' in printed)
+
+
 def rows(*scores, label=1):
     n = len(scores)
     boxes = torch.arange(4.0).repeat(n, 1) + torch.arange(n)[:, None] * 10
@@ -266,6 +298,14 @@ def test_files_that_are_no_detectors(tmp_path, entries, message):
         load_detector(path)
 
 
+def test_the_suffix_may_be_in_capitals(tmp_path):
+    path = write_report(tmp_path / 'a.ONNX')
+    with pytest.raises(ExportedFileError, match='onnxruntime cannot load .*a.ONNX: '):
+        load_detector(path)
+    with pytest.raises(UserError, match='a.ONNX is an exported file: write --backend onnxruntime'):
+        load_network(Namespace(backend=None, resume=str(path)))
+
+
 def test_files_without_a_report(tmp_path):
     with pytest.raises(ExportedFileError, match='a.onnx does not exist: give a file that tools.export --detector has'):
         load_detector(tmp_path / 'a.onnx')
@@ -283,6 +323,12 @@ def test_files_without_a_report(tmp_path):
         ),
         ({'opts': ['MODEL.BOX.NMS_IOU', 0.3]}, 'MODEL.BOX.NMS_IOU is 0.3, and .* was exported with 0.5: write 0.5, or'),
         ({'device': 'cuda'}, 'DEVICE is cuda, and exported files run on the CPU: write DEVICE cpu'),
+        ({'opts': ['AMP_OPT_LEVEL', 'O1']}, 'AMP_OPT_LEVEL is O1, and exported files run in float32: leave it out'),
+        (
+            {'opts': ['INPUT.TEST_SHORT', 96]},
+            'INPUT.TEST_SHORT has 96 pixels, .* takes images of 64 x 96: write at most',
+        ),
+        ({'opts': ['TEST.SHORTS', [64, 80]]}, 'TEST.SHORTS has 80 pixels, and .* of 64 x 96: write at most 64, or'),
         ({'precision': 'bfloat16'}, 'a.onnx is an exported file, in float32, with its own weights and config: leave'),
         ({'weights': 'ema'}, 'a.onnx is an exported file, in float32, with its own weights and config: leave out'),
     ],

@@ -106,7 +106,7 @@ def load_whole_detector(args: argparse.Namespace) -> Predictor:
 
 
 def check_size(predictor: Predictor, size: Size) -> None:
-    """Check the size of a file's images; a note on stderr says if it is smaller than that of evaluation.
+    """Check the size of a file's images; a note on stderr says which images are made smaller than in evaluation.
 
     Raises:
         ExportError: a side is not a multiple of the coarsest stride, or too large.
@@ -117,9 +117,12 @@ def check_size(predictor: Predictor, size: Size) -> None:
         raise ExportError(f'--size {size}: sides must be multiples of {multiple}: write --size {fitting}')
     if max(size) > MAX_SIDE:
         raise ExportError(f'--size {size}: sides are at most {MAX_SIDE} pixels')
+    note = f'evaluation resizes the short side of images to {short} pixels (INPUT.TEST_SHORT): '
     if min(size) < short:
-        note = f'evaluation resizes the short side of images to {short} pixels (INPUT.TEST_SHORT): images that do not'
-        print(f'{note} fit into {size} are made smaller', file=sys.stderr)
+        print(f'{note}images that do not fit into {size} are made smaller', file=sys.stderr)
+    elif size.height != size.width and min(size) < predictor.config.INPUT.MAX_LONG:
+        turned = 'portrait' if size.height < size.width else 'landscape'
+        print(f'{note}{turned} images that do not fit into {size} are made smaller', file=sys.stderr)
 
 
 def write_detector(detector: Detector, size: Size, batch_size: int, file: Path) -> None:
