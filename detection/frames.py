@@ -1,5 +1,6 @@
 """Images and video frames for prediction, in batches, and their detections."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -54,13 +55,14 @@ class Video:
         path: the file.
 
     Attributes:
-        fps: frames per second.
+        fps: frames per second; 25 where the file does not say.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.capture = cv2.VideoCapture(os.fsencode(path))  # a name need not be Unicode
-        self.fps = self.capture.get(cv2.CAP_PROP_FPS) or 25.0
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if math.isfinite(fps) and fps > 0 else 25.0
 
     def __iter__(self) -> Iterator[Frame]:
         number = 0

@@ -5,6 +5,7 @@ Each tile is resized like a whole image, so that small objects are enlarged. Sha
 
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral, Real
 from typing import NamedTuple, Self
 
 import torch
@@ -45,11 +46,16 @@ class Tiling:
     sees_whole: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.size, int) or (self.size != 0 and self.size < MIN_SIZE):
+        if (
+            not isinstance(self.size, Integral)
+            or isinstance(self.size, bool)
+            or (self.size != 0 and self.size < MIN_SIZE)
+        ):
             raise ConfigError(
                 f'the size of tiles (TEST.TILES) is {self.size!r}: write at least {MIN_SIZE} pixels, or 0 for no tiles'
             )
-        if not isinstance(self.overlap, int | float) or not 0 <= self.overlap <= 0.9:
+        object.__setattr__(self, 'size', int(self.size))  # of a NumPy integer, which may overflow
+        if not isinstance(self.overlap, Real) or not 0 <= self.overlap <= 0.9:
             raise ConfigError(
                 f'the overlap of tiles (TEST.TILE_OVERLAP) is {self.overlap!r}: write a number between 0 and 0.9'
             )

@@ -366,6 +366,7 @@ def test_a_detector_and_the_program_use_tiles(checkpoint, coco, monkeypatch, cap
     assert not torch.equal(tiled.boxes, plain.boxes)
     assert_same(detector(path, tiles=32, overlap=0.5), tiled)
     assert_same(next(detector.stream([path], tiles=32, overlap=0.5)), tiled)
+    assert_same(detector(path, tiles=np.uint8(32), overlap=np.float32(0.5)), tiled)
     assert_same(detector(path), plain)
     assert_same(load_detector(checkpoint, opts=['TEST.TILES', 32])(path, tiles=0), plain)
 
@@ -383,6 +384,8 @@ def test_a_detector_and_the_program_use_tiles(checkpoint, coco, monkeypatch, cap
     for arguments, message in (
         ({'tiles': 31}, 'size of tiles .* is 31: write at least 32'),
         ({'tiles': 64.0}, 'is 64.0: write'),
+        ({'tiles': True}, 'is True: write'),
+        ({'overlap': 0.5}, 'overlap=0.5 has no effect without tiles: give tiles too, such as tiles=512'),
         ({'tiles': 64, 'overlap': 20}, 'overlap of tiles .* is 20: write a number between 0 and 0.9'),
     ):
         with pytest.raises(ConfigError, match=message):

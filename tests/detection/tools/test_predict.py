@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import sys
+from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
 
@@ -266,6 +267,12 @@ def test_drawn_videos_play_in_browsers(tmp_path):
         assert np.abs(frame.reshape(-1, 3).mean(axis=0) - (250, 60 * number, 0)).max() < 12
     with pytest.raises(OutputError, match='film.mp4'):
         VideoWriter(path / 'film.mp4', 25).write(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize('fps', [0.0, -1.0, float('nan'), float('inf')])
+def test_frame_rates_that_no_video_has_become_25(fps, tmp_path, monkeypatch):
+    monkeypatch.setattr('detection.frames.cv2.VideoCapture', lambda path: Namespace(get=lambda key: fps))
+    assert Video(tmp_path / 'film.mp4').fps == 25
 
 
 def test_videos_are_turned_upright(tmp_path):
