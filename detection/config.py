@@ -141,7 +141,8 @@ _C.TEST.TILE_WHOLE = Key(
 )
 _C.TEST.LOSS = Key(
     False,
-    'Compute the losses of the evaluation images too, as val_loss; evaluation takes up to twice as long',
+    'Compute the losses of the evaluation images too, as val_loss, which breaks ties of the best checkpoint; '
+    'evaluation takes up to twice as long',
     affects='nothing',
 )
 

@@ -48,6 +48,9 @@ _LEFT_OUT = ('config', 'environment')
 # Entries that are read only when they are compared
 _LARGE = ('model', 'model_ema', 'optimizer')
 
+# Keys that may end a run early
+_ENDS = ('TRAIN.EPOCHS', 'TRAIN.PATIENCE')
+
 # Config of a replay. Name and tag of the run may come from anyone, and would become parts of a path
 _REPLAY_OPTIONS = {
     'MODEL.NAME': 'replay',
@@ -59,6 +62,10 @@ _REPLAY_OPTIONS = {
     'MODEL.RESUME': '',
     'MODEL.PRETRAINED': '',
 }
+
+
+# Keys that change the metrics of the evaluation, and nothing else that a run computes
+_METRIC_KEYS = ('TEST.LOSS',)
 
 
 class ReplayError(UserError):
@@ -229,6 +236,8 @@ def find_reasons(stretch: Stretch, checkpoint: Mapping[str, Any], config: CfgNod
     tree, before = TASKS[checkpoint['task']].tree, peek_checkpoint(stretch.start.path or stretch.end.path)
     for key in tree.changed_keys(config, before.get('config') or checkpoint['config']):
         yield str(key)
+    for key in tree.changed_keys(config, checkpoint['config'], [name for name in _METRIC_KEYS if name in tree.keys]):
+        yield str(key)
 
 
 def recompute(stretch: Stretch, checkpoint: Mapping[str, Any], config: CfgNode) -> Path:
@@ -261,9 +270,13 @@ def recompute(stretch: Stretch, checkpoint: Mapping[str, Any], config: CfgNode) 
         ) from error
     path = path_of(*end)
     if not on_main_process(path.is_file):
+        reason = 'with these data and settings, an epoch has another number of updates'
+        for key in TASKS[checkpoint['task']].tree.changed_keys(config, checkpoint['config'], _ENDS):
+            is_late = end > (config.TRAIN.EPOCHS, 0) if key.name == 'TRAIN.EPOCHS' else config.TRAIN.PATIENCE > 0
+            if is_late:
+                reason = f'{key}, so training ends earlier: leave {key.name} out of --opts'
         raise ReplayError(
-            f'training has not come by epoch {end[0]}, update {end[1]}, where {stretch.end} was saved: with these data '
-            f'and settings, an epoch has another number of updates'
+            f'training has not come by epoch {end[0]}, update {end[1]}, where {stretch.end} was saved: {reason}'
         )
     return path
 

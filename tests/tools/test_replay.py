@@ -3,21 +3,25 @@
 import json
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import main as program
 from config import load_config
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.distributed import Process
 from engine.trainer import Trainer
 from tests.helpers import virtual_ranks as runs
+from tests.helpers.detectors import tiny_detector
 from tests.helpers.images import write_images
 from tests.helpers.paths import TINY
 from tests.helpers.processes import TORCHRUN, run_here, start
 from tests.helpers.runs import folder_of, one_thread
 from tools.differences import compare_records, differing_entries, entries, is_identical
-from tools.replay import START, ReplayError, find_stretches
+from tools.replay import START, Point, ReplayError, Stretch, find_reasons, find_stretches, recompute
 
 # Six updates an epoch; random numbers in the loader and in the network
 OPTIONS = {'HASH_FREQ': 1, 'SAVE_STEPS': 4, 'SAVE_KEEP': 0, 'TRACKER': 'none', 'MODEL.DROP_PATH_RATE': 0.3}
@@ -227,6 +231,36 @@ def test_mistakes_are_reported_in_one_line(run, tmp_path, arguments, text):
     line = error_of(*(argument.format(**paths) for argument in arguments))
     assert line.startswith('error: ')
     assert text.format(**paths) in line
+
+
+@pytest.mark.parametrize(
+    ('opts', 'reason'),
+    [
+        (['TRAIN.EPOCHS', 1], 'TRAIN.EPOCHS has changed from 2 to 1, so training ends earlier: leave TRAIN.EPOCHS'),
+        (['TRAIN.PATIENCE', 1], 'TRAIN.PATIENCE has changed from 0 to 1, so training ends earlier: leave TRAIN.P'),
+        (['TRAIN.EPOCHS', 4], 'with these data and settings, an epoch has another number of updates'),
+    ],
+)
+def test_settings_that_end_training_early_are_named(opts, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, 'main', lambda config, until: None)  # it comes by no end
+    before, now = (
+        load_config(TINY, ['OUTPUT', str(tmp_path), *('TRAIN.EPOCHS', 2, 'TRAIN.WARMUP_EPOCHS', 0), *more])
+        for more in ([], opts)
+    )
+    stretch = Stretch(Point((0, 0), None), Point((1, 4), tmp_path / 'ckpt_epoch_1_step_4.pth'))
+    with pytest.raises(ReplayError, match=f'where ckpt_epoch_1_step_4.pth was saved: {reason}'):
+        recompute(stretch, {'task': 'classification', 'config': yaml.safe_load(before.dump())}, now)
+
+
+def test_losses_of_the_evaluation_are_a_reason(monkeypatch):
+    before, now = tiny_detector(), tiny_detector('TEST.LOSS', 'True')
+    checkpoint = {'task': 'detection', 'config': yaml.safe_load(before.dump())}
+    monkeypatch.setattr('tools.replay.peek_checkpoint', lambda path: checkpoint)
+    stretch = Stretch(Point((0, 0), None), Point((1, 0), Path('ckpt_epoch_0.pth')))
+    process = Process(0, 1, torch.device('cpu'))
+    reasons = [*find_reasons(stretch, checkpoint, now, process)]
+    assert reasons[1:] == ['TEST.LOSS has changed from False to True']
+    assert [*find_reasons(stretch, checkpoint, before, process)] == reasons[:1]  # no recorded environment
 
 
 def test_another_environment_is_warned_about(copy):
