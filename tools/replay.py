@@ -48,6 +48,9 @@ _LEFT_OUT = ('config', 'environment')
 # Entries that are read only when they are compared
 _LARGE = ('model', 'model_ema', 'optimizer')
 
+# Keys that change the metrics of the evaluation, and nothing else that a run computes
+_METRIC_KEYS = ('TEST.LOSS',)
+
 # Keys that may end a run early
 _ENDS = ('TRAIN.EPOCHS', 'TRAIN.PATIENCE')
 
@@ -62,10 +65,6 @@ _REPLAY_OPTIONS = {
     'MODEL.RESUME': '',
     'MODEL.PRETRAINED': '',
 }
-
-
-# Keys that change the metrics of the evaluation, and nothing else that a run computes
-_METRIC_KEYS = ('TEST.LOSS',)
 
 
 class ReplayError(UserError):
@@ -272,8 +271,8 @@ def recompute(stretch: Stretch, checkpoint: Mapping[str, Any], config: CfgNode) 
     if not on_main_process(path.is_file):
         reason = 'with these data and settings, an epoch has another number of updates'
         for key in TASKS[checkpoint['task']].tree.changed_keys(config, checkpoint['config'], _ENDS):
-            is_late = end > (config.TRAIN.EPOCHS, 0) if key.name == 'TRAIN.EPOCHS' else config.TRAIN.PATIENCE > 0
-            if is_late:
+            ends_earlier = end > (config.TRAIN.EPOCHS, 0) if key.name == 'TRAIN.EPOCHS' else config.TRAIN.PATIENCE > 0
+            if ends_earlier:
                 reason = f'{key}, so training ends earlier: leave {key.name} out of --opts'
         raise ReplayError(
             f'training has not come by epoch {end[0]}, update {end[1]}, where {stretch.end} was saved: {reason}'
