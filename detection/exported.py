@@ -21,12 +21,10 @@ from detection.config import TREE
 from detection.data.transforms import resized_shape
 from detection.models.build import build_detector_transform
 from detection.models.masks import BoxMasks
-from engine.checkpoint_entries import without_other_forms
 from engine.config_tree import stated_task
-from engine.exported_file import ExportedFileError, onnx_session, reason, report_file
+from engine.exported_file import ExportedFileError, onnx_session, read_report, reason, report_file
 from engine.predictor import Predictor
 from models.pyramid import Size
-from text_files import read_json
 from utils import leaves, printable
 
 # From a batch (B, 3, H, W) and the sizes of its images (B, 2) to boxes, scores, labels and perhaps masks; see
@@ -173,13 +171,9 @@ def read_detector_report(path: Path) -> dict[str, Any]:
     Raises:
         ExportedFileError: it cannot be read, is not such a report, or is about another network.
     """
-    file = report_file(path)
-    report = read_json(file, str(file), ExportedFileError, 'give a file with the report that tools.export writes')
-    if not isinstance(report, dict):
-        report = {}
+    file, report = report_file(path), read_report(path)
     network, inputs = report.get('network'), report.get('input')
     shape = inputs.get('images') if isinstance(inputs, dict) else None
-    report = without_other_forms(report)
     if network in ('classifier', "detector's backbone"):
         raise ExportedFileError(f'{path} is a {network}: give a file that tools.export --detector has written')
     is_shape = isinstance(shape, list) and len(shape) == 4 and all(type(x) is int and x > 0 for x in shape)

@@ -2,10 +2,12 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.checkpoint_entries import without_other_forms
+from text_files import read_json
 from utils import UserError, shortened
 
 if TYPE_CHECKING:
@@ -19,6 +21,17 @@ class ExportedFileError(UserError):
 def report_file(path: Path) -> Path:
     """The report of `tools.export` on an exported file: FILE.json."""
     return path.with_name(f'{path.name}.json')
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read the report on an exported file; entries of another form than `tools.export` writes are left out.
+
+    Raises:
+        ExportedFileError: it cannot be read.
+    """
+    file = report_file(path)
+    report = read_json(file, str(file), ExportedFileError, 'give a file with the report that tools.export writes')
+    return without_other_forms(report if isinstance(report, dict) else {})
 
 
 def reason(error: Exception) -> str:

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.transforms import image_mode
-from engine.checkpoint_entries import without_other_forms
 from engine.config_tree import stated_task
-from engine.exported_file import ExportedFileError, reason, report_file
+from engine.exported_file import ExportedFileError, read_report, reason, report_file
 from engine.predictor import Predictor
 from engine.weights import check_same_network
 from main import TASK
-from text_files import read_json
 from tools.export.formats import MAX_SIDE, Runner, require_packages, run_onnx
 from tools.export.openvino_files import files_of, run_openvino
 from utils import printable
@@ -89,7 +87,7 @@ def load_exported(backend: str, path: Path, opts: Sequence[str] = ()) -> Predict
         if not file.is_file():
             problem = 'is a folder' if file.is_dir() else 'does not exist'
             raise ExportedFileError(f'{file} {problem}: give a file that tools.export has written')
-    report = read_report(path)
+    report = read_classifier_report(path)
     saved, class_names = report['config'], list(report['classes'])
     config = TASK.tree.load(None, opts, saved)
     window = ('MODEL.MSG.WINDOW_SIZE',)
@@ -113,17 +111,13 @@ def load_exported(backend: str, path: Path, opts: Sequence[str] = ()) -> Predict
     return Predictor(config, network.eval(), class_names, torch.device('cpu'))
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_classifier_report(path: Path) -> dict[str, Any]:
     """The report of `tools.export` on a classifier, of which `config` and `classes` have their form.
 
     Raises:
         ExportedFileError: it cannot be read, is not such a report, or is about another network.
     """
-    file = report_file(path)
-    report = read_json(file, str(file), ExportedFileError, 'give a file with the report that tools.export writes')
-    if not isinstance(report, dict):
-        report = {}
-    report = without_other_forms(report)
+    file, report = report_file(path), read_report(path)
     if not report.get('config') or 'classes' not in report:
         raise ExportedFileError(f'{file} is not a report of tools.export: export the network again')
     if stated_task(report['config']) not in (None, TASK.name) or report.get('network') != 'classifier':
