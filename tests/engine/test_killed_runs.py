@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from tests.helpers.processes import SpawnedRun, children, start_two_ranks
+from tests.helpers.processes import SpawnedRun, start_two_ranks
 from tests.helpers.runs import differences
+from tools.rehearsal.launch import children
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ import pytest
 
 from engine.signals import EXIT_STOPPED
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import SpawnedRun, children, environment, start_two_ranks
+from tests.helpers.processes import SpawnedRun, environment, start_two_ranks
 from tests.helpers.runs import differences
+from tools.rehearsal.launch import children
 
 
 @pytest.mark.slow

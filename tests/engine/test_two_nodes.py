@@ -16,8 +16,9 @@ from engine.checkpoint import load_checkpoint
 from tests.helpers.documents import commands
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import RUN_OPTIONS, children, environment
+from tests.helpers.processes import RUN_OPTIONS, environment
 from tests.helpers.runs import differences
+from tools.rehearsal.launch import children
 
 pytestmark = pytest.mark.slow
 

@@ -21,6 +21,7 @@ from engine import distributed
 from engine.checkpoint import load_checkpoint
 from engine.distributed import TORCHRUN_VARIABLES
 from tests.helpers.paths import ROOT, TINY
+from tools.rehearsal.launch import descendants
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
 
@@ -89,17 +90,6 @@ def error_line(*command, variables=None, run=run_here):
 def main_error(tmp_path, *flags, **options):
     """The line in which main.py, with the tiny config, reports a mistake; options are those of `error_line`."""
     return error_line('main.py', '--cfg', TINY, '--output', tmp_path / 'output', *flags, **options)
-
-
-def children(pid):
-    """Processes started by a process."""
-    listed = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(pid)], capture_output=True, text=True).stdout
-    return [int(child) for child in listed.split()]
-
-
-def descendants(pid):
-    """A process, the processes it has started, theirs, and so on."""
-    return [pid] + [descendant for child in children(pid) for descendant in descendants(child)]
 
 
 class SpawnedRun:

@@ -11,8 +11,9 @@ import pytest
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers.images import write_images
 from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import children, environment, error_line, run_here, start
+from tests.helpers.processes import environment, error_line, run_here, start
 from tools.rehearsal.course import compare, restart_of_logs
+from tools.rehearsal.launch import SlurmJob, children
 from tools.rehearsal.names import write_names
 
 UPDATE = 'x: INFO Train: [{}/9][{}/3]\teta\n'
@@ -96,3 +97,13 @@ def test_interrupted_rehearsal_leaves_no_process(tmp_path):
 
 def test_script_for_slurm_is_a_shell_script():
     assert subprocess.run(['bash', '-n', ROOT / 'tools' / 'rehearsal' / 'slurm_node.sh']).returncode == 0
+
+
+@pytest.mark.parametrize(('program', 'started'), [('main.py', 'main.py'), ('detection.main', '-m detection.main')])
+def test_slurm_job_starts_the_program_of_the_command(tmp_path, monkeypatch, program, started):
+    stub = f'#!/bin/bash\necho "$PROGRAM|${{@: -2}}" > {tmp_path}/called\necho 7\n'
+    (tmp_path / 'sbatch').write_text(stub)
+    (tmp_path / 'sbatch').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    assert SlurmJob([program, '--cfg', 'x.yaml'], 2, tmp_path / 'console.txt').number == '7'
+    assert (tmp_path / 'called').read_text() == f'{started}|--cfg x.yaml\n'

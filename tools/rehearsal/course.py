@@ -86,8 +86,8 @@ class RehearsedRun:
         Raises:
             RehearsalError: there is none.
         """
-        epochs = {re.fullmatch(r'ckpt_epoch_(\d+)', path.stem): path for path in self.folder.glob('ckpt_epoch_*.pth')}
-        last = max((int(match[1]) for match in epochs if match), default=None)
+        names = (re.fullmatch(r'ckpt_epoch_(\d+)', path.stem) for path in self.folder.glob('ckpt_epoch_*.pth'))
+        last = max((int(match[1]) for match in names if match), default=None)
         if last is None:
             raise RehearsalError(f'{self.folder} has no checkpoint of an epoch: see {self.console}')
         return self.folder / f'ckpt_epoch_{last}.pth'
@@ -105,7 +105,7 @@ class RehearsedRun:
 
     def start_slurm(self, processes: int) -> SlurmJob:
         """Submit the command as a SLURM job."""
-        self.job = SlurmJob(self.command[1:], processes, self.console)
+        self.job = SlurmJob(self.command, processes, self.console)
         return self.job
 
     def stop(self) -> None:

@@ -21,6 +21,11 @@ class RehearsalError(UserError):
     """A run of a rehearsal failed."""
 
 
+def program_arguments(program: str) -> list[str]:
+    """Arguments of Python that start a program: a file such as `main.py`, or a module such as `detection.main`."""
+    return [program] if program.endswith('.py') else ['-m', program]
+
+
 class Launch:
     """A training command that runs on a number of processes.
 
@@ -32,13 +37,12 @@ class Launch:
 
     def __init__(self, command: Sequence[str], processes: int, output: Path):
         self.processes, self.output = processes, output
-        program = command[:1] if command[0].endswith('.py') else ['-m', command[0]]
         torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
         launcher = torchrun if processes > 1 else []
         environment = {key: value for key, value in os.environ.items() if key not in TORCHRUN_VARIABLES}
         with output.open('a', encoding='utf-8') as file:
             self._process = subprocess.Popen(
-                [sys.executable, *launcher, *program, *command[1:]],
+                [sys.executable, *launcher, *program_arguments(command[0]), *command[1:]],
                 cwd=ROOT,
                 env=environment | {'OMP_NUM_THREADS': '1'},
                 stdout=file,
@@ -53,7 +57,7 @@ class Launch:
 
     def ranks(self) -> list[int]:
         """Process numbers of the training processes."""
-        return _children(self._process.pid) if self.processes > 1 else [self._process.pid]
+        return children(self._process.pid) if self.processes > 1 else [self._process.pid]
 
     def wait(self) -> int:
         """Wait until the command ends, and return its exit code."""
@@ -61,7 +65,7 @@ class Launch:
 
     def kill(self) -> None:
         """Kill everything at once, as when the machine fails."""
-        _kill(_descendants(self._process.pid))
+        _kill(descendants(self._process.pid))
         self.wait()
 
     def kill_one_rank(self, rng: random.Random) -> None:
@@ -79,16 +83,17 @@ class SlurmJob:
     """A training command as a SLURM job, submitted with `tools/train.sbatch`, which needs a SLURM on this machine.
 
     Args:
-        arguments: of `main.py`.
+        command: see `Launch`.
         processes: tasks of the job.
         output: file to which everything that the job prints is appended.
     """
 
-    def __init__(self, arguments: Sequence[str], processes: int, output: Path):
+    def __init__(self, command: Sequence[str], processes: int, output: Path):
         options = ['--parsable', '--nodes=1', f'--ntasks-per-node={processes}', '--gpus-per-node=0']
         options += ['--cpus-per-task=1', '--overcommit', f'--output={output}']
-        environment = os.environ | {'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
-        submitted = _slurm('sbatch', *options, 'tools/train.sbatch', *arguments, environment=environment)
+        program = ' '.join(program_arguments(command[0]))
+        environment = os.environ | {'PYTHON': sys.executable, 'PROGRAM': program, 'OMP_NUM_THREADS': '1'}
+        submitted = _slurm('sbatch', *options, 'tools/train.sbatch', *command[1:], environment=environment)
         self.number = submitted.split(';')[0]
 
     @property
@@ -155,7 +160,7 @@ def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
     return done.stdout.strip()
 
 
-def _children(process: int) -> list[int]:
+def children(process: int) -> list[int]:
     """Numbers of the processes that a process has started."""
     listed = subprocess.run(
         ['ps', '-o', 'pid=', '--ppid', str(process)], capture_output=True, text=True, encoding='utf-8'
@@ -163,9 +168,9 @@ def _children(process: int) -> list[int]:
     return [int(child) for child in listed.split()]
 
 
-def _descendants(process: int) -> list[int]:
+def descendants(process: int) -> list[int]:
     """A process, the processes that it has started, theirs, and so on."""
-    return [process] + [x for child in _children(process) for x in _descendants(child)]
+    return [process] + [x for child in children(process) for x in descendants(child)]
 
 
 def _kill(processes: Sequence[int]) -> None:
