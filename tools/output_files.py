@@ -1,9 +1,11 @@
 """Files that tools write: checked before the work, then replaced in one step after it, or written as results come."""
 
+import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -110,11 +112,26 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
         OutputError: it cannot be written.
     """
     suffix = path.suffix[1:].lower()
+    write = _save_svg if suffix == 'svg' else Figure.savefig
     left_out = {'pdf': ('CreationDate', 'Creator', 'Producer'), 'svg': ('Date', 'Creator')}.get(suffix, ())
     metadata = dict.fromkeys(left_out) or None
     settings = {'pdf.fonttype': 42, 'svg.fonttype': 'path', 'svg.hashsalt': 'msg'}
     try:
         with matplotlib.rc_context(settings):
-            atomic_write(path, lambda file: figure.savefig(file, format=suffix, dpi=dpi, metadata=metadata))
+            atomic_write(path, lambda file: write(figure, file, format=suffix, dpi=dpi, metadata=metadata))
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
+
+
+def _save_svg(figure: Figure, file: BinaryIO, **options: Any) -> None:
+    """Write a figure as SVG, with its names numbered.
+
+    Matplotlib makes names from hashes of positions. The constrained layout adds numbers in the order of memory
+    addresses, so that the last digits of positions, which no picture shows, differ between processes.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    text = buffer.getvalue().decode()
+    names = dict.fromkeys(re.findall('id="([A-Za-z]+[0-9a-f]{10})"', text))
+    numbered = {name: f'{name[:-10]}{number}' for number, name in enumerate(names, start=1)}
+    file.write(re.sub(r'\b[A-Za-z]+[0-9a-f]{10}\b', lambda found: numbered.get(found[0], found[0]), text).encode())

@@ -149,7 +149,8 @@ def test_images_are_prepared_and_finished_as_in_evaluation(opts):
         assert detections['labels'].tolist() == own['labels'].tolist()
         torch.testing.assert_close(detections['boxes'], own['boxes'], rtol=0, atol=1e-3)
         if not opts:
-            torch.testing.assert_close(detections['masks'].dense(), own['masks'].dense())
+            # a mask's value near the threshold of 0.5 may round to the other side in a batch of another size
+            assert (detections['masks'].dense() != own['masks'].dense()).float().mean() < 1e-4
     assert exported.detect(images[:1], short=32)[0]['boxes'].max() <= 48
 
 

@@ -75,6 +75,7 @@ API = {
         'engine.task',
         'engine.run_task',
         'engine.evaluation',
+        'engine.experiment',
         'engine.distributed',
         'utils',
     ),

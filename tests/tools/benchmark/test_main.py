@@ -95,6 +95,7 @@ def test_peers_have_the_forms_that_ours_has(monkeypatch):
 
 
 def test_writes_table_json_and_chart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(classifiers.linear, 'LIBRARY', 'pytorch')  # with oneDNN, the peer has another form
     arguments = [str(TINY), 'test_convnext', '--modes', 'inference', 'train', '--precisions', 'fp32', 'tf32']
     arguments += ['--compile', 'eager', '--batches', '2', '--sizes', '56', '--rounds', '2']
     call(monkeypatch, *arguments, '--output', tmp_path / 'new' / 'all')
