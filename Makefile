@@ -37,7 +37,7 @@ help:
 	@echo "make test-slow       the tests that take minutes: compilation, demos, ten kills, two nodes"
 	@echo "make test-timm       timm's own tests of a network, from its source archive, on ours"
 	@echo "make test-versions   the network's tests with the oldest and newest torch, timm and NumPy that are allowed"
-	@echo "make rehearsal       kill and resume a run of 300 epochs 30 times, and compare it with an undisturbed one"
+	@echo "make rehearsal       kill and resume a run of 300 epochs 30 times, and compare it with an uninterrupted one"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md and docs/command_line.md"

@@ -19,23 +19,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def undisturbed(folder, tmp_path_factory):
+def uninterrupted(folder, tmp_path_factory):
     """The last checkpoint of a run that nothing happens to, and its seconds after the first checkpoint."""
 
     def fill(about):
-        run = SpawnedRun(folder, 'undisturbed')
+        run = SpawnedRun(folder, 'uninterrupted')
         assert run.wait_for(run.checkpoint_names)
         start_time = time.monotonic()
         finish(run)
         (about / 'seconds').write_text(str(time.monotonic() - start_time))
 
-    about = shared_folder(tmp_path_factory, 'undisturbed', fill)
-    run_folder = folder / 'output' / 'tiny' / 'undisturbed'
+    about = shared_folder(tmp_path_factory, 'uninterrupted', fill)
+    run_folder = folder / 'output' / 'tiny' / 'uninterrupted'
     return load_checkpoint(run_folder / 'ckpt_epoch_11.pth'), float((about / 'seconds').read_text())
 
 
 @pytest.fixture(scope='session')
-def undisturbed_pair(folder, tmp_path_factory):
+def uninterrupted_pair(folder, tmp_path_factory):
     """The last checkpoint of such a run of two ranks."""
     shared_folder(tmp_path_factory, 'pair', lambda _: finish(start_two_ranks(folder, 'pair')))
     return load_checkpoint(folder / 'output' / 'tiny' / 'pair' / 'ckpt_epoch_11.pth')

@@ -20,13 +20,13 @@ def is_saving(run):
     return any(name.endswith('.tmp') for name in run.checkpoint_names())
 
 
-def kill_and_resume(folder, undisturbed, tag, kills, seed, options=''):
+def kill_and_resume(folder, uninterrupted, tag, kills, seed, options=''):
     """Kill a run again and again, every third time while it saves, then let it finish.
 
     Returns:
         What the kills hit: 'saving', 'training' (or evaluating), or a run that had 'finished'.
     """
-    expected, seconds = undisturbed
+    expected, seconds = uninterrupted
     rng, hit = random.Random(seed), set()
     for number in range(kills):
         run = SpawnedRun(folder, tag, options=options)
@@ -50,13 +50,13 @@ def kill_and_resume(folder, undisturbed, tag, kills, seed, options=''):
     return hit
 
 
-def test_run_killed_ten_times_ends_with_the_same_bits(folder, undisturbed):
+def test_run_killed_ten_times_ends_with_the_same_bits(folder, uninterrupted):
     workers = 'DATA.NUM_WORKERS 2'
-    hit = kill_and_resume(folder, undisturbed, 'killed_10', kills=10, seed=time.time_ns(), options=workers)
+    hit = kill_and_resume(folder, uninterrupted, 'killed_10', kills=10, seed=time.time_ns(), options=workers)
     assert hit >= {'training', 'saving'}
 
 
-def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, undisturbed_pair):
+def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, uninterrupted_pair):
     run = start_two_ranks(folder, 'dead_rank', 'DATA.NUM_WORKERS 2')
     assert run.wait_for(lambda: 'Train: [2/12]' in run.log())
     ranks = children(run.process.pid)
@@ -67,10 +67,10 @@ def test_killed_rank_ends_the_other_and_torchrun_restarts_both(folder, undisturb
     assert run.wait_for(lambda: 'Train: [6/12]' in run.log())
     os.kill(children(run.process.pid)[0], signal.SIGKILL)
     assert run.wait() == 0, run.output.read_text()
-    assert differences(undisturbed_pair, run.last_checkpoint()) == []
+    assert differences(uninterrupted_pair, run.last_checkpoint()) == []
 
 
-def test_torchrun_restarts_a_run_with_resume_from_its_own_newest_checkpoint(folder, undisturbed_pair):
+def test_torchrun_restarts_a_run_with_resume_from_its_own_newest_checkpoint(folder, uninterrupted_pair):
     source = folder / 'output' / 'tiny' / 'pair' / 'ckpt_epoch_9.pth'
     run = start_two_ranks(folder, 'resumed_pair', f'MODEL.RESUME {source} TRAIN.EPOCHS 40', restarts=1)
     assert run.wait_for(lambda: (run.folder / 'ckpt_epoch_12.pth').exists())

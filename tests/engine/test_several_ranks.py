@@ -25,7 +25,7 @@ def test_three_ranks_sum_gradients_in_the_same_order_after_resuming(folder):
     assert differences(whole.last_checkpoint(), resumed.last_checkpoint()) == []
 
 
-def test_another_number_of_ranks_resumes_and_logs_what_changes(folder, undisturbed_pair):
+def test_another_number_of_ranks_resumes_and_logs_what_changes(folder, uninterrupted_pair):
     checkpoint = folder / 'output' / 'tiny' / 'pair' / 'ckpt_epoch_11.pth'
     run = SpawnedRun(folder, 'single', options=f'TRAIN.EPOCHS 13 MODEL.RESUME {checkpoint}')
     assert run.wait() == 0, run.output.read_text()
@@ -33,7 +33,7 @@ def test_another_number_of_ranks_resumes_and_logs_what_changes(folder, undisturb
     assert message in run.log()
 
 
-def test_logged_losses_are_means_over_the_ranks(folder, undisturbed_pair):
+def test_logged_losses_are_means_over_the_ranks(folder, uninterrupted_pair):
     """Each rank logs the same means; the ranks' own losses differ, since their images do."""
     logs = [(folder / 'output' / 'tiny' / 'pair' / f'log_rank{rank}.txt').read_text() for rank in (0, 1)]
     first, second = (re.findall(r'Train: \[.*(loss .*\)\tgrad_norm .*?)\t', log) for log in logs)

@@ -16,7 +16,7 @@ from tools.rehearsal.launch import children
 
 
 @pytest.mark.slow
-def test_signals_finish_the_update_save_and_exit(folder, undisturbed):
+def test_signals_finish_the_update_save_and_exit(folder, uninterrupted):
     """One run, stopped by one signal after the other, ends with the same bits."""
     for stops, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), start=1):
         # That workers outlive all three signals, test_workers shows.
@@ -29,7 +29,7 @@ def test_signals_finish_the_update_save_and_exit(folder, undisturbed):
         assert 'Traceback' not in run.output.read_text()
     run = SpawnedRun(folder, 'signals')
     assert run.wait() == 0, run.output.read_text()
-    assert differences(undisturbed[0], run.last_checkpoint()) == []
+    assert differences(uninterrupted[0], run.last_checkpoint()) == []
 
 
 def test_stopped_run_saves_without_a_reader_of_its_output(folder):
@@ -43,14 +43,14 @@ def test_stopped_run_saves_without_a_reader_of_its_output(folder):
 
 
 @pytest.mark.slow
-def test_signal_during_an_evaluation_loses_no_update(folder, undisturbed):
+def test_signal_during_an_evaluation_loses_no_update(folder, uninterrupted):
     run = SpawnedRun(folder, 'evaluation')
     assert run.wait_for(lambda: 'EPOCH 3 training takes' in run.log())
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(30) == EXIT_STOPPED, run.output.read_text()
     run = SpawnedRun(folder, 'evaluation')
     assert run.wait() == 0, run.output.read_text()
-    assert differences(undisturbed[0], run.last_checkpoint()) == []
+    assert differences(uninterrupted[0], run.last_checkpoint()) == []
 
 
 # A process whose evaluation neither ends nor polls. As in a wait for another rank or for the GPU, it stays in C, where
@@ -91,7 +91,7 @@ def test_second_signal_exits_at_once(folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_at_the_same_update_and_resume_bit_for_bit(folder, undisturbed_pair):
+def test_two_ranks_stop_at_the_same_update_and_resume_bit_for_bit(folder, uninterrupted_pair):
     run = start_two_ranks(folder, 'stopped_pair')
     assert run.wait_for(lambda: all('Train: [2/12]' in run.log(rank) for rank in (0, 1)))
     os.kill(children(run.process.pid)[1], signal.SIGTERM)  # one rank only
@@ -107,7 +107,7 @@ def test_two_ranks_stop_at_the_same_update_and_resume_bit_for_bit(folder, undist
     assert 'stopped by a signal' in run.log().splitlines()[-1]
     run = start_two_ranks(folder, 'stopped_pair')
     assert run.wait() == 0, run.output.read_text()
-    assert differences(undisturbed_pair, run.last_checkpoint()) == []
+    assert differences(uninterrupted_pair, run.last_checkpoint()) == []
     resumed = [line for line in run.log().splitlines() if 'the run resumes ' in line]
     assert len(resumed) == 2
     assert all('bit for bit, as if it had never stopped' in line for line in resumed)

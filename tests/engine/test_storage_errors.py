@@ -15,7 +15,7 @@ from tests.helpers.runs import differences
 
 
 @pytest.mark.slow
-def test_full_disk_stops_the_run_and_leaves_earlier_checkpoints(folder, undisturbed):
+def test_full_disk_stops_the_run_and_leaves_earlier_checkpoints(folder, uninterrupted):
     run = SpawnedRun(folder, 'full')
     assert run.wait_for(lambda: 'ckpt_epoch_2.pth saved' in run.log())
     run.kill()
@@ -31,7 +31,7 @@ def test_full_disk_stops_the_run_and_leaves_earlier_checkpoints(folder, undistur
     assert {path.name: path.read_bytes() for path in run.folder.glob('ckpt_*')} == before
     run = SpawnedRun(folder, 'full')
     assert run.wait() == 0, run.output.read_text()
-    assert differences(undisturbed[0], run.last_checkpoint()) == []
+    assert differences(uninterrupted[0], run.last_checkpoint()) == []
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def mounted_tmpfs(path, options):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='mounts a tmpfs, which needs Linux')
-def test_full_and_read_only_file_systems(folder, undisturbed):
+def test_full_and_read_only_file_systems(folder, uninterrupted):
     disk = folder / 'disk'
     with mounted_tmpfs(disk, 'size=2m'):
         (disk / 'tree').symlink_to(folder / 'tree')
@@ -64,7 +64,7 @@ def test_full_and_read_only_file_systems(folder, undisturbed):
         subprocess.run(['mount', '-o', 'remount,size=40m', disk], check=True)
         run = SpawnedRun(disk, 'full', options='SAVE_KEEP 0')
         assert run.wait() == 0, run.output.read_text()
-        assert differences(undisturbed[0], run.last_checkpoint()) == []
+        assert differences(uninterrupted[0], run.last_checkpoint()) == []
 
         subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
         run = SpawnedRun(disk, 'read_only')
@@ -85,7 +85,7 @@ class Malicious:
 
 
 @pytest.mark.slow
-def test_damaged_checkpoints_are_skipped_unless_asked_for(folder, undisturbed):
+def test_damaged_checkpoints_are_skipped_unless_asked_for(folder, uninterrupted):
     run = SpawnedRun(folder, 'damaged', options='SAVE_KEEP 0')
     assert run.wait_for(lambda: 'ckpt_epoch_3.pth saved' in run.log())
     run.kill()
@@ -108,4 +108,4 @@ def test_damaged_checkpoints_are_skipped_unless_asked_for(folder, undisturbed):
     for path in newest:
         assert f'skipping a damaged checkpoint: {path} is not a checkpoint' in run.log()
     assert not unpickled.exists()
-    assert differences(undisturbed[0], run.last_checkpoint()) == []
+    assert differences(uninterrupted[0], run.last_checkpoint()) == []

@@ -110,14 +110,14 @@ def finish(running, folder, tag):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(nodes, folder):
-    running, _ = start(nodes, folder, 'undisturbed')
-    return finish(running, folder, 'undisturbed')
+def uninterrupted(nodes, folder):
+    running, _ = start(nodes, folder, 'uninterrupted')
+    return finish(running, folder, 'uninterrupted')
 
 
 @pytest.mark.parametrize('with_ranks', [True, False], ids=['the whole node', 'torchrun alone'])
-def test_node_that_dies_and_comes_back_changes_no_bit(nodes, folder, undisturbed, with_ranks):
-    tag = f'disturbed_{with_ranks}'
+def test_node_that_dies_and_comes_back_changes_no_bit(nodes, folder, uninterrupted, with_ranks):
+    tag = f'interrupted_{with_ranks}'
     running, command = start(nodes, folder, tag)
     log = folder / 'output' / 'tiny' / tag / 'log_rank0.txt'
     end = time.monotonic() + 120
@@ -126,5 +126,5 @@ def test_node_that_dies_and_comes_back_changes_no_bit(nodes, folder, undisturbed
         time.sleep(0.05)
     running[1].kill(with_ranks)
     running[1] = Node(nodes[1], command, running[1].output)
-    assert differences(undisturbed, finish(running, folder, tag)) == []
+    assert differences(uninterrupted, finish(running, folder, tag)) == []
     assert 'the run resumes bit for bit, as if it had never stopped' in log.read_text()

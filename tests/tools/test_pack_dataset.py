@@ -33,7 +33,7 @@ def in_child(function, *args):
     return process.exitcode
 
 
-class Disturbed(ClassFolders):
+class InterruptedFolders(ClassFolders):
     """Class folders that call a function before sample 12 is read."""
 
     def __init__(self, folder, split, function):
@@ -62,7 +62,7 @@ def test_shards_hold_the_samples_of_every_format(image_tree, tmp_path, name):
 
 def test_a_killed_run_goes_on_where_it_stopped(image_tree, tmp_path):
     root = tmp_path / 'target' / 'train'
-    killed = Disturbed(image_tree, 'train', lambda: os.kill(os.getpid(), signal.SIGKILL))
+    killed = InterruptedFolders(image_tree, 'train', lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert in_child(pack_split, killed, root, 5) == -signal.SIGKILL
     assert len(list(root.glob('*.tmp'))) == 1
     finished = {path: state for path, state in snapshot(root).items() if path.suffix == '.tar'}
@@ -99,7 +99,7 @@ def test_a_flipped_byte_is_found(image_tree, tmp_path, file, message):
 
 
 def test_a_flipped_byte_in_a_finished_shard_of_a_killed_run_is_found(image_tree, tmp_path):
-    in_child(pack_split, Disturbed(image_tree, 'train', lambda: os._exit(1)), tmp_path / 'train', 5)
+    in_child(pack_split, InterruptedFolders(image_tree, 'train', lambda: os._exit(1)), tmp_path / 'train', 5)
     flip_byte(tmp_path / 'train' / 'shard_00001.tar', 700)
     with pytest.raises(DataError, match='shard_00001.tar has changed since it was written'):
         pack_split(ClassFolders(image_tree, 'train'), tmp_path / 'train', 5)
@@ -110,7 +110,7 @@ def test_a_flipped_byte_in_a_finished_shard_of_a_killed_run_is_found(image_tree,
 def test_shards_of_something_else_are_kept(image_tree, tmp_path, killed, change):
     root = tmp_path / 'train'
     function = (lambda: os._exit(1)) if killed else (lambda: None)
-    assert in_child(pack_split, Disturbed(image_tree, 'train', function), root, 5) == killed
+    assert in_child(pack_split, InterruptedFolders(image_tree, 'train', function), root, 5) == killed
     before = snapshot(root)
     if change == 'samples':
         (image_tree / 'train' / 'class_2' / '7.png').unlink()
@@ -125,7 +125,7 @@ def test_a_second_process_is_told_of_the_first(image_tree, tmp_path):
             pack_split(ClassFolders(image_tree, 'train'), tmp_path / 'train', 6)
 
     codes = []
-    samples = Disturbed(image_tree, 'train', lambda: codes.append(in_child(pack_another)))
+    samples = InterruptedFolders(image_tree, 'train', lambda: codes.append(in_child(pack_another)))
     pack_split(samples, tmp_path / 'train', 5)
     assert codes == [0]
     assert samples_of('shards', tmp_path) == samples_of('imagenet', image_tree)

@@ -1,1 +1,1 @@
-"""Rehearsal of a long run: it is killed again and again, and must end with the bits of an undisturbed run."""
+"""Rehearsal of a long run: an interrupted run must end bit-identical to an uninterrupted run."""

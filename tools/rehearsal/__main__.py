@@ -1,12 +1,12 @@
-"""Rehearse a long run: disturb it again and again, and check that it ends with the bits of an undisturbed run.
+"""Rehearse a long run: interrupt it many times, and check that its result is bit-identical to an uninterrupted run.
 
     python -m tools.rehearsal --output output/rehearsal --processes 4 1 2 --kills 30 -- \
         main.py --cfg configs/rehearsal_imagenet.yaml --data-path output/rehearsal/imagenet
 
-The command after `--` is run twice: undisturbed, and disturbed. In the disturbed run, processes are killed or stopped
-at random moments, and started again, also in other numbers. A change of the number of processes needs a config with
-TRAIN.VIRTUAL_RANKS. The program prints a row per disturbance, and compares every entry of the last checkpoints. With
---slurm, a third run is a SLURM job that is requeued. Linux only: docs/rehearsal.md.
+The command after `--` is trained twice: as an uninterrupted run, and as an interrupted run, whose processes are killed
+or stopped at random moments and started again. With several --processes, the number of processes changes during the
+interrupted run, which needs TRAIN.VIRTUAL_RANKS. The program prints a row for each interruption, then compares every
+entry of the last checkpoints. With --slurm, a third run is a SLURM job that is requeued. Linux only: docs/rehearsal.md.
 """
 
 if __name__ == '__main__':
@@ -21,10 +21,10 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tools.rehearsal.course import RehearsedRun, Restart, compare, rehearse, rehearse_slurm, sizes
+from tools.rehearsal.interruptions import RehearsedRun, Restart, compare, rehearse, rehearse_slurm, sizes
 from utils import exit_on_user_error, home_path, non_negative_int, orderly_termination, positive_int
 
-HEAD = ('', 'disturbance', 'in epoch', 'processes', 'updates computed again', 'start-up, s', 'peak of a process, MB')
+HEAD = ('', 'interruption', 'in epoch', 'processes', 'updates computed again', 'start-up, s', 'peak of a process, MB')
 HEAD += ('resumed bit for bit',)
 
 
@@ -43,12 +43,12 @@ def print_restart(number: int, restart: Restart) -> None:
 
 
 def run_all(args: argparse.Namespace, runs: Mapping[str, RehearsedRun]) -> bool:
-    """Train all runs, print tables, and write `rehearsal.json` after every row.
+    """Train all runs, print tables, and update `rehearsal.json` after every row.
 
     Returns:
-        Whether all are equal to the undisturbed run, to the bit.
+        Whether all other runs are bit-identical to the uninterrupted run.
     """
-    undisturbed, is_equal = runs['undisturbed'], True
+    uninterrupted, is_equal = runs['uninterrupted'], True
     result: dict[str, Any] = {'command': args.command, 'processes': args.processes, 'seed': args.seed}
 
     def write() -> None:
@@ -56,27 +56,27 @@ def run_all(args: argparse.Namespace, runs: Mapping[str, RehearsedRun]) -> bool:
         (args.output / 'rehearsal.json').write_text(text, encoding='utf-8')
 
     start = time.monotonic()
-    undisturbed.start(min(args.processes))
-    undisturbed.finish()
+    uninterrupted.start(min(args.processes))
+    uninterrupted.finish()
     seconds = time.monotonic() - start
-    result['undisturbed'] = {'seconds': seconds, 'bytes': sizes(undisturbed)}
+    result['uninterrupted'] = {'seconds': seconds, 'bytes': sizes(uninterrupted)}
     write()
-    print(f'undisturbed on {min(args.processes)} process(es): {undisturbed.epochs} epochs in {seconds:.0f} s')
-    print(', '.join(f'{name} {size / 2**20:.1f} MB' for name, size in sizes(undisturbed).items()), flush=True)
-    courses = {'disturbed': rehearse(runs['disturbed'], args.processes, args.kills, args.seed)}
+    print(f'uninterrupted on {min(args.processes)} process(es): {uninterrupted.epochs} epochs in {seconds:.0f} s')
+    print(', '.join(f'{name} {size / 2**20:.1f} MB' for name, size in sizes(uninterrupted).items()), flush=True)
+    restarts = {'interrupted': rehearse(runs['interrupted'], args.processes, args.kills, args.seed)}
     if args.slurm:
-        courses['slurm'] = rehearse_slurm(runs['slurm'], max(args.processes), args.slurm, args.seed)
-    for tag, course in courses.items():
+        restarts['slurm'] = rehearse_slurm(runs['slurm'], max(args.processes), args.slurm, args.seed)
+    for tag, restarts_of_run in restarts.items():
         result[tag] = {'restarts': []}
         for row in (HEAD, ['---'] * len(HEAD)):
             print_row(row)
-        for number, restart in enumerate(course, start=1):
+        for number, restart in enumerate(restarts_of_run, start=1):
             print_restart(number, restart)
             result[tag]['restarts'].append(restart._asdict())
             is_equal &= restart.is_exact
             write()
-        differences = compare(undisturbed.last_checkpoint, runs[tag].last_checkpoint)
-        print(f'{tag}: {"; ".join(differences) or "equal to the undisturbed run, to the bit"}', flush=True)
+        differences = compare(uninterrupted.last_checkpoint, runs[tag].last_checkpoint)
+        print(f'{tag}: {"; ".join(differences) or "equal to the uninterrupted run, to the bit"}', flush=True)
         result[tag]['differences'] = differences
         is_equal &= not differences
         write()
@@ -95,9 +95,7 @@ def main() -> None:
         metavar='N',
         help='numbers of processes of the interrupted run, one after the other, each for an equal part of the run (1)',
     )
-    parser.add_argument(
-        '--kills', type=positive_int, default=30, metavar='N', help='interruptions of the second run (30)'
-    )
+    parser.add_argument('--kills', type=positive_int, default=30, metavar='N', help='number of interruptions (30)')
     parser.add_argument(
         '--seed',
         type=non_negative_int,
@@ -113,7 +111,7 @@ def main() -> None:
     if args.output.exists() and any(args.output.iterdir()):
         parser.error(f'--output {args.output} is not empty: give an empty folder')
     args.output.mkdir(parents=True, exist_ok=True)
-    runs = {tag: RehearsedRun(args.command, args.output, tag) for tag in ('undisturbed', 'disturbed', 'slurm')}
+    runs = {tag: RehearsedRun(args.command, args.output, tag) for tag in ('uninterrupted', 'interrupted', 'slurm')}
     try:
         is_equal = run_all(args, runs)
     finally:

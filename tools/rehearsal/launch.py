@@ -1,4 +1,4 @@
-"""A training command started as processes of this machine, or as a SLURM job, and the ways in which it is disturbed."""
+"""Start a training command as local processes or as a SLURM job, and interrupt it."""
 
 import contextlib
 import os
@@ -146,7 +146,7 @@ class SlurmJob:
 
 
 def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
-    """What a program of SLURM prints.
+    """Run a SLURM command, and return what it prints.
 
     Raises:
         RehearsalError: it fails, or is not installed.
@@ -161,7 +161,7 @@ def _slurm(*command: str, environment: dict[str, str] | None = None) -> str:
 
 
 def children(process: int) -> list[int]:
-    """Numbers of the processes that a process has started."""
+    """Process numbers of the children of a process."""
     listed = subprocess.run(
         ['ps', '-o', 'pid=', '--ppid', str(process)], capture_output=True, text=True, encoding='utf-8'
     ).stdout
@@ -169,7 +169,7 @@ def children(process: int) -> list[int]:
 
 
 def descendants(process: int) -> list[int]:
-    """A process, the processes that it has started, theirs, and so on."""
+    """Numbers of a process and of all its descendants."""
     return [process] + [x for child in children(process) for x in descendants(child)]
 
 

@@ -1,4 +1,4 @@
-"""The course of a rehearsal: runs of one command, undisturbed and disturbed, and what they leave."""
+"""Interrupt a training run at random moments, resume it, and compare its last checkpoint with another run's."""
 
 import contextlib
 import random
@@ -18,20 +18,20 @@ from tools.rehearsal.launch import Launch, RehearsalError, SlurmJob
 # Seconds in which a run must make progress; the first start may read a large dataset
 PATIENCE = 600
 
-# Seconds within which a disturbance comes after its epoch has begun: in an update, an evaluation or a save
+# An interruption comes at most so many seconds after its epoch has begun: in an update, an evaluation or a save
 MOMENT = 3.0
 
 
 class Restart(NamedTuple):
-    """A disturbance of a run, and the start after it.
+    """An interruption of a run, and the restart after it.
 
     Attributes:
-        kind: what was done to the run.
-        epoch: the epoch in which it was, or which it had just ended.
-        processes: number of processes before the disturbance, and after it.
+        kind: how the run was interrupted, such as `one process killed`.
+        epoch: epoch of the last logged update before the interruption.
+        processes: number of processes before and after the interruption.
         lost_updates: logged updates that had to be computed again.
         seconds: from the start of the processes to the first logged update.
-        peak_mb: largest memory (RSS) of a process that was disturbed, up to then; 0 where it was not measured.
+        peak_mb: peak memory (RSS) of the largest process before the interruption, in MB; 0 if it was not measured.
         is_exact: whether the log says that the run resumed bit for bit.
     """
 
@@ -45,7 +45,7 @@ class Restart(NamedTuple):
 
 
 class RehearsedRun:
-    """A run of the rehearsed command, in the folder `<output>/<model>/<tag>`.
+    """A training run of the given command, in the folder `<output>/<model>/<tag>`.
 
     Args:
         command: a program and its arguments, without `--output` and `--tag`.
@@ -99,7 +99,7 @@ class RehearsedRun:
         return ''
 
     def start(self, processes: int) -> Launch:
-        """Start the command, or go on with it."""
+        """Start or resume the run."""
         self.job = Launch(self.command, processes, self.console)
         return self.job
 
@@ -138,31 +138,31 @@ class RehearsedRun:
                 raise RehearsalError(f'{self.tag} has made no progress for {PATIENCE} s: see {self.console}')
             time.sleep(0.1)
 
-    def wait_for_part(self, part: float) -> None:
-        """Wait until the run has logged an update of the epoch in which a part of its epochs, in [0, 1), has passed."""
+    def wait_for_fraction(self, fraction: float) -> None:
+        """Wait until the run has logged an update after a fraction of its epochs, in [0, 1)."""
         self.wait_for(lambda: 'Train: [' in self.log())
-        self.wait_for(lambda: _last_update(self.log())[0] >= int(part * self.epochs))
+        self.wait_for(lambda: _last_update(self.log())[0] >= int(fraction * self.epochs))
 
     def wait_for_resume(self, start: int) -> str:
-        """Wait until the run has logged an update after a place in its log, and return the log from there."""
+        """Wait until an update is logged after character `start` of the log, and return the log from there."""
         self.wait_for(lambda: 'Train: [' in self.log()[start:])
         return self.log()[start:]
 
 
 def rehearse(run: RehearsedRun, process_counts: Sequence[int], kills: int, seed: int) -> Iterator[Restart]:
-    """Train a run to its end, and disturb it at random moments.
+    """Train a run to its end, interrupting and resuming it at random moments.
 
-    The moments are spread over all epochs. A third of the disturbances kill all processes, a third kill one process,
+    The moments are spread over all epochs. A third of the interruptions kill all processes, a third kill one process,
     and a third stop the run by SIGTERM, in random order.
 
     Args:
         run: the run, which has not begun.
         process_counts: numbers of processes, one after the other, each for an equal part of the run.
-        kills: number of disturbances.
+        kills: number of interruptions.
         seed: of the moments and kinds.
 
     Yields:
-        Each disturbance, after the restart that follows it.
+        Each interruption, once the run has resumed.
 
     Raises:
         RehearsalError: the run failed, or does not resume.
@@ -173,7 +173,7 @@ def rehearse(run: RehearsedRun, process_counts: Sequence[int], kills: int, seed:
     counts = [process_counts[i * len(process_counts) // (kills + 1)] for i in range(kills + 1)]
     job = run.start(counts[0])
     for number, kind in enumerate(kinds):
-        run.wait_for_part((number + 0.9 * rng.random()) / kills)
+        run.wait_for_fraction((number + 0.9 * rng.random()) / kills)
         time.sleep(rng.random() * MOMENT)
         peak = max((_peak_mb(rank) for rank in job.ranks()), default=0.0)
         if kind == 'all processes killed':
@@ -192,11 +192,11 @@ def rehearse(run: RehearsedRun, process_counts: Sequence[int], kills: int, seed:
 
 
 def rehearse_slurm(run: RehearsedRun, processes: int, requeues: int, seed: int) -> Iterator[Restart]:
-    """Train a run as a SLURM job that is put into the queue again and again; otherwise as `rehearse`."""
+    """Train a run as a SLURM job that is requeued at random moments; otherwise like `rehearse`."""
     rng = random.Random(seed)
     job = run.start_slurm(processes)
     for number in range(requeues):
-        run.wait_for_part((number + 0.9 * rng.random()) / requeues)
+        run.wait_for_fraction((number + 0.9 * rng.random()) / requeues)
         time.sleep(rng.random() * MOMENT)
         if number % 2:
             kind = 'requeued from outside'
@@ -215,21 +215,22 @@ def rehearse_slurm(run: RehearsedRun, processes: int, requeues: int, seed: int) 
 def restart_of_logs(
     kind: str, log_before: str, resumed: str, processes: Sequence[int], seconds: float, peak_mb: float
 ) -> Restart:
-    """Describe a disturbance.
+    """Describe an interruption from the logs before and after it.
 
     Args:
-        kind: see `Restart`, also for the last three.
-        log_before: log up to the disturbance.
-        resumed: what was logged after it, up to the first update.
-        processes: their numbers before and after.
-        seconds: of the start.
-        peak_mb: largest memory of a process before.
+        kind: see `Restart`, also for `processes`, `seconds` and `peak_mb`.
+        log_before: log up to the interruption.
+        resumed: log after the interruption, up to the first update.
+        processes: see `Restart`.
+        seconds: see `Restart`.
+        peak_mb: see `Restart`.
     """
-    place = re.search(r'resuming at epoch (\d+), update (\d+)', resumed)
+    progress = re.search(r'resuming at epoch (\d+), update (\d+)', resumed)
     epoch, step, steps = _last_update(log_before)
-    first_again = int(place[1]) * steps + int(place[2]) if place else 0
+    first_again = int(progress[1]) * steps + int(progress[2]) if progress else 0
     lost = max(epoch * steps + step + 1 - first_again, 0)
-    is_exact = place is None or 'the run resumes bit for bit' in resumed  # a run that starts again is exact, too
+    # Without a checkpoint, the run starts from scratch, which is exact too
+    is_exact = progress is None or 'the run resumes bit for bit' in resumed
     return Restart(kind, epoch, tuple(processes), lost, seconds, peak_mb, is_exact)
 
 
