@@ -6,7 +6,7 @@
     for detections in detector(['a.jpg', 'b.jpg']):
         print(detections.names, detections.scores, detections.boxes)
 
-docs/detection.md describes it. The command-line program, detection/tools/predict.py, uses it too.
+docs/detection_prediction.md describes it. The command-line program, detection/tools/predict.py, uses it too.
 """
 
 import os

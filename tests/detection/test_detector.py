@@ -268,7 +268,8 @@ def test_other_checkpoints_are_refused(tmp_path):
 
 def blocks(*words):
     """The Python blocks of the section on this API with one of these words, in order."""
-    section = (ROOT / 'docs' / 'detection.md').read_text().partition('\n## In Python\n')[2].partition('\n## ')[0]
+    text = (ROOT / 'docs' / 'detection_prediction.md').read_text()
+    section = text.partition('\n## In Python\n')[2].partition('\n## ')[0]
     return [block for block in code_blocks(section, 'py') if any(word in block for word in words)]
 
 
