@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from sklearn.metrics import precision_recall_curve
 
 from data.drawn_text import fit_font, shorten
 from detection.draw import class_color
@@ -105,6 +104,8 @@ def score_curve(scores: np.ndarray, is_true: np.ndarray, objects: int) -> ScoreC
         is_true: 1 where a detection finds an object, which no other detection finds, else 0, (m,).
         objects: number of objects, found or not.
     """
+    from sklearn.metrics import precision_recall_curve  # takes a second to import
+
     if not len(scores) or not objects:
         return ScoreCurve(objects, *(np.zeros(0),) * 3)
     missed = objects - int(is_true.sum())
