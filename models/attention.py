@@ -58,7 +58,7 @@ def attend(qkv: Tensor, bias: Tensor, scale: float, dropout: float = 0.0, msg_on
 def choose_path(qkv: Tensor, bias: Tensor, dropout: float, msg_only: bool) -> str:
     """Choose the fastest implementation for a call of `attend`: 'kernel', 'sdpa' or 'matmuls'.
 
-    The measurements behind the choice are in docs/performance.md.
+    The measurements behind the choice are in docs/performance_tables.md.
     """
     if qkv.is_cuda and qkv.dtype != torch.float32:
         if not dropout and not msg_only and fits_kernel(qkv, bias):

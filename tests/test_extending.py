@@ -82,7 +82,8 @@ def test_every_example_is_used():
 
 
 def test_an_exchange_in_one_file(folder):
-    summary, train, evaluate, predict, _, stages = commands_with('my_exchange')
+    first, summary, train, evaluate, predict, _, stages = commands_with('my_exchange')
+    assert first == train
     assert run(summary, folder).startswith(*code_blocks(PAGE, 'text'))
     run(train, folder)
     assert 'Accuracy of the network on the 20 test images' in run(evaluate, folder)
@@ -103,7 +104,7 @@ def test_an_exchange_in_one_file(folder):
 
 @pytest.mark.slow
 def test_an_exchange_is_exported(folder):
-    _, train, _, _, export, _ = commands_with('my_exchange')
+    train, _, _, _, _, export, _ = commands_with('my_exchange')
     run(train, folder)
     run(export, folder)
     assert (folder / 'output' / 'gated.onnx').exists()

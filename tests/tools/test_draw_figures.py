@@ -113,7 +113,7 @@ def test_architecture_shows_the_numbers_of_the_network():
 
 
 def test_growth_chart_has_the_numbers_of_the_tables():
-    page = (DOCS / 'performance.md').read_text()
+    page = (DOCS / 'performance_tables.md').read_text()
     rows = re.findall(r'^\| (MSG-[TSB])(?:, (\d) threads?)?(, peak memory, MB)? \| (.*) \|$', page, re.MULTILINE)
     rows = [(*row[:3], [float(cell) for cell in row[3].split(' | ')]) for row in rows if '(' not in row[3]]
     sizes, batches = read_growth('sizes'), read_growth('batches')
