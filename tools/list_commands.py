@@ -71,6 +71,7 @@ PROGRAMS = {
         'tools.benchmark stages',
         'tools.benchmark.loader_memory',
         'tools.benchmark.coco_start',
+        'tools.benchmark.coco_names',
         'tools.benchmark.virtual_ranks',
         'tools.benchmark.weights_hash',
         'tools.replay',

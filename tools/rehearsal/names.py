@@ -37,22 +37,34 @@ def write_names(output: Path, images: int, classes: int, size: int) -> None:
     """
     rng = np.random.default_rng(0)
     with report_write_errors(output):
-        sources = output / 'files'
-        sources.mkdir(parents=True)
-        for number in range(FILES):
-            colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            picture = cv2.resize(colours, (size, size), interpolation=cv2.INTER_CUBIC)
-            (sources / f'{number}.jpg').write_bytes(cv2.imencode('.jpg', picture)[1].tobytes())
+        sources = write_files(output / 'files', (size, size), rng)
         folders = {}
         for split in ('train', 'val'):
             for label in range(classes):
                 folders[split, label] = output / split / f'n{label:08d}'
                 folders[split, label].mkdir(parents=True)
         for label in range(classes):
-            os.link(sources / f'{label % FILES}.jpg', folders['val', label] / 'image.jpg')
+            os.link(sources[label % FILES], folders['val', label] / 'image.jpg')
         for number in range(images):
             label = number % classes
-            os.link(sources / f'{rng.integers(FILES)}.jpg', f'{folders["train", label]}/image_{number:08d}.jpg')
+            os.link(sources[rng.integers(FILES)], f'{folders["train", label]}/image_{number:08d}.jpg')
+
+
+def write_files(folder: Path, size: tuple[int, int], rng: np.random.Generator) -> list[Path]:
+    """Write the files to link to: JPEGs of random colours.
+
+    Args:
+        folder: a new folder.
+        size: width and height in pixels.
+        rng: source of the colours.
+    """
+    folder.mkdir(parents=True)
+    paths = [folder / f'{number}.jpg' for number in range(FILES)]
+    for path in paths:
+        colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        picture = cv2.resize(colours, size, interpolation=cv2.INTER_CUBIC)
+        path.write_bytes(cv2.imencode('.jpg', picture)[1].tobytes())
+    return paths
 
 
 def main() -> None:
