@@ -208,7 +208,7 @@ class Mean(Exchange):
 
 @register_exchange('shift')
 class Shift(Exchange):
-    """Shift by one window: each quarter of the channels moves in another direction, around its region.
+    """Shift by one window: each quarter of the channels moves in another direction, and wraps around in its region.
 
     The first quarter comes from the window below, the second from above, the third from the right and the last from the
     left. What leaves a region on one side comes in on the other, so the exchange is a permutation; a region that is cut
