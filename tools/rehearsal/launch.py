@@ -90,7 +90,7 @@ class SlurmJob:
 
     def __init__(self, command: Sequence[str], processes: int, output: Path):
         options = ['--parsable', '--nodes=1', f'--ntasks-per-node={processes}', '--gpus-per-node=0']
-        options += ['--cpus-per-task=1', '--overcommit', f'--output={output}']
+        options += ['--cpus-per-task=1', f'--output={output}']
         program = ' '.join(program_arguments(command[0]))
         environment = os.environ | {'PYTHON': sys.executable, 'PROGRAM': program, 'OMP_NUM_THREADS': '1'}
         submitted = _slurm('sbatch', *options, 'tools/train.sbatch', *command[1:], environment=environment)

@@ -13,6 +13,7 @@ if [ -e /etc/slurm/slurm.conf ] && ! grep -q 'ClusterName=msg-rehearsal' /etc/sl
     echo 'error: this machine has a SLURM: /etc/slurm/slurm.conf' >&2
     exit 1
 fi
+cpus=$(($(nproc) > 8 ? $(nproc) : 8))  # tasks of a rehearsal may outnumber the cores
 mkdir -p "$folder/state" "$folder/spool" /run/munge /etc/slurm
 [ -s /etc/munge/munge.key ] || head -c 1024 /dev/urandom > /etc/munge/munge.key
 chown -R munge: /etc/munge /run/munge /var/log/munge /var/lib/munge
@@ -38,7 +39,8 @@ SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
 AccountingStorageType=accounting_storage/none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+SlurmdParameters=config_overrides
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=INFINITE State=UP
 END
 
