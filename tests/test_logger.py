@@ -72,6 +72,7 @@ def test_tensorboard_has_the_same_metrics(tiny_config, image_tree):
         assert written == expected  # each once, also those of the repeated epoch
 
 
+@pytest.mark.slow
 def test_a_log_goes_on_after_the_reader_of_the_console_has_ended(tmp_path):
     program = f"""
 from pathlib import Path

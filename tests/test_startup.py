@@ -43,7 +43,7 @@ def test_freed_memory_is_kept_unless_the_user_has_set_the_allocator():
 
 @pytest.mark.skipif(shutil.which('cc') is None, reason='no C compiler')
 @pytest.mark.skipif(sys.platform != 'linux', reason='symbols are bound in another way')
-@pytest.mark.parametrize(('value', 'assumes_intel'), [('1', True), ('0', False)])
+@pytest.mark.parametrize(('value', 'assumes_intel'), [('1', True), pytest.param('0', False, marks=pytest.mark.slow)])
 def test_mkl_is_told_that_the_processor_is_intels(value, assumes_intel):
     done = run(MKL, MSG_MKL_AVX512=value, MSG_CPU_LINEAR='pytorch')
     assert (done.stdout, done.returncode) == (f'{assumes_intel} pytorch\n', 0), done.stderr

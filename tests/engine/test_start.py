@@ -573,6 +573,7 @@ def test_head_of_pretrained_weights(tiny_config, options, tmp_path, classes, cho
     assert ('PRETRAINED_HEAD keep keeps its head' in log) == (choice == 'keep')
 
 
+@pytest.mark.slow
 def test_evaluation_beside_a_live_run_changes_nothing_of_it(tiny_config, options, tmp_path):
     """The live run is a process that holds the folder's lock."""
     config = tiny_config(**options)

@@ -32,6 +32,7 @@ def test_signals_finish_the_update_save_and_exit(folder, uninterrupted):
     assert differences(uninterrupted[0], run.last_checkpoint()) == []
 
 
+@pytest.mark.slow
 def test_stopped_run_saves_without_a_reader_of_its_output(folder):
     """As after Ctrl-C on `python main.py ... 2>&1 | tee log`, which ends tee first."""
     run = SpawnedRun(folder, 'unread', pipe=True)

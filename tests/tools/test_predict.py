@@ -287,6 +287,7 @@ def test_names_need_not_be_unicode(call, image_tree, tmp_path, monkeypatch):
     assert (tmp_path / 'p.csv').read_bytes().splitlines()[1].split(b',')[0] == os.fsencode(odd)
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_lines_may_stop(call, image_tree, tmp_path):
     """In a process of its own, with loader processes, into a pipe that nobody reads any more."""
     reader, writer = os.pipe()
