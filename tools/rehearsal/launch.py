@@ -127,8 +127,9 @@ class SlurmJob:
             time.sleep(0.5)
 
     def _start_now(self) -> None:
-        """Start a requeued job at once: SLURM would wait for two minutes."""
+        """Start a requeued job after seconds: SLURM would wait for two minutes."""
         if self._state() == 'PENDING':
+            time.sleep(3)  # slurmd does not start a job within the second in which it has ended, and SLURM gives it up
             with contextlib.suppress(RehearsalError):  # it has just started
                 _slurm('scontrol', 'update', f'JobId={self.number}', 'StartTime=now')
 
