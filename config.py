@@ -34,13 +34,15 @@ def _used_with_optimizers(option: str) -> str:
 
 
 def shared_keys(task: str) -> KeyGroup:
-    """Keys of every task, for the task of a name."""
+    """Build the config keys that all tasks share; `task` is the name of the task."""
     c = KeyGroup()
-    c.BASE = Key([''], 'Config files that this one starts from, relative to it', affects='nothing')
+    c.BASE = Key(
+        [''], 'Config files whose values this file starts from; paths are relative to this file', affects='nothing'
+    )
     c.IMPORT = Key(
         [''],
-        'Modules to import before the config is read: .py files, in a config file relative to it, or names on the '
-        "Python path (docs/extending.md). A checkpoint's are not imported",
+        'Your own modules to import before the config is read (docs/extending.md): .py files, relative to the config '
+        'file that names them, or module names on the Python path. Modules recorded in a checkpoint are not imported',
         flag='--import',
         affects='nothing',
     )
@@ -49,7 +51,7 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.AMP_OPT_LEVEL = Key(
         '',
-        "Mixed precision: O0 none, O1 autocast, O2 Apex's float16 network; '' is O1 on a GPU and O0 elsewhere",
+        "Mixed precision: O0 off, O1 autocast, O2 float16 weights (Apex only); '' is O1 on a GPU and O0 elsewhere",
         choices=('', 'O0', 'O1', 'O2'),
         flag='--amp-opt-level',
     )
@@ -70,7 +72,7 @@ def shared_keys(task: str) -> KeyGroup:
         choices=('auto', 'cuda', 'mps', 'cpu'),
         flag='--device',
     )
-    c.DETERMINISTIC = Key(False, 'Only algorithms that give the same bits every time, even where they are slower')
+    c.DETERMINISTIC = Key(False, 'Use deterministic algorithms only, also where they are slower')
     c.OUTPUT = Key(
         '',
         "Folder of all runs ('' means ./output). A run writes to <OUTPUT>/<MODEL.NAME>/<TAG>",
@@ -82,25 +84,28 @@ def shared_keys(task: str) -> KeyGroup:
     c.TAG = Key(
         'default', 'Name of the run: the last part of its folder', flag='--tag', metavar='NAME', affects='nothing'
     )
-    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints; the last one is saved in any case', min=1, affects='nothing')
-    c.EVAL_FREQ = Key(1, 'Epochs between evaluations; the last one is evaluated in any case', min=1, affects='nothing')
+    c.SAVE_FREQ = Key(1, 'Epochs between checkpoints; the last epoch is always saved', min=1, affects='nothing')
+    c.EVAL_FREQ = Key(1, 'Epochs between evaluations; the last epoch is always evaluated', min=1, affects='nothing')
     c.SAVE_STEPS = Key(
-        0, 'Updates between checkpoints within an epoch; 0 saves at ends of epochs only', min=0, affects='nothing'
+        0, 'Updates between checkpoints within an epoch; 0 saves only at the end of an epoch', min=0, affects='nothing'
     )
     c.SAVE_KEEP = Key(
         10,
-        'Newest checkpoints to keep, of ends of epochs and of the current epoch, in addition to the best; 0 keeps all',
+        'Keep the last K end-of-epoch checkpoints and the last K checkpoints within the current epoch, in addition to '
+        'the best; 0 keeps all',
         min=0,
         affects='nothing',
     )
     c.LOCK_WAIT = Key(
         60,
-        "Seconds to wait for another process that writes to the run's folder, such as a dying predecessor",
+        "Seconds to wait while another process writes to the run's folder, such as a killed run that has not ended yet",
         min=0,
         max=1200,
         affects='nothing',
     )
-    c.PRINT_FREQ = Key(100, 'Updates, or batches in evaluation, between log lines', min=1, affects='nothing')
+    c.PRINT_FREQ = Key(
+        100, 'Updates between log lines; in evaluation, batches between log lines', min=1, affects='nothing'
+    )
     c.HASH_FREQ = Key(
         100,
         'Updates between hashes of the weights in metrics.jsonl, for tools.replay (docs/replay.md); 0 is off',
@@ -109,8 +114,8 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.TRACKER = Key(
         'tensorboard',
-        'Trackers that get the records of metrics.jsonl: tensorboard, wandb, mlflow or your own (docs/extending.md), '
-        'one or a list; or none',
+        'Experiment tracker that gets the metrics of metrics.jsonl too: tensorboard, wandb, mlflow, your own '
+        '(docs/extending.md), a list of trackers, or none',
         choices=TRACKERS,
         or_list=True,
         affects='nothing',
@@ -137,12 +142,12 @@ def shared_keys(task: str) -> KeyGroup:
     c.DATA.BATCH_SIZE = Key(128, 'Images per process and batch', min=1, flag='--batch-size')
     c.DATA.IMAGES_PER_EPOCH = Key(
         0,
-        'Training images per epoch; 0 takes all. With fewer, every epoch takes another random part of the images',
+        'Training images per epoch; 0 takes all. With fewer, each epoch draws a different random subset of the images',
         min=0,
     )
     c.DATA.DATA_PATH = Key(
         '',
-        'Folder with train/<class>/ and val/<class>/',
+        'Folder of the dataset: with train/<class>/ and val/<class>/, or as DATA.DATASET says',
         flag='--data-path',
         is_path=True,
         metavar='DIR',
@@ -151,7 +156,9 @@ def shared_keys(task: str) -> KeyGroup:
     c.DATA.EXIF = Key(
         False, 'Apply the EXIF orientation when images are read; False reads them as stored, as published'
     )
-    c.DATA.PIN_MEMORY = Key(True, 'Load into page-locked memory, for faster copies to a GPU', affects='nothing')
+    c.DATA.PIN_MEMORY = Key(
+        True, 'Load batches into pinned (page-locked) memory, for faster copies to a GPU', affects='nothing'
+    )
     c.DATA.NUM_WORKERS = Key(
         8, 'DataLoader workers per rank; 0 loads in the training process', min=0, affects='nothing'
     )
@@ -187,16 +194,16 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.PRETRAINED_HEAD = Key(
         'auto',
-        'Head of PRETRAINED: keep it, start a new one, or auto: a new one if the number or the names of the classes '
-        'differ',
+        'Head of the PRETRAINED checkpoint: keep it, start from a new one, or auto: a new one if the number or the '
+        'names of the classes differ',
         choices=('auto', 'keep', 'new'),
         affects='nothing',
         used_with='MODEL.PRETRAINED',
     )
     c.MODEL.PRETRAINED_MISSING = Key(
         'error',
-        'What to do if the names of the weights differ: error; or allow: load the weights that both have, and log the '
-        'others',
+        'If the checkpoint and the network have different weights: error; or allow: load the weights that both have, '
+        'and log the others',
         choices=('error', 'allow'),
         flag='--pretrained-missing',
         affects='nothing',
@@ -207,12 +214,12 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.ATTN_DROP_RATE = Key(0.0, "Dropout after the attention's softmax", min=0, max=1)
     c.MODEL.DROP_PATH_RATE = Key(
-        0.1, 'Stochastic depth of the last block, rising linearly from 0 at the first', min=0, max=0.999
+        0.1, 'Stochastic depth: rate of the last block, rising linearly from 0 at the first block', min=0, max=0.999
     )
 
     c.MODEL.TIMM_ARGS = Key(
         '',
-        "Arguments of timm's network, such as embed_dim=48 depths=(3,3) num_heads=(2,4)",
+        'Arguments of timm.create_model for a network of timm, such as embed_dim=48 depths=(3,3) num_heads=(2,4)',
         affects='network',
         stored=shaping_args,
     )
@@ -230,7 +237,7 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.MODEL.MSG.QKV_BIAS = Key(True, 'Learned bias on query, key and value', affects='network')
     c.MODEL.MSG.QK_SCALE = Key(
-        None, 'Factor on query times key; None is (channels per head)^-0.5', optional=float, affects='network'
+        None, 'Scale of query times key; None is (channels per head)^-0.5', optional=float, affects='network'
     )
     c.MODEL.MSG.PATCH_NORM = Key(True, 'Norm after the patch embedding', affects='network')
     c.MODEL.MSG.SHUF_SIZE = Key(
@@ -244,7 +251,7 @@ def shared_keys(task: str) -> KeyGroup:
         affects='network',
     )
     c.MODEL.MSG.MSG_TOKENS = Key(
-        True, 'MSG tokens in every window; without them, the head reads patches', affects='network'
+        True, 'Give every window a MSG token; without, the classifier input is the patch tokens', affects='network'
     )
     c.MODEL.MSG.EMBED_TYPE = Key(
         'patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES, affects='network'
@@ -256,16 +263,17 @@ def shared_keys(task: str) -> KeyGroup:
     c.TRAIN = KeyGroup()
     c.TRAIN.EPOCHS = Key(300, 'Number of epochs', min=1)
     c.TRAIN.WEIGHT_DECAY = Key(0.05, 'Weight decay, except for norms, biases and position parameters', min=0)
-    c.TRAIN.START_EPOCH = Key(0, 'First epoch of a run that starts from no checkpoint', min=0, affects='nothing')
+    c.TRAIN.START_EPOCH = Key(0, 'First epoch of a run that starts without a checkpoint', min=0, affects='nothing')
     c.TRAIN.BASE_LR = Key(
         5e-4,
-        'Peak learning rate for BASE_BATCH images per update; scaled with their number, like WARMUP_LR and MIN_LR',
+        'Peak learning rate at BASE_BATCH images per update; scaled linearly with the images per update, as are '
+        'WARMUP_LR and MIN_LR',
         min=0,
     )
-    c.TRAIN.BASE_BATCH = Key(512, 'Images per update that the learning rates are for', min=1)
+    c.TRAIN.BASE_BATCH = Key(512, 'Images per update for which the learning rates are given', min=1)
     c.TRAIN.CLIP_GRAD = Key(5.0, 'Maximum gradient norm; 0 disables clipping', min=0)
     c.TRAIN.AUTO_RESUME = Key(
-        True, "Continue the run that the run's folder holds; False is an error where it holds one", affects='nothing'
+        True, "Resume the run that is in the run's folder; False makes an existing run an error", affects='nothing'
     )
     c.TRAIN.PATIENCE = Key(
         0,
@@ -284,12 +292,12 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.TRAIN.NONFINITE = Key(
         'stop',
-        'Where a loss or gradient norm is not finite, on any rank: stop the run before the update, or skip the update',
+        'If a loss or gradient norm is not finite on any rank: stop the run before the update, or skip the update',
         choices=('stop', 'skip'),
         affects='nothing',
     )
     c.TRAIN.NONFINITE_LIMIT = Key(
-        20, 'Updates in a row that may be skipped, including those where float16 overflows', min=0, affects='nothing'
+        20, 'Maximum number of consecutive skipped updates, including float16 overflows', min=0, affects='nothing'
     )
     c.TRAIN.EMA_DECAY = Key(
         0.0,
@@ -302,12 +310,14 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.TRAIN.RECOMPUTE_MLP = Key(
         False,
-        'Recompute GELU alone in the backward pass: less memory, more time (docs/performance.md)',
+        'Recompute only the GELU of the MLPs in the backward pass: trades time for memory (docs/performance.md)',
         affects='nothing',
     )
 
     c.TRAIN.FROZEN_STAGES = Key(
-        -1, 'Stages whose weights are not trained, and the embedding; 0 is the embedding alone, -1 is nothing', min=-1
+        -1,
+        'Freeze the patch embedding and this many first stages; 0 freezes the patch embedding only, -1 nothing',
+        min=-1,
     )
 
     c.TRAIN.OPTIMIZER = KeyGroup()
@@ -329,7 +339,7 @@ def shared_keys(task: str) -> KeyGroup:
     )
     c.TRAIN.OPTIMIZER.MOMENTUM = Key(
         0.9,
-        'Momentum of sgd and of the optimizers of timm that have one',
+        'Momentum of sgd and of other optimizers that have one',
         min=0,
         max=0.99999,
         used_with=_used_with_optimizers('momentum'),
@@ -349,7 +359,7 @@ _C.COMPILE_MODE = Key(
 )
 _C.DATA.DATASET = Key(
     'imagenet',
-    'Format of DATA_PATH: imagenet, a tree of class folders; shards, of tools.pack_dataset; zip, <split>.zip with '
+    'Format of DATA_PATH: imagenet, class folders; shards, written by tools.pack_dataset; zip, <split>.zip with '
     '<split>_map.txt; table, images and labels in a CSV or Parquet file; webdataset, tars with .cls or .json; '
     'huggingface, a saved DatasetDict; or a custom dataset (docs/data.md)',
     choices=DATASET_NAMES,
@@ -375,12 +385,13 @@ _C.DATA.PIPELINE = Key(
 )
 _C.DATA.ON_ERROR = Key(
     'stop',
-    'At an image that cannot be read: stop the run, or skip: train on the next one, and leave it out of the evaluation',
+    'If an image cannot be read: stop the run, or skip: train on the next image instead, and leave the image out of '
+    'the evaluation',
     choices=('stop', 'skip'),
 )
 _C.DATA.ERROR_LIMIT = Key(
     100,
-    'Unreadable images per process after which ON_ERROR skip stops the run',
+    'Maximum number of unreadable images per process with ON_ERROR skip; one more stops the run',
     min=0,
     affects='nothing',
     used_with='DATA.ON_ERROR skip',
@@ -388,8 +399,8 @@ _C.DATA.ERROR_LIMIT = Key(
 _C.DATA.IMG_SIZE = Key(224, 'Image size, in pixels', min=1, max=10_000, affects='network')
 _C.DATA.IMG_SIZES = Key(
     [],
-    'Sizes of the training images, one after the other (progressive resizing), such as [128, 160, 224]; [] trains on '
-    'IMG_SIZE. Evaluation is always on IMG_SIZE',
+    'Progressive resizing: sizes of the training images, one after the other, such as [128, 160, 224]; [] trains on '
+    'IMG_SIZE. Evaluation always uses IMG_SIZE',
     min=1,
     max=10_000,
     item=int,
@@ -399,8 +410,8 @@ _C.DATA.IMG_SIZE_EPOCHS = Key(
 )
 _C.DATA.IMG_SIZE_BATCHES = Key(
     [],
-    'Training images per process and batch for each of IMG_SIZES, such as [256, 192, 128]; [] is BATCH_SIZE for all. '
-    'The learning rate is scaled with them',
+    'Training images per process and batch at each of IMG_SIZES, such as [256, 192, 128]; [] is BATCH_SIZE at all '
+    'sizes. The learning rate is scaled with the images per update',
     min=1,
     item=int,
     used_with='DATA.IMG_SIZES',
@@ -412,14 +423,17 @@ _C.DATA.INTERPOLATION = Key(
 )
 _C.MODEL.TYPE = Key(
     'msg',
-    'Architecture: msg, or a network of timm by name, for which MODEL.MSG but IN_CHANS is not read',
+    'Architecture: msg, or timm:<name> for a network of timm, which ignores MODEL.MSG except IN_CHANS',
     choices=('msg', f'{TIMM}<name>'),
     affects='network',
 )
 _C.MODEL.LABEL_SMOOTHING = Key(0.1, 'Label smoothing', min=0, max=0.999)
 _C.MODEL.MSG.IN_CHANS = Key(3, 'Image channels: 3 (RGB) or 1 (grey)', min=1, affects='network')
 _C.MODEL.MSG.HEAD_TOKENS = Key(
-    'msg', 'Tokens of the last stage whose mean the head reads: msg or patches', choices=HEAD_TOKENS, affects='network'
+    'msg',
+    'Classifier input: the mean of the MSG tokens (msg) or of the patch tokens (patches) of the last stage',
+    choices=HEAD_TOKENS,
+    affects='network',
 )
 _C.MODEL.MSG.APE = Key(False, 'Absolute position embedding', affects='network')
 
@@ -427,7 +441,11 @@ _C.TRAIN.WARMUP_EPOCHS = Key(20, 'Epochs of linear warm-up', min=0)
 _C.TRAIN.WARMUP_LR = Key(5e-7, 'Learning rate of the first update', min=0, used_with='TRAIN.WARMUP_EPOCHS')
 _C.TRAIN.MIN_LR = Key(5e-6, 'Learning rate at the end of the cosine', min=0, used_with='TRAIN.LR_SCHEDULER.NAME cosine')
 _C.TRAIN.LAYER_DECAY = Key(
-    1.0, "Ratio of a block's learning rate to the next one's, for fine-tuning, such as 0.75", min=0.01, max=1
+    1.0,
+    "Layer-wise learning-rate decay, for fine-tuning, such as 0.75: ratio of a block's learning rate to the next "
+    "block's; 1 is off",
+    min=0.01,
+    max=1,
 )
 _C.TRAIN.LOSS = Key(
     'cross_entropy',
@@ -436,7 +454,7 @@ _C.TRAIN.LOSS = Key(
 )
 _C.TRAIN.BCE_THRESHOLD = Key(
     None,
-    'Value above which a target of bce counts as 1, and below as 0, such as 0.2 with Mixup; None keeps soft targets',
+    'Targets of bce above this value become 1, others 0, such as 0.2 with Mixup; None keeps soft targets',
     optional=float,
     min=0,
     max=1,
@@ -449,7 +467,7 @@ _C.TRAIN.CLASS_WEIGHTS = Key(
     '1/n; sqrt, proportional to 1/sqrt(n)',
     choices=('none', 'balanced', 'sqrt'),
 )
-_C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: minutes at the start, then faster')
+_C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: faster after minutes of compilation')
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
 _C.TRAIN.LR_SCHEDULER.NAME = Key(
@@ -469,10 +487,10 @@ _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(
 
 _C.AUG = KeyGroup()
 _C.AUG.SCALE = Key((0.08, 1.0), 'Area of the random crop, relative to the image: min, max', min=0.001, max=1)
-_C.AUG.RATIO = Key((3 / 4, 4 / 3), 'Width over height of the random crop: min, max', min=0.001, max=1000)
+_C.AUG.RATIO = Key((3 / 4, 4 / 3), 'Aspect ratio of the random crop, width / height: min, max', min=0.001, max=1000)
 _C.AUG.HFLIP = Key(0.5, 'Probability of a horizontal flip', min=0, max=1)
 _C.AUG.COLOR_JITTER = Key(
-    0.4, 'Strength of colour jitter, where AUTO_AUGMENT is none; 0 is off', min=0, used_with='AUG.AUTO_AUGMENT none'
+    0.4, 'Strength of colour jitter, if AUTO_AUGMENT is none; 0 is off', min=0, used_with='AUG.AUTO_AUGMENT none'
 )
 _C.AUG.AUTO_AUGMENT = Key(
     'rand-m9-mstd0.5-inc1', "Augmentation policy in timm's notation (rand-..., augmix-..., original, v0), or none"
@@ -503,7 +521,9 @@ _C.AUG.CUTMIX_MINMAX = Key(
     max=1,
 )
 _C.AUG.MIXUP_PROB = Key(1.0, 'Probability that a batch is mixed', min=0, max=1)
-_C.AUG.MIXUP_SWITCH_PROB = Key(0.5, 'Probability of CutMix where both are on', min=0, max=1, used_with='AUG.MIXUP')
+_C.AUG.MIXUP_SWITCH_PROB = Key(
+    0.5, 'Probability of CutMix rather than Mixup, if both are on', min=0, max=1, used_with='AUG.MIXUP'
+)
 _C.AUG.MIXUP_MODE = Key(
     'batch', 'Draw one mix per batch, per pair, or per image (elem)', choices=('batch', 'pair', 'elem')
 )
@@ -553,7 +573,9 @@ _C.DISTILL.CLASSES = Key(
 
 _C.TEST = KeyGroup()
 _C.TEST.CROP = Key(
-    True, 'Evaluate on the centre crop of an image resized to 256/224 of the size; False resizes the whole image'
+    True,
+    'Evaluate on the centre crop, after resizing the short side to 256/224 of IMG_SIZE; False resizes the whole image '
+    'to IMG_SIZE x IMG_SIZE',
 )
 _C.TEST.CLASSES = Key(
     'all',
@@ -585,7 +607,7 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def get_config(args: Namespace) -> CfgNode:
-    """`load_config`, overridden by the command line's flags; see `main.parse_option`.
+    """Load the config of a command line: like `load_config`, with flags that override it; see `main.parse_option`.
 
     Raises:
         ConfigError: a file, key or value that cannot work.
@@ -594,14 +616,14 @@ def get_config(args: Namespace) -> CfgNode:
 
 
 def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None:
-    """Refuse what cannot work in a run of any task.
+    """Check the keys that all tasks share, and refuse combinations that cannot work.
 
     Args:
         config: the config tree.
         check_network: raises a `ValueError` where the task's network cannot be built.
 
     Raises:
-        ConfigError: keys that do not go together; the message says what to write.
+        ConfigError: settings that do not work together; the message says what to write.
     """
     if config.TRAIN.OPTIMIZER.NAME == 'adamw' and len(config.TRAIN.OPTIMIZER.BETAS) != 2:
         raise ConfigError(f'TRAIN.OPTIMIZER.BETAS is {config.TRAIN.OPTIMIZER.BETAS}: write two numbers')
@@ -614,7 +636,7 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
     if config.EVAL_MODE and config.THROUGHPUT_MODE:
         raise ConfigError('--eval and --throughput exclude each other: give one of them')
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
-        raise ConfigError('--resume goes on from a checkpoint, --pretrained takes its weights only: give one of them')
+        raise ConfigError('--resume continues from a checkpoint, --pretrained only takes its weights: give one of them')
     _check_virtual_ranks(config)
     try:
         check_optimizer(config)
@@ -624,7 +646,7 @@ def check_run(config: CfgNode, check_network: Callable[[CfgNode], None]) -> None
 
 
 def _check_virtual_ranks(config: CfgNode) -> None:
-    """Refuse settings that do not go with virtual ranks."""
+    """Refuse settings that virtual ranks do not support."""
     count = config.TRAIN.VIRTUAL_RANKS
     if count & (count - 1):
         powers = [2**i for i in range(count.bit_length() + 1)][-2:]
@@ -641,7 +663,7 @@ def _check_virtual_ranks(config: CfgNode) -> None:
 
 
 def _check(config: CfgNode) -> None:
-    """Refuse what cannot work, before any work is done."""
+    """Check the config of classification, and refuse combinations that cannot work."""
     for name in ('AUG.SCALE', 'AUG.RATIO', 'AUG.CUTMIX_MINMAX'):
         value = get(config, name, 'config')
         if value is not None and not (len(value) == 2 and 0 <= value[0] <= value[1]):
@@ -663,7 +685,7 @@ def _check(config: CfgNode) -> None:
     if len(config.MODEL.MSG.DEPTHS) < train.FROZEN_STAGES:
         raise ConfigError(
             f'TRAIN.FROZEN_STAGES is {train.FROZEN_STAGES}: write at most {len(config.MODEL.MSG.DEPTHS)}, '
-            f'the number of stages, to train the head alone'
+            f'the number of stages, to train only the head'
         )
     patch = config.MODEL.MSG.PATCH_SIZE
     for name, sizes in (('IMG_SIZE', [config.DATA.IMG_SIZE]), ('IMG_SIZES', config.DATA.IMG_SIZES)):
@@ -677,7 +699,7 @@ def _check(config: CfgNode) -> None:
 
 
 def _check_teacher(config: CfgNode) -> None:
-    """Refuse a teacher that cannot teach this network, as far as the config tells."""
+    """Refuse a teacher that does not fit the other keys; the teacher itself is checked when it is built."""
     teacher, classes, distill = config.DISTILL.TEACHER, config.MODEL.NUM_CLASSES, config.DISTILL
     if teacher.startswith(TIMM):
         try:
@@ -692,7 +714,9 @@ def _check_teacher(config: CfgNode) -> None:
     if config.DATA.MULTI_LABEL:
         raise ConfigError('DISTILL.TEACHER teaches one class per image: write DATA.MULTI_LABEL False, or no teacher')
     if not classes:
-        raise ConfigError('DISTILL.TEACHER teaches a classifier, and MODEL.NUM_CLASSES is 0: write their number')
+        raise ConfigError(
+            'DISTILL.TEACHER teaches a classifier, and MODEL.NUM_CLASSES is 0: write the number of classes'
+        )
     if distill.CLASSES and (isinstance(distill.CLASSES, str) or len(distill.CLASSES) != classes):
         raise ConfigError(
             f"DISTILL.CLASSES is {distill.CLASSES!r}: write a list with the teacher's class of each of the {classes} "
@@ -701,7 +725,7 @@ def _check_teacher(config: CfgNode) -> None:
 
 
 def _check_loss(config: CfgNode) -> None:
-    """Refuse losses, targets and sampling that do not go together."""
+    """Refuse combinations of losses, targets and sampling that do not work."""
     data, train, smoothing = config.DATA, config.TRAIN, config.MODEL.LABEL_SMOOTHING
     if train.CLASS_WEIGHTS != 'none' and train.LOSS not in WEIGHTED_LOSSES:
         raise ConfigError(
@@ -741,7 +765,7 @@ def _check_loss(config: CfgNode) -> None:
 
 
 def _check_sizes(config: CfgNode) -> None:
-    """Refuse image sizes of the training that do not go together, or that the network cannot have."""
+    """Check the keys of progressive resizing, and that the network can be built for each size."""
     data = config.DATA
     sizes, epochs, batches = data.IMG_SIZES, data.IMG_SIZE_EPOCHS, data.IMG_SIZE_BATCHES
     if not sizes:
@@ -772,10 +796,10 @@ def _check_sizes(config: CfgNode) -> None:
 
 
 def check_schedule(config: CfgNode) -> None:
-    """Refuse a step schedule that makes no step within the run.
+    """Refuse a step schedule whose learning rate never drops within the run.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the learning rate never drops.
     """
     epochs, schedule = config.TRAIN.EPOCHS, config.TRAIN.LR_SCHEDULER
     if schedule.NAME == 'step' and epochs <= schedule.DECAY_EPOCHS:

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a frozen teacher, and the losses that compare the student's logits with the teacher's."""
+"""Knowledge distillation: frozen teacher networks, and soft and hard distillation losses."""
 
 import hashlib
 import os
@@ -68,7 +68,7 @@ class Teacher:
         count: number of its classes.
 
     Raises:
-        TeacherError: it does not take the student's images, or does not give logits.
+        TeacherError: the network does not take the student's images, or does not return logits.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Teacher:
         )
 
     def _count_classes(self, images: Tensor) -> int:
-        """Number of classes by a forward pass."""
+        """Number of classes, found by a forward pass."""
         try:
             with torch.inference_mode():
                 logits = self.network(images)
@@ -124,9 +124,9 @@ class Teacher:
         return logits.shape[1]
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise the student's images as the teacher wants them.
+        """Resize and normalise the student's images for the teacher.
 
-        Resizing comes first; it is linear and keeps constants, so the order does not matter.
+        Resizing is linear and preserves constants, so that it can come before the normalisation.
 
         Args:
             images: (B, C, H, W), normalised for the student.
@@ -149,7 +149,7 @@ class Teacher:
                 them by name.
 
         Raises:
-            TeacherError: the teacher does not have one of them.
+            TeacherError: the teacher lacks one of the classes.
         """
         if not named and self.classes is None:
             if len(classes) == self.count:
@@ -194,7 +194,7 @@ def build_teacher(run: Run, task: Task) -> Teacher | None:
     if not name:
         return None
     states = random_states(run.process.device)
-    set_seed(run.config.SEED)  # the same on all ranks, for a teacher that draws its weights
+    set_seed(run.config.SEED)  # the same on all ranks, for a teacher with random weights
     try:
         if name in TEACHERS:
             network, known = TEACHERS[name](run.config), {}
@@ -244,15 +244,15 @@ def load_timm_teacher(model: str, run: Run) -> tuple[nn.Module, dict[str, Any]]:
         run: the student's run.
 
     Returns:
-        The network, with as many classes as the weights have, and what the file says that `describe` does not know.
+        The network, with as many classes as the weights have, and entries of the file that override `describe`.
 
     Raises:
-        TeacherError: timm has no pretrained weights, or they cannot be fetched.
-        CheckpointError: the file cannot be read, or is of another network.
+        TeacherError: timm has no pretrained weights for the network, or they cannot be downloaded.
+        CheckpointError: the file cannot be read, or has the weights of a different network.
     """
     path = run.config.DISTILL.TEACHER_WEIGHTS
     if not path:
-        built = []  # on the process of the node that downloads; the others find the file then
+        built = []  # filled only on the process that downloads for its node; the others then find the file in the cache
         once_per_node(lambda: built.append(_create_pretrained(model)))
         return built[0] if built else _create_pretrained(model), {}
     checkpoint = load_checkpoint(path)
@@ -271,7 +271,7 @@ def _create_pretrained(model: str) -> nn.Module:
     """Create a network with timm's pretrained weights, from timm's cache or the Internet."""
     try:
         return timm.create_model(model, pretrained=True)
-    except Exception as error:  # of timm, the hub, the network or the disk
+    except Exception as error:  # from timm, the Hugging Face Hub, the connection or the disk
         raise TeacherError(
             f'{TIMM}{model}: the pretrained weights cannot be fetched ({shortened(first_line(error))}): '
             f'give a file of them with DISTILL.TEACHER_WEIGHTS'
@@ -330,10 +330,11 @@ def hard_distillation(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def build_distillation(run: Run, classes: Sequence[str]) -> DistilFn:
-    """Build a function of a batch's mean loss, logits and images that gives the losses to minimise, by name.
+    """Build the distillation loss of a run.
 
-    Without a teacher, that is the loss alone. With one, it is (1 - w) * loss and w * distillation, where w is
-    `DISTILL.WEIGHT`. Images are those that the student saw, after Mixup and random erasing.
+    The result is called with a batch's mean label loss, the student's logits and the images that the student saw,
+    after Mixup and random erasing. It returns the losses to minimise, by name: the label loss if there is no teacher,
+    otherwise (1 - w) * label loss and w * distillation loss, where w is `DISTILL.WEIGHT`.
 
     Args:
         run: the run, with its teacher.
@@ -348,7 +349,7 @@ def build_distillation(run: Run, classes: Sequence[str]) -> DistilFn:
     indices = teacher.find_classes(classes, distill.CLASSES)
     if teacher.classes is None and not distill.CLASSES:
         run.logger.warning(
-            f'the teacher {teacher.name} does not name its classes: they are taken for those of the data, in order'
+            f'the teacher {teacher.name} does not name its classes: they are assumed to be those of the data, in order'
         )
     run.logger.info(f"{distill.KIND} distillation of {len(indices)} of the teacher's {teacher.count} classes")
     selected = torch.tensor(indices, device=run.process.device)

@@ -19,7 +19,7 @@ from engine.evaluation import EvaluationLoop, Poll, no_poll
 from engine.run import Run
 from models.build import maybe_compile
 
-# Top-5 accuracy of so many classes or fewer is always 100 %
+# With this many classes or fewer, top-5 accuracy is always 100 %
 MAX_TRIVIAL = 5
 
 
@@ -31,8 +31,8 @@ class Accuracy(NamedTuple):
         acc1: top-1 accuracy.
         acc5: top-5 accuracy; None for five classes or fewer.
         images: number of images.
-        results: of this process's images, for the report; None during training.
-        dataset: the images.
+        results: per-image results of this process, for the report; None during training.
+        dataset: the dataset of the images.
     """
 
     val_loss: float
@@ -46,7 +46,7 @@ class Accuracy(NamedTuple):
     def from_sums(cls, sums: Tensor) -> 'Accuracy':
         """Means from sums (4,): of the loss, of top-1 and top-5 hits (NaN for none), and the number of images."""
         loss, top1, top5, images = sums.tolist()
-        count = images or math.nan  # all images of a batch may be bad ones
+        count = images or math.nan  # all images of a batch may be unreadable
         acc5 = None if math.isnan(top5) else 100 * top5 / count
         return cls(loss / count, 100 * top1 / count, acc5, int(images))
 
@@ -67,7 +67,7 @@ class ImageResults:
     """Collects the per-image results for the report of `--eval`: a few numbers per image, for any number of classes.
 
     Args:
-        indices: of the images in the dataset, in the order of the loader.
+        indices: indices of the images in the dataset, in the loader's order.
     """
 
     dtype = np.dtype(
@@ -91,7 +91,7 @@ class ImageResults:
 
         Args:
             logits: (B, K).
-            top: the most likely classes, most likely first, (B, at most 5).
+            top: indices of the most likely classes, most likely first, (B, at most 5).
             targets: class indices (B,); `IGNORED` images are left out.
         """
         known, own = targets != IGNORED, targets.clamp(min=0)[:, None]
@@ -113,7 +113,7 @@ class SelectedClasses(nn.Module):
 
     Args:
         network: the classifier.
-        indices: of the classes.
+        indices: indices of the classes to keep, in this order.
     """
 
     def __init__(self, network: nn.Module, indices: list[int]):
@@ -135,8 +135,8 @@ def predict_batches(
     Args:
         run: the run.
         network: the network.
-        loop: over this process's batches.
-        skipped: of earlier evaluations, which have logged their bad images; None if there are none.
+        loop: the loop over this process's batches.
+        skipped: counts and logs unreadable images, over all evaluations of a run; None for a new counter.
 
     Yields:
         Logits and targets, on the device.
@@ -156,16 +156,16 @@ def predict_batches(
 def validate(
     run: Run, network: nn.Module, loader: DataLoader, poll: Poll = no_poll, skipped: SkippedImages | None = None
 ) -> Accuracy:
-    """Evaluate a network, not wrapped, on every image once.
+    """Evaluate a classifier on every image once: mean cross entropy, top-1 and top-5 accuracy.
 
     Sums are kept on the device and reduced over the processes once, at the end, so shards may differ in size.
 
     Args:
         run: the run.
-        network: the network.
-        loader: this process's shard; rank 0 has the largest.
+        network: the network, not wrapped in DDP.
+        loader: this process's shard of the images; rank 0 has the largest.
         poll: called after each batch, equally often in every process.
-        skipped: of earlier evaluations, which have logged their bad images.
+        skipped: counts and logs unreadable images, over all evaluations of a run; None for a new counter.
     """
     device = run.process.device
     sums = torch.zeros(4, dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
@@ -195,11 +195,11 @@ def _log_text(batch_sums: Tensor, sums: Tensor) -> str:
 
 
 class MeanAveragePrecision(NamedTuple):
-    """Result of `validate_multi_label`.
+    """Average precision of each class, from `validate_multi_label`.
 
     Attributes:
         val_loss: mean binary cross entropy, over images and classes.
-        average_precision: of each class, in percent, (classes,); NaN for a class that no image shows.
+        average_precision: average precision of each class in percent, (classes,); NaN for a class without images.
         positives: number of images that show each class, (classes,).
         names: names of the classes.
         images: number of images.
@@ -213,7 +213,7 @@ class MeanAveragePrecision(NamedTuple):
 
     @property
     def mean_ap(self) -> float:
-        """Mean over the classes that have an average precision, in percent; NaN if none has."""
+        """Mean average precision in percent, over the classes that have images; NaN if there are none."""
         known = self.average_precision[~np.isnan(self.average_precision)]
         return float(known.mean()) if len(known) else math.nan
 
@@ -233,16 +233,16 @@ class MeanAveragePrecision(NamedTuple):
 def validate_multi_label(
     run: Run, network: nn.Module, loader: DataLoader, poll: Poll = no_poll, skipped: SkippedImages | None = None
 ) -> MeanAveragePrecision:
-    """Evaluate a network, not wrapped, on every image once, where an image may have several classes.
+    """Evaluate a multi-label classifier on every image once: mean average precision.
 
     Rank 0 gathers the logits of all images, since the average precision of a class ranks the images of all processes.
 
     Args:
         run: the run.
-        network: the network.
-        loader: this process's shard; rank 0 has the largest.
+        network: the network, not wrapped in DDP.
+        loader: this process's shard of the images; rank 0 has the largest.
         poll: called after each batch, equally often in every process.
-        skipped: of earlier evaluations, which have logged their bad images.
+        skipped: counts and logs unreadable images, over all evaluations of a run; None for a new counter.
     """
     loop, names = EvaluationLoop(run, loader, poll), loader.dataset.classes
     batches = [(torch.zeros(0, len(names)), torch.zeros(0, len(names)))]  # a shard may be empty
@@ -262,7 +262,7 @@ def validate_multi_label(
 
 
 def _mean_average_precision(logits: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> MeanAveragePrecision:
-    """Metrics of all images: logits and targets of 0 and 1, (images, classes)."""
+    """Compute the metrics from all logits and targets of 0 and 1, both (images, classes)."""
     from sklearn.metrics import average_precision_score  # takes a second to import
 
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets))

@@ -23,15 +23,15 @@ MAX_MATRIX = 2000  # classes up to which there is a confusion matrix: 4 million 
 
 
 def write_report(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: str, has_top5: bool) -> None:
-    """Write the report; every rank calls it at the same point, and rank 0 writes.
+    """Write the report of an evaluation: CSV files and figures. Every rank calls it, and rank 0 writes.
 
     Rank 0 gathers seven numbers for each image, not the logits: 3 MB for 50,000 images, whatever the number of classes.
 
     Args:
         run: the run.
-        dataset: the images.
-        results: of this rank's images, (images,) of `evaluation.ImageResults.dtype`.
-        suffix: at the end of the names of files.
+        dataset: the dataset of the images.
+        results: per-image results of this rank, (images,) of `evaluation.ImageResults.dtype`.
+        suffix: appended to the names of the files, such as `_ema`.
         has_top5: report top-5 accuracy too.
 
     Raises:
@@ -57,14 +57,14 @@ def write_report(run: Run, dataset: ImageDataset, results: np.ndarray, suffix: s
 def write_average_precision(
     run: Run, names: Sequence[str], positives: np.ndarray, average_precision: np.ndarray, suffix: str
 ) -> None:
-    """Write the average precision of each class; every rank calls it at the same point, and rank 0 writes.
+    """Write the average precision of each class as a CSV file. Every rank calls it, and rank 0 writes.
 
     Args:
         run: the run.
         names: names of the classes.
         positives: number of images that show each class, (classes,).
-        average_precision: in percent, (classes,); NaN where it is not defined.
-        suffix: at the end of the file's name.
+        average_precision: average precision of each class in percent, (classes,); NaN for a class without images.
+        suffix: appended to the name of the file, such as `_ema`.
 
     Raises:
         OutputError: the file cannot be written, in every process.
@@ -151,7 +151,7 @@ def _class_rows(
     precision: np.ndarray,
     f1: np.ndarray,
 ) -> Iterator[list]:
-    """Metrics in percent; empty where they are not defined."""
+    """Rows of `classes.csv`: metrics in percent, empty where they are not defined."""
     columns = {'accuracy': recall} | ({} if top5 is None else {'top5_accuracy': top5 / images.clip(1)})
     columns |= {'precision': precision, 'f1': f1}
     yield ['class', 'index', 'images', *columns]
@@ -162,28 +162,28 @@ def _class_rows(
 
 
 def _lowest(recall: np.ndarray, images: np.ndarray) -> list[int]:
-    """Classes that have images, from the lowest accuracy up."""
+    """Indices of the classes that have images, lowest accuracy first."""
     return [i for i in np.argsort(recall, kind='stable').tolist() if images[i]]
 
 
 def _wrong_first(is_wrong: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Wrong images only, from the highest probability down."""
+    """Indices of the misclassified images, most confident first."""
     wrong = is_wrong.nonzero()[0]
     return wrong[np.argsort(-probability[wrong], kind='stable')]
 
 
 def calibration(probability: np.ndarray, is_right: np.ndarray) -> tuple[float, np.ndarray]:
-    """Expected calibration error (ECE): mean distance of probability and accuracy in bins of equal width.
+    """Expected calibration error (ECE): mean difference of confidence and accuracy over bins of equal width.
 
-    The bins are those of scikit-learn's `calibration_curve`, which does not give the numbers of images.
+    The bins are those of scikit-learn's `calibration_curve`, which does not return the number of images of each bin.
 
     Args:
-        probability: of each predicted class, (images,).
-        is_right: whether it is the true class.
+        probability: probability of the predicted class, (images,).
+        is_right: whether the predicted class is the true class, (images,).
 
     Returns:
-        The error, as a fraction, and images, mean probability and accuracy of each bin, (3, BINS); NaN where it has
-        none.
+        The error, as a fraction; and for each bin the number of images, mean probability and accuracy, (3, BINS), NaN
+        for a bin without images.
     """
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], probability)
     images, probabilities, right = (np.bincount(bins, x, BINS) for x in (None, probability, is_right))
@@ -193,7 +193,7 @@ def calibration(probability: np.ndarray, is_right: np.ndarray) -> tuple[float, n
 
 
 def draw_calibration(ece: float, bins: np.ndarray) -> Figure:
-    """Draw a reliability diagram: accuracy by probability of the prediction, and how many images have it."""
+    """Draw a reliability diagram: accuracy by probability of the prediction, and the number of images per bin."""
     images, probability, accuracy = bins
     figure = Figure(figsize=(4.5, 5.5), layout='constrained')
     axes, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
@@ -212,7 +212,7 @@ def draw_calibration(ece: float, bins: np.ndarray) -> Figure:
 def _sheet(
     run: Run, dataset: ImageDataset, results: np.ndarray, chosen: np.ndarray, names: Sequence[str], note: str
 ) -> Figure:
-    """Draw images, by their rows in the results."""
+    """Draw a contact sheet of images, chosen by their rows in the results."""
     images = []
     for row in chosen.tolist():
         index = int(results['index'][row])

@@ -43,7 +43,7 @@ class Registry(dict[str, Callable[..., Any]]):
             ValueError: the name belongs to another part, or cannot be written in a config.
         """
         if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"{name!r} is no name for a {self.kind}: write @register_{self.kind}('my_{self.kind}')")
+            raise ValueError(f"{name!r} is not a name for a {self.kind}: write @register_{self.kind}('my_{self.kind}')")
 
         def register(part: Part) -> Part:
             if not hasattr(part, '__qualname__'):
@@ -71,11 +71,11 @@ def import_modules(names: Iterable[str]) -> None:
     """Import modules, each once in a process.
 
     Args:
-        names: names of modules on Python's path, or absolute paths of .py files. The folder of a file is added to the
-            end of Python's path, so loader processes find the module, and it finds its neighbours.
+        names: names of modules on Python's path, or absolute paths of .py files. The folder of a file is appended to
+            `sys.path`, so that DataLoader workers can import the module, and the module its neighbours.
 
     Raises:
-        ExtensionError: there is no such module, it raises an error, or its name is taken.
+        ExtensionError: a module does not exist, raises an error, or has the name of another module.
     """
     for name in names:
         if is_path(name):
@@ -87,7 +87,7 @@ def import_modules(names: Iterable[str]) -> None:
 def missing_modules(recorded: Any, names: Iterable[str]) -> list[str]:
     """Return the modules that a checkpoint records in its key `IMPORT` and that are not imported in this run.
 
-    A file in another folder counts as the same.
+    Files with the same name in different folders count as the same module.
 
     Args:
         recorded: the key's value, untrusted.
@@ -99,7 +99,7 @@ def missing_modules(recorded: Any, names: Iterable[str]) -> list[str]:
 
 
 def as_flags(names: Iterable[str]) -> str:
-    """Names of modules as flags of a command, for messages."""
+    """Format module names as `--import` flags, for messages."""
     return shortened(' '.join(f'--import {shlex.quote(name)}' for name in names), 1000)
 
 
@@ -139,7 +139,7 @@ def _import(name: str, shown: str) -> None:
             f'--import {shown}: there is no module {error.name}: give the path of its .py file, or add its folder to '
             f'PYTHONPATH'
         ) from error
-    except (Exception, SystemExit) as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # the module may raise anything
         raise _failed(shown, error) from error
 
 

@@ -8,7 +8,7 @@ dependencies = ['torch', 'timm']
 
 
 def _load_package():
-    """Import `models/` as `msg_transformer`, since `models` may be a module of the caller's own."""
+    """Import `models/` as `msg_transformer`, since the caller may have its own module `models`."""
     path = pathlib.Path(__file__).with_name('models') / '__init__.py'
     loaded = sys.modules.get('msg_transformer')
     if loaded is not None and loaded.__file__ == str(path):

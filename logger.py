@@ -1,4 +1,4 @@
-"""Logs of a run: a console on rank 0, a file per rank, and metrics.jsonl, whose metrics trackers get too."""
+"""Logging of a run: console on rank 0, a log file per rank, and metrics.jsonl, which also feeds trackers."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ _PREFIX, _DATE_FORMAT = '[%(asctime)s %(filename)s:%(lineno)d]', '%Y-%m-%d %H:%M
 
 
 def get_logger(rank: int) -> logging.Logger:
-    """The logger of a rank's run, as `create_logger` has set it up."""
+    """Get the run's logger on a rank; `create_logger` sets it up."""
     return logging.getLogger(f'msg_transformer.rank{rank}')
 
 
@@ -41,10 +41,10 @@ def create_logger(rank: int) -> logging.Logger:
 
 
 class _Console(logging.StreamHandler):
-    """A console whose reader, such as `head`, may end: the log goes on in the file."""
+    """Console handler for output that may be closed, as by `| head`; the log file goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - of logging
-        """Send what follows nowhere after the reader has ended; report other errors as usual."""
+        """Discard further output if standard output is closed; report other errors as usual."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             discard_output()
         else:
@@ -55,7 +55,7 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
     """Write the log to a file too.
 
     Raises:
-        OutputError: it cannot be written to.
+        OutputError: the file cannot be written.
     """
     with report_write_errors(path.parent):
         file = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')
@@ -63,14 +63,14 @@ def add_log_file(logger: logging.Logger, path: Path) -> None:
     logger.addHandler(file)
 
 
-# Kinds of records in metrics.jsonl: of an update that is logged, of an epoch, and of an update whose weights are hashed
+# Kinds of records in metrics.jsonl: a logged update, an epoch, a hash of the weights after an update
 KINDS = ('train', 'epoch', 'hash')
 
 
 class MetricsLog:
-    """A run's metrics for programs: `metrics.jsonl`, one JSON object per line.
+    """Writer of a run's `metrics.jsonl`, with one JSON object per line.
 
-    Records from `epoch` and `step` on are removed first: a run resumed from there writes them again.
+    Existing records from `epoch` and `step` on are removed first, since a run that resumes there writes them again.
 
     Args:
         folder: the run's folder; None writes nothing, on ranks that do not log.
@@ -125,11 +125,11 @@ class MetricsLog:
         self._call_trackers('close')
 
     def _call_trackers(self, method: str, *arguments: Any) -> None:
-        """Call a method of each tracker; one that fails is warned about and gets nothing more: training goes on."""
+        """Call a method of each tracker; if a tracker fails, warn, and go on without it."""
         for tracker in tuple(self.trackers):
             try:
                 getattr(tracker, method)(*copy.deepcopy(arguments))
-            except Exception as error:  # whatever the user's code does, such as on a lost connection
+            except Exception as error:  # a user's code, or a lost connection, may raise anything
                 self.trackers.remove(tracker)
                 self.warn(
                     f'tracker {type(tracker).__name__} failed, and gets no more records: '
@@ -137,7 +137,7 @@ class MetricsLog:
                 )
 
     def _remove_from(self, epoch: int, step: int) -> None:
-        """Keep the records of earlier epochs and of this epoch's first updates, and no lines that are no records."""
+        """Remove the records from an epoch and update on, and lines that are not valid records."""
         if not self.path.exists():
             return
         kept = []
@@ -154,12 +154,12 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     """Read a line of `metrics.jsonl`.
 
     Raises:
-        ValueError: it is no record, such as the truncated last line of a run that was killed.
+        ValueError: the line is not a valid record, such as the truncated last line of a killed run.
     """
     try:
         record = json.loads(line)
     except RecursionError as error:
-        raise ValueError('it is nested') from error
+        raise ValueError('it is nested too deeply') from error
     if not isinstance(record, dict) or record.get('kind') not in KINDS or 'epoch' not in record:
         raise ValueError('it has no kind or no epoch')
     counts = {'epoch', 'step', 'updates'} & record.keys()
@@ -167,10 +167,10 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     if record['kind'] == 'hash':
         numbers -= {'weights_hash'}
         if not re.fullmatch('[0-9a-f]{16}', str(record.get('weights_hash'))):
-            raise ValueError('its hash has not 16 hexadecimal digits')
+            raise ValueError('its hash does not have 16 hexadecimal digits')
     if not all(type(record[name]) is int and 0 <= record[name] < 2**53 for name in counts):
         raise ValueError(f'{" or ".join(sorted(counts))} is not a count')
-    # Null stands for a number that is not finite; all others have been of 32 bits.
+    # Null stands for a non-finite number; other metrics were computed in 32 bits.
     if not all(
         record[name] is None or (type(record[name]) in (int, float) and abs(record[name]) < 2.0**128)
         for name in numbers

@@ -20,20 +20,21 @@ def build_scheduler(
     lr_scale: float = 1.0,
     updates_before: Callable[[int], int] | None = None,
 ) -> Scheduler:
-    """Build the schedule of `TRAIN.LR_SCHEDULER`; call its `step_update(k)` after update k, `step(e)` before epoch e.
+    """Build the learning-rate schedule of `TRAIN.LR_SCHEDULER`, with linear warm-up.
 
-    Only the one of `TRAIN.LR_SCHEDULER.UNIT` takes effect.
+    Call its `step_update(k)` after update k, and its `step(e)` before epoch e. Only the call that matches
+    `TRAIN.LR_SCHEDULER.UNIT` changes the learning rate.
 
     Args:
         config: the config tree; `TRAIN` is read.
         optimizer: its groups hold the peak learning rate, already scaled.
         steps_per_epoch: updates per epoch.
         lr_scale: factor on `WARMUP_LR` and `MIN_LR`.
-        updates_before: number of updates before an epoch, for all schedules but `step`; None if all epochs have
-            `steps_per_epoch`.
+        updates_before: function that returns the number of updates before an epoch, for epochs of different lengths;
+            the schedule `step` does not use it. None if all epochs have `steps_per_epoch` updates.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the schedule's name is unknown.
     """
     train = config.TRAIN
     by_epoch = train.LR_SCHEDULER.UNIT == 'epoch'

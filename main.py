@@ -1,9 +1,9 @@
-"""Train, evaluate or time an MSG-Transformer on a tree of class folders.
+"""Train, evaluate or benchmark an MSG-Transformer classifier.
 
     torchrun --nproc_per_node 8 main.py --cfg configs/msg_tiny_p4_win7_224.yaml --data-path <imagenet>
 
 docs/launching.md has the commands for other machines. This file holds what is specific to classification: its loss and
-its metrics. The course of a run stands in engine/run_task.py.
+its metrics. engine/run_task.py has the steps of a run, which all tasks share.
 """
 
 if __name__ == '__main__':
@@ -62,7 +62,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(config: CfgNode, until: tuple[int, int] | None = None) -> None:
-    """Train, evaluate or time as the config says; training may end early, see `engine.trainer.Trainer`."""
+    """Train, evaluate or benchmark as the config says; `until` ends training early, see `engine.trainer.Trainer`."""
     if config.THROUGHPUT_MODE:
         from tools.benchmark.throughput import log_throughput  # programs of tools/ know this file
 
@@ -89,7 +89,7 @@ class Classification(Task):
         return build_loaders(config, rank, world_size, once_per_node)
 
     def phases(self, config: CfgNode, loader: DataLoader) -> list[tuple[int, CfgNode, DataLoader]]:
-        """The image sizes of `DATA.IMG_SIZES`."""
+        """Split training into phases, one for each image size of `DATA.IMG_SIZES`."""
         return size_phases(config, loader)
 
     def build_eval_loader(self, config: CfgNode, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -105,7 +105,7 @@ class Classification(Task):
         return network
 
     def build_optimizer(self, config: CfgNode, network: nn.Module, lr: float) -> Optimizer:
-        """The published groups, with `TRAIN.LAYER_DECAY`."""
+        """Build the optimizer with the published weight-decay groups, and `TRAIN.LAYER_DECAY`."""
         return build_optimizer(config, network, lr, layer_decay=config.TRAIN.LAYER_DECAY)
 
     def build_scheduler(
@@ -115,7 +115,7 @@ class Classification(Task):
         return build_scheduler(config, optimizer, updates_before(1), lr_scale, updates_before)
 
     def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
-        """Refuse a step schedule that makes no step."""
+        """Refuse a step schedule whose learning rate never drops."""
         check_schedule(config)
 
     def compiles(self, config: CfgNode) -> bool:
@@ -157,7 +157,7 @@ class Classification(Task):
     def select_classes(
         self, run: Run, network: nn.Module, dataset: ImageDataset, checkpoint: Mapping[str, Any]
     ) -> nn.Module:
-        """The classes of `TEST.CLASSES`."""
+        """Keep the logits of the classes that `TEST.CLASSES` selects."""
         model = run.config.MODEL
         if run.config.TEST.CLASSES == 'all':
             return network

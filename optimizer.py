@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, SGD or another one of timm, with the published weight-decay groups."""
+"""Build the optimizer: AdamW, SGD or an optimizer of timm, with the published weight-decay groups."""
 
 import difflib
 import textwrap
@@ -34,11 +34,11 @@ def build_optimizer(
     decay_biases: bool = False,
     layer_decay: float = 1.0,
 ) -> Optimizer:
-    """Build the optimizer over two groups, parameters with weight decay and without, each in the network's order.
+    """Build the optimizer, with a parameter group that has weight decay and one that has none.
 
     Args:
         config: the config tree; `TRAIN` is read.
-        model: the network, not wrapped, since parameter names decide.
+        model: the network, not wrapped in DDP: parameter names decide about weight decay.
         lr: peak learning rate; None for `TRAIN.BASE_LR`, unscaled.
         decay_biases: see `weight_decay_groups`.
         layer_decay: below 1, learning rates decay layer by layer: see `layer_decay_groups`.
@@ -50,11 +50,14 @@ def build_optimizer(
     lr = config.TRAIN.BASE_LR if lr is None else lr
     groups = weight_decay_groups(model, config.TRAIN.WEIGHT_DECAY, decay_biases)
     if options.NAME in list_optimizers() and get_optimizer_info(options.NAME).opt_class is Muon:
-        groups[1]['use_fallback'] = True  # AdamW: tables of position biases are 2-D, and no matrices
+        groups[1]['use_fallback'] = True  # AdamW: position-bias tables are 2-D, but not matrices in Muon's sense
     if layer_decay < 1:
         groups = layer_decay_groups(model, groups, layer_decay)
     arguments = parse_timm_args(options.ARGS, 'TRAIN.OPTIMIZER.ARGS', RESERVED, 'amsgrad=True betas=(0.9,0.95)')
-    fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # one kernel, which can skip on the device
+    fused = next(model.parameters()).device.type in (
+        'cuda',
+        'cpu',
+    )  # one kernel, which can skip on the device
     if options.NAME == 'adamw':
         arguments = {'eps': options.EPS, 'betas': tuple(options.BETAS), 'fused': fused} | arguments
         return torch.optim.AdamW(groups, lr=lr, **arguments)
@@ -92,13 +95,13 @@ def unsupported_reason(name: str) -> str:
     """Reason why an optimizer is not supported, with a suggestion; empty if it is supported."""
     if name not in list_optimizers():
         near = difflib.get_close_matches(name.lower(), usable_optimizers(), n=1)
-        return f'timm has none of that name: {f"did you mean {near[0]}?" if near else f"write {_EXAMPLES}"}'
+        return f'timm has no optimizer of that name: {f"did you mean {near[0]}?" if near else f"write {_EXAMPLES}"}'
     info = get_optimizer_info(name)
     if isinstance(info.opt_class, str):
         return f'it needs a GPU and {info.opt_class.partition(".")[0]}, which is not supported: write {_EXAMPLES}'
     if info.second_order:
         return f'it needs second-order gradients, which training does not compute: write {_EXAMPLES}'
-    if info.opt_class is Kron:  # of its own generators, which its state does not hold
+    if info.opt_class is Kron:  # it draws from its own generators, which its state dict does not contain
         return f'its random numbers are not in its state, so no run could resume exactly: write {_EXAMPLES}'
     return ''
 
@@ -107,7 +110,7 @@ _EXAMPLES = 'adamw, sgd, or another one of timm.optim.list_optimizers(), such as
 
 
 def usable_optimizers() -> list[str]:
-    """Names of the optimizers that can be used; timm has them all."""
+    """Names of the optimizers that can be used, as timm spells them."""
     return [name for name in list_optimizers() if not unsupported_reason(name)]
 
 
@@ -121,7 +124,7 @@ def check_optimizer(config: CfgNode) -> None:
     """Check that the optimizer of a config can be built and makes an update, on a small parameter.
 
     Raises:
-        ValueError: it cannot, or `TRAIN.OPTIMIZER` names one that cannot be used.
+        ValueError: the optimizer cannot be built, does not make an update, or is not supported.
     """
     options = config.TRAIN.OPTIMIZER
     if options.NAME in ('adamw', 'sgd') and not options.ARGS:  # always works; PyTorch imports much at the first update
@@ -131,7 +134,7 @@ def check_optimizer(config: CfgNode) -> None:
         parameter.grad = torch.zeros_like(parameter)
     try:
         build_optimizer(config, model).step()
-    except Exception as error:  # of any type, as arguments may have any value
+    except Exception as error:  # arguments may have any value, so errors have any type
         if isinstance(error, ValueError) and str(error).startswith('TRAIN.OPTIMIZER.'):
             raise
         given = ({} if options.NAME in ('adamw', 'sgd') else timm_options(config)) | {'ARGS': options.ARGS}
@@ -143,10 +146,10 @@ def check_optimizer(config: CfgNode) -> None:
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: bool = False) -> list[dict]:
-    """Two parameter groups: with weight decay, and without.
+    """Split the parameters into two groups, with weight decay and without; each keeps the network's order.
 
-    Vectors and biases are not decayed, nor what the network names in `no_weight_decay` (whole names) and
-    `no_weight_decay_keywords` (parts of names).
+    Vectors and biases are not decayed, nor are the parameters that the network's methods `no_weight_decay` (whole
+    names) and `no_weight_decay_keywords` (parts of names) list.
 
     Args:
         model: the network, not wrapped.
@@ -168,12 +171,12 @@ def weight_decay_groups(model: nn.Module, weight_decay: float, decay_biases: boo
 
 
 def layer_decay_groups(model: nn.Module, groups: list[dict], layer_decay: float) -> list[dict]:
-    """Split parameter groups by layer: the embedding, each block, and the head.
+    """Split parameter groups by layer, for layer-wise learning-rate decay: the embedding, each block, and the head.
 
     Args:
-        model: the network, not wrapped. Its `group_matcher` tells the layers.
+        model: the network, not wrapped in DDP. Its `group_matcher` assigns parameters to layers.
         groups: from `weight_decay_groups`.
-        layer_decay: ratio of a layer's learning rate to the next one's, that of the head being 1.
+        layer_decay: ratio of a layer's learning rate to the next layer's; the head has the full learning rate.
 
     Returns:
         Groups with an `lr_scale`, which timm's schedulers multiply the learning rate by.

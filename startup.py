@@ -47,15 +47,16 @@ def before_imports() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later allocations, unless the user has set its variables MALLOC_...
 
-    By default, glibc returns large blocks to the system at once, and the next layer's output is cleared again, page by
-    page. The effect on the speed is in docs/performance.md. Other C libraries are left as they are.
+    By default, glibc returns large blocks to the system at once, so that the kernel must clear new pages for the next
+    layer's output. docs/performance.md has the effect on speed. Other C libraries are not changed.
     """
     if any(name.startswith('MALLOC_') for name in os.environ) or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', ''):
         return
     trim_threshold, mmap_threshold = -1, -3  # from malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc; TypeError: Windows
         libc = ctypes.CDLL(None)
-        # Older versions of glibc refuse more than 32 MB. Without this threshold, the other one slows programs down.
+        # Older versions of glibc refuse an mmap threshold above 32 MB. If it cannot be set, the trim threshold stays
+        # unset too: alone, it slows programs down.
         if libc.mallopt(mmap_threshold, 2**31 - 1) or libc.mallopt(mmap_threshold, 2**25):
             libc.mallopt(trim_threshold, 2**31 - 1)
 
@@ -63,9 +64,9 @@ def keep_freed_memory() -> None:
 def make_mkl_assume_intel() -> None:
     """Make MKL choose its kernels as on an Intel processor: on AMD's with AVX-512, it then uses AVX-512.
 
-    MKL asks a function of its own whether the processor is Intel's. A library with a function of the same name, loaded
-    before PyTorch, answers instead. It consists of that function, and is compiled here. The work-around is well known,
-    but not supported by Intel.
+    MKL calls its function `mkl_serv_intel_cpu_true` to find out whether the processor is Intel's. This function
+    compiles a library that defines the same symbol, and loads it before PyTorch, so that MKL calls that one instead.
+    The workaround is well known, but Intel does not support it.
 
     Exits with a message if there is no C compiler.
     """

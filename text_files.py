@@ -1,4 +1,4 @@
-"""Untrusted YAML and JSON files, read within size limits, and CSV rows that no spreadsheet runs as formulas."""
+"""Read untrusted YAML and JSON files within size limits, and write CSV rows without spreadsheet formulas."""
 
 import csv
 import io
@@ -18,22 +18,22 @@ MAX_YAML_DEPTH = 50
 
 
 class _YamlContentError(yaml.MarkedYAMLError):
-    """YAML that is not taken."""
+    """YAML that is well-formed but refused, such as for a duplicate key."""
 
     def __init__(self, problem: str, mark: yaml.Mark):
         super().__init__(problem=problem, problem_mark=mark)
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with limits on nesting and on what aliases multiply; a key given twice is an error."""
+    """PyYAML's safe loader, with limits on nesting and on values repeated by aliases; duplicate keys are errors."""
 
     def __init__(self, stream: bytes):
         super().__init__(stream)
-        self.depth, self.count = 0, 0  # the count has the values of an alias again
-        self.counts: dict[yaml.Node, int] = {}  # of the values within each node
+        self.depth, self.count = 0, 0  # an alias counts as all the values that it repeats
+        self.counts: dict[yaml.Node, int] = {}  # number of values within each node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """A value, which an alias repeats."""
+        """Compose a value or an alias, and check the limits."""
         mark, is_alias, before = self.peek_event().start_mark, self.check_event(yaml.AliasEvent), self.count
         self.depth += 1
         if self.depth > MAX_YAML_DEPTH:
@@ -49,7 +49,7 @@ class _YamlLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """A mapping whose keys differ: PyYAML would take the last of those that do not."""
+        """Compose a mapping, and refuse duplicate keys, of which PyYAML would keep the last."""
         mapping = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in mapping.value:
@@ -60,7 +60,7 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 class _YamlTextLoader(_YamlLoader):
-    """A loader that leaves values as they are written: text, but for null."""
+    """A loader that keeps scalars as text, except null."""
 
 
 _YamlTextLoader.yaml_implicit_resolvers = {
@@ -70,16 +70,16 @@ _YamlTextLoader.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path, label: str, error_class: type[UserError], as_text: bool = False) -> Any:
-    """Content of a YAML file in UTF-8, of a single document.
+    """Read an untrusted YAML file in UTF-8, with a single document.
 
     Args:
         path: the file.
-        label: what messages call it.
-        error_class: of the error.
-        as_text: leave values as they are written: YAML 1.1 reads 010 as 8, 12:30 as 750, no as False and 1.10 as 1.1.
+        label: name of the file in error messages.
+        error_class: class of the errors that are raised.
+        as_text: keep values as they are written: YAML 1.1 reads 010 as 8, 12:30 as 750, no as False and 1.10 as 1.1.
 
     Raises:
-        error_class: it cannot be read, is not YAML, is too large, or gives a key twice.
+        error_class: the file cannot be read, is not YAML, is too large, or has a duplicate key.
     """
     try:
         with path.open('rb') as file:
@@ -102,32 +102,32 @@ def read_yaml(path: Path, label: str, error_class: type[UserError], as_text: boo
 
 
 def read_json(path: Path, label: str, error_class: type[UserError], remedy: str = 'replace it') -> Any:
-    """Content of a JSON file, with or without a byte order mark.
+    """Read a JSON file, with or without a byte order mark.
 
     Args:
         path: the file.
-        label: what messages call it.
-        error_class: of the error.
-        remedy: what the user can do about it.
+        label: name of the file in error messages.
+        error_class: class of the errors that are raised.
+        remedy: what the user can do, for error messages.
 
     Raises:
-        error_class: it cannot be read, or is not JSON.
+        error_class: the file cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise error_class(f'{label} cannot be read ({error.strerror}): {remedy}') from error
-    except ValueError as error:  # among them UnicodeDecodeError
+    except ValueError as error:  # including UnicodeDecodeError
         raise error_class(f'{label} is not JSON ({first_line(error)}): {remedy}') from error
     except RecursionError as error:
         raise error_class(f'{label} is not JSON (it is nested too deeply): {remedy}') from error
 
 
 def csv_row(cells: Sequence[Any]) -> str:
-    """A line of a CSV file, with its end.
+    """Format a row of a CSV file, with its line end.
 
-    Texts that a spreadsheet would run as a formula (`=cmd()` as the name of a file or class) get an apostrophe before
-    them, which spreadsheets do not show.
+    A text that a spreadsheet would run as a formula (`=cmd()` as the name of a file or class) gets a leading
+    apostrophe, which spreadsheets do not show.
     """
     row = io.StringIO()
     csv.writer(row, lineterminator='\n').writerow([_no_formula(cell) for cell in cells])
@@ -135,6 +135,6 @@ def csv_row(cells: Sequence[Any]) -> str:
 
 
 def _no_formula(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet runs."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula."""
     is_formula = isinstance(cell, str | Path) and str(cell).startswith(('=', '+', '-', '@', '\t', '\r'))
     return f"'{cell}" if is_formula else cell

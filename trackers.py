@@ -1,4 +1,4 @@
-"""Trackers, which get the records of `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, or a user's own."""
+"""Experiment trackers, which get the records of `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, your own."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from utils import UserError, atomic_write, leaves
 
 
 class Tracker:
-    """Base class of trackers. They run on rank 0, and only while a run trains.
+    """Base class of experiment trackers. They run on rank 0, and only during training.
 
     Args:
         config: the config tree.
@@ -176,11 +176,11 @@ def run_name(config: CfgNode) -> str:
 
 
 def stored_id(path: Path, create: Callable[[], str]) -> str:
-    """The ID of the run in a tracker's own records, which the run's folder keeps.
+    """Get a run's ID in a tracker from a file in the run's folder; create both for a new run.
 
     Args:
         path: file with the ID.
-        create: creates an ID for a new run.
+        create: returns the ID for a new run.
     """
     if not path.exists():
         text = create()
@@ -192,7 +192,7 @@ def check_trackers(config: CfgNode) -> None:
     """Check that the packages of the run's trackers are installed.
 
     Raises:
-        UserError: one is not.
+        UserError: a package is missing.
     """
     for name in tracker_names(config):
         package = getattr(TRACKERS[name], 'package', '')
@@ -210,7 +210,7 @@ def build_trackers(config: CfgNode, folder: Path) -> list[Tracker]:
     """Build the trackers of the key TRACKER.
 
     Raises:
-        ExtensionError: one is not a `Tracker`.
+        ExtensionError: a registered function does not return a `Tracker`.
     """
     trackers = [TRACKERS[name](config, folder) for name in tracker_names(config)]
     for tracker in trackers:

@@ -37,7 +37,7 @@ def positive_int(text: str) -> int:
     """A positive integer, as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: the text is not one.
+        ArgumentTypeError: the text is not such a number.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} is not a positive integer')
@@ -48,7 +48,7 @@ def non_negative_int(text: str) -> int:
     """A non-negative integer, as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: the text is not one.
+        ArgumentTypeError: the text is not such a number.
     """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f'{text} is not a non-negative integer')
@@ -56,10 +56,10 @@ def non_negative_int(text: str) -> int:
 
 
 def non_negative_float(text: str) -> float:
-    """A number from 0 on, as the `type` of an argument.
+    """A non-negative number, as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: the text is not one.
+        ArgumentTypeError: the text is not such a number.
     """
     return _number(text, lambda value: 0 <= value < float('inf'), 'number from 0 on, such as 0.5')
 
@@ -68,7 +68,7 @@ def fraction(text: str) -> float:
     """A number above 0 and below 1, as the `type` of an argument.
 
     Raises:
-        ArgumentTypeError: the text is not one.
+        ArgumentTypeError: the text is not such a number.
     """
     return _number(text, lambda value: 0 < value < 1, 'number above 0 and below 1, such as 0.2')
 
@@ -82,7 +82,7 @@ def _number(text: str, fits: Callable[[float], bool], kind: str) -> float:
 
 
 def home_path(text: str) -> Path:
-    """A path whose leading ~ is the user's home folder, as the `type` of an argument: shells leave `--output=~/x`."""
+    """A path with its leading ~ expanded, as the `type` of an argument; shells do not expand `--output=~/x`."""
     return Path(os.path.expanduser(text))
 
 
@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: object) -> str:
-    """A text as one line that a terminal shows: control characters and undecodable bytes of file names are escaped."""
+    """Escape control characters and undecodable bytes of file names, so that a text prints as one line."""
     shown = (char if char.isprintable() else repr(char)[1:-1] for char in str(text))
     return ''.join(shown)
 
@@ -112,20 +112,20 @@ def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def shortened(text: object, length: int = 200) -> str:
-    """A text as one line of at most this length."""
+    """Join a text into one line, and cut it to at most `length` characters."""
     line = ' '.join(str(text).split())
     return line if len(line) <= length else f'{line[: length - 3]}...'
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the program in one line where the user can know why; other errors keep their traceback.
+    """Exit with one line instead of a traceback for a `UserError`, Ctrl-C or a closed pipe.
 
-    A `UserError` ends it with its message and exit code 1, an interrupt (Ctrl-C) with 130, and a reader of the output
-    that has read enough (`| head`) without a word.
+    A `UserError` prints its message (exit code 1), Ctrl-C prints `interrupted` (130), and a closed pipe, as after
+    `| head`, prints nothing (1). Other errors keep their traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # `startup` has set the other one
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `startup` has replaced it
     try:
         yield
         sys.stdout.flush()
@@ -141,7 +141,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 @contextmanager
 def orderly_termination() -> Iterator[None]:
-    """Let SIGTERM, which `timeout` and SLURM send, end a program as an error would: with its files closed."""
+    """Turn SIGTERM, which `timeout` and SLURM send, into `SystemExit`, so that clean-up code runs."""
 
     def end(number: int, frame: object) -> None:
         print('terminated', file=sys.stderr)
@@ -158,13 +158,13 @@ def orderly_termination() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Send what standard output still holds nowhere, so that the interpreter's exit does not fail on a closed pipe."""
+    """Discard buffered and further standard output, so that the interpreter's exit does not fail on a closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def report_write_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's errors of a write below `folder` into an `OutputError` with a remedy."""
+    """Turn an `OSError` while writing to `folder` into an `OutputError` with a remedy."""
     try:
         yield
     except OSError as error:
@@ -172,9 +172,9 @@ def report_write_errors(folder: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace a file durably: `path` holds the old file or the whole new one, whatever happens.
+    """Write a file atomically and durably: after a crash, `path` has either its old content or all of the new content.
 
-    The new file is written under a temporary name of its own, flushed to disk and renamed; then the folder is flushed.
+    The new file is written under a unique temporary name, flushed to disk and renamed; then the folder is flushed.
 
     Args:
         path: the file.
@@ -196,8 +196,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def remove_dead_temporaries(folder: Path) -> None:
     """Remove temporary files of `atomic_write` whose process has died.
 
-    Those of other hosts or containers, whose processes cannot be seen, and of older versions go after an hour without a
-    change.
+    The processes of other hosts and containers cannot be seen, and files of older versions do not name theirs: such a
+    temporary file is removed when it has not changed for an hour.
     """
     for path in [*folder.glob('*.*-*-*.tmp'), *folder.glob('ckpt_*.pth.tmp')]:
         name = re.search(rf'\.{_host_hash()}-(\d+)-[0-9a-f]{{8}}\.tmp$', path.name)
@@ -207,9 +207,10 @@ def remove_dead_temporaries(folder: Path) -> None:
 
 
 def host_id() -> str:
-    """What the processes have in common that see each other by their numbers: a kernel and, in it, a container.
+    """Identify the host or container of this process: processes with the same ID see each other's process numbers.
 
-    Two containers may have the same host name. Where the system names no kernel, a host is its name.
+    It has the host name, the boot ID and the PID namespace, since two containers may have the same host name. On
+    systems without the latter two, it is the host name.
     """
     with contextlib.suppress(OSError):
         kernel = Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
@@ -218,13 +219,13 @@ def host_id() -> str:
 
 
 def _host_hash() -> str:
-    """`host_id` as a part of a file's name."""
+    """Hash of `host_id`, for file names."""
     return hashlib.blake2b(host_id().encode(errors='surrogateescape'), digest_size=6).hexdigest()
 
 
 def is_running(pid: int) -> bool:
-    """Whether this host (see `host_id`) has such a process."""
-    if not 0 < pid < 2**31:  # from a damaged file
+    """Whether a process with this number runs on this host (see `host_id`)."""
+    if not 0 < pid < 2**31:  # read from a damaged file
         return False
     try:
         os.kill(pid, 0)
@@ -277,11 +278,11 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def set_backend_flags(tf32: bool, deterministic: bool) -> None:
-    """Choose how GPUs compute.
+    """Set PyTorch's backend flags: TF32, deterministic algorithms and cuDNN's benchmark mode.
 
     Args:
         tf32: let fp32 matmuls and convolutions round to TensorFloat-32.
-        deterministic: only algorithms that give the same bits every time; otherwise cuDNN benchmarks for the fastest.
+        deterministic: use deterministic algorithms only; otherwise, cuDNN's benchmark mode picks the fastest ones.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
@@ -295,11 +296,11 @@ VARIABLES = ('MSG_CPU_LINEAR', 'MSG_MKL_AVX512')
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a run's results depend on beyond its config: revision, versions, hardware, variables, command line."""
+    """Describe what a run's results depend on beyond its config: revision, versions, hardware, variables, command."""
     return {
         'revision': git_revision(Path(__file__).parent),
         'python': platform.python_version(),
-        'torch': str(torch.__version__),  # a class of its own, which checkpoints could not hold
+        'torch': str(torch.__version__),  # a `TorchVersion`, which would not be plain data in a checkpoint
         'torchvision': str(torchvision.__version__),
         'timm': timm.__version__,
         'cuda': str(torch.version.cuda),

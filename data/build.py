@@ -55,11 +55,11 @@ def build_loaders(
     Raises:
         DataError: the data cannot be used, or one batch per process needs more images.
     """
-    if not config.DATA.IMG_SIZES:  # whose phases are checked one by one
+    if not config.DATA.IMG_SIZES:  # with several sizes, the batch size of each phase is checked
         check_pairs(config)
     dataset = open_dataset(config, 'train', once_per_node)
     eval_loader = build_eval_loader(config, rank, world_size, once_per_node)
-    if dataset.classes != eval_loader.dataset.classes:  # of a user's dataset; others are checked when they are opened
+    if dataset.classes != eval_loader.dataset.classes:  # a user's dataset; formats are checked when they are opened
         raise DataError(f'train and val of {config.DATA.DATASET} have different classes: give both the same')
     weights = draw_weights(config, dataset)
     sampler = TrainSampler(
@@ -76,7 +76,7 @@ def build_loaders(
 
 
 def images_of_epoch(config: CfgNode, images: int) -> int:
-    """`DATA.IMAGES_PER_EPOCH`: the number of samples of a training epoch, or 0 for all.
+    """Get the number of samples of a training epoch from `DATA.IMAGES_PER_EPOCH`; 0 for all.
 
     Args:
         config: the config tree.
@@ -95,7 +95,7 @@ def images_of_epoch(config: CfgNode, images: int) -> int:
 
 
 def _flag_of(key: str) -> str:
-    """What to write for a key of the batch size."""
+    """Flag or option that sets a batch-size key, for messages."""
     return '--batch-size' if key == 'DATA.BATCH_SIZE' else key
 
 
@@ -161,7 +161,7 @@ def open_dataset(config: CfgNode, split: str, once_per_node: OncePerNode = call)
 
 
 def open_for_evaluation(config: CfgNode, split: str) -> ImageDataset:
-    """Open `train` or `val` with evaluation's transform, whatever its classes.
+    """Open `train` or `val` with the evaluation transform, without a check of its classes.
 
     Raises:
         DataError: the data cannot be used.
@@ -172,7 +172,7 @@ def open_for_evaluation(config: CfgNode, split: str) -> ImageDataset:
 
 
 def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | PythonDataset:
-    """A split, whose notes tell of rotated images."""
+    """Open a split, and add a note if it has images with an EXIF orientation."""
     if config.DATA.DATASET in DATASETS:
         return PythonDataset.of_config(config, split)
     samples = open_samples(config.DATA.DATASET, folder, split)
@@ -181,13 +181,13 @@ def _open_samples(config: CfgNode, folder: Path, split: str) -> Samples | Python
 
 
 def rotation_notes(samples: Samples, upright: bool) -> list[str]:
-    """What `DATA.EXIF` means for these samples: nothing, where no image of a few has an EXIF orientation.
+    """Note how many sampled images have an EXIF orientation, and what `DATA.EXIF` does about it; empty if none has one.
 
-    The headers of at most `SAMPLED_HEADERS` images, evenly chosen, are read; those that cannot be are left out.
+    The headers of at most `SAMPLED_HEADERS` images, evenly chosen, are read; unreadable ones are left out.
 
     Args:
         samples: the split.
-        upright: whether its images are turned.
+        upright: whether its images are turned upright.
     """
     indices = range(0, len(samples), max(-(-len(samples) // SAMPLED_HEADERS), 1))
     rotated = 0
@@ -201,7 +201,7 @@ def rotation_notes(samples: Samples, upright: bool) -> list[str]:
 
 
 def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[AnyImage, str], tuple[Tensor, Tensor]]:
-    """The transform of `ImageDataset` in the config's pipeline.
+    """Build the transform of an `ImageDataset`, for the config's pipeline.
 
     Raises:
         DataError: see `data.transforms.build_transform`.
@@ -212,9 +212,9 @@ def build_sample_transform(config: CfgNode, is_train: bool) -> Callable[[AnyImag
 
 
 class EvalTransform:
-    """From an encoded image and its name to the tensor that evaluation reads: `data.dataset.Sample.image`.
+    """Evaluation transform: maps an encoded image and its name to a tensor, `data.dataset.Sample.image`.
 
-    All tools prepare images with it, so they see what `main.py --eval` sees. Processes of any start method can have it.
+    All tools prepare images with it, so they see what `main.py --eval` sees. It can be pickled.
 
     Args:
         config: the config tree.
@@ -294,5 +294,5 @@ def build_loader(
         drop_last=drop_last,
         batch_sampler=batch_sampler,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its own, so creating an iterator draws no number from the run's
+        generator=torch.Generator(),  # a separate one: creating an iterator draws a number
     )

@@ -57,7 +57,7 @@ def draw_weights(config: CfgNode, dataset: ImageDataset) -> Tensor | None:
             f'{len(dataset):,}: write DATA.SAMPLING uniform'
         )
     targets = known_targets(dataset, f'DATA.SAMPLING {kind}')
-    sizes = torch.from_numpy(np.bincount(targets)[targets]).double()  # of the class of each image
+    sizes = torch.from_numpy(np.bincount(targets)[targets]).double()  # number of images in each image's class
     return 1 / sizes if kind == 'balanced' else 1 / sizes.sqrt()
 
 
@@ -65,7 +65,7 @@ def known_targets(dataset: ImageDataset, setting: str) -> np.ndarray:
     """Class index of each image, (images,).
 
     Raises:
-        DataError: the dataset knows it only once it has read the image.
+        DataError: the dataset only knows the class of an image after reading it.
     """
     targets = dataset.samples.targets
     if targets is None:

@@ -17,8 +17,8 @@ def with_words(names: Sequence[str]) -> list[str]:
 def class_indices(classes: Sequence[str], known: Sequence[str] | None, count: int, where: str, path: str) -> list[int]:
     """Find a dataset's classes among those of a network, by name.
 
-    A network of 1000 classes without names has those of ImageNet-1K, in the order of the WordNet ids. Where the dataset
-    has none of the network's names but numbers, as ImageNet-V2 does, these are indices of the network's classes.
+    A network of 1000 classes without names is assumed to have those of ImageNet-1K, in the order of the WordNet ids. If
+    the dataset's classes are numbers instead of the network's names, as in ImageNet-V2, they are class indices.
 
     Args:
         classes: names of the dataset's classes.

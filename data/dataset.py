@@ -1,4 +1,4 @@
-"""The dataset of both pipelines: samples of any format, decoded and transformed; what happens to bad images."""
+"""The dataset of both pipelines: decodes and transforms samples of any format, and replaces unreadable images."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from data.samples import Samples
 # Target of an image that an evaluation leaves out
 IGNORED = -1
 
-# `Sample.erasing` where nothing remains to be filled
+# `Sample.erasing` without rectangles to fill
 NO_ERASING = torch.zeros((0, 5), dtype=torch.int64)
 
-# Bad images in a row that are replaced before it is an error
+# Maximum number of consecutive unreadable images; more are an error
 _MAX_REPLACED = 100
 
 
@@ -29,8 +29,8 @@ class Sample(NamedTuple):
         image: (C, H, W) float32, normalised, of the published pipeline; (H, W, C) uint8 of the fast one.
         target: class index or, with several labels, 1 for each class of the image and 0 for the others, (classes,)
             float32; `IGNORED` for an image that is left out of an evaluation.
-        erasing: what random erasing has still to fill, (boxes, 5) int64: top, left, height, width, seed.
-        skipped: index of the bad image in whose place this one stands, or -1.
+        erasing: rectangles that random erasing fills on the device, (boxes, 5) int64: top, left, height, width, seed.
+        skipped: index of the unreadable image that this sample replaces, or -1.
     """
 
     image: Tensor

@@ -1,4 +1,4 @@
-"""Decoding and resizing of the fast pipeline: arrays, and no more pixels than a crop needs.
+"""Decode and resize images in the fast pipeline, as arrays, with no more pixels than a crop needs.
 
 JPEGs are decoded by libjpeg-turbo through simplejpeg, whatever it refuses and all other formats by Pillow. Crops are
 resized by PyTorch, whose kernel for 8 bits computes what Pillow's does, in a quarter of the time.
@@ -17,12 +17,12 @@ from torchvision.transforms.functional import pil_modes_mapping
 
 from data.images import AnyImage, read_header, to_image
 
-# JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where their crop is then still this many times as large as its
-# result. At 1.5, evaluated photographs of four megapixels differ from the published ones by 2.0 to 2.8 of 255, at 2 by
-# 0.9 to 1.1.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its crop is then still this many times as large as the resized
+# crop. With a factor of 1.5, evaluation images from photographs of four megapixels differ from those of the published
+# pipeline by 2.0 to 2.8 of 255; with a factor of 2, by 0.9 to 1.1.
 MIN_OVERSAMPLING = 2
 
-# Where the resized image would have this many times the pixels of its window, as of a strip of 20,000 x 1 pixels, only
+# If the resized image would have this many times the pixels of its window, as for a strip of 20,000 x 1 pixels, only
 # the window is computed.
 _MAX_RESIZED = 32
 
@@ -40,7 +40,7 @@ class Box(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What to keep of an image: a box, resized, and a window of the result.
+    """A crop of an image: a box, which is resized, and a window of the result.
 
     Attributes:
         box: part of the image, in whole pixels.
@@ -60,7 +60,7 @@ class Crop(NamedTuple):
 
 
 class EncodedImage:
-    """An image of which only the header has been read, where it is the content of a JPEG file.
+    """An image that is decoded when it is cropped; of a JPEG file, only the header is read at first.
 
     Args:
         data: content of an image file, or a decoded image.
@@ -69,7 +69,7 @@ class EncodedImage:
         upright: turn it as its EXIF orientation says.
 
     Attributes:
-        size: width and height, after that.
+        size: width and height, after it is turned.
 
     Raises:
         DataError: it cannot be decoded.
@@ -122,7 +122,7 @@ class EncodedImage:
 
 
 def _jpeg_size(data: AnyImage) -> tuple[int, int] | None:
-    """Width and height of a JPEG that simplejpeg can be trusted with."""
+    """Width and height of a JPEG that simplejpeg can decode safely; None for other images."""
     if not (isinstance(data, bytes) and data.startswith(_JPEG_START)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Batches of a loader, on their way to the device."""
+"""Copy batches to the device, on a separate CUDA stream."""
 
 from collections import deque
 from functools import cache
@@ -12,19 +12,19 @@ _MAX_LEAD = 2
 
 
 class DeviceCopies:
-    """Copies batches to a device: to a GPU on a stream of their own, while it still computes the batch before.
+    """Copies batches to a device; copies to a GPU use a separate CUDA stream, and overlap with the batch before.
 
-    For that, the host's memory must be pinned (`DATA.PIN_MEMORY`), and the host be ahead of the GPU. It waits where it
-    is more than two batches ahead, since the memory of each is taken until the GPU has read it.
+    To overlap, the host's memory must be pinned (`DATA.PIN_MEMORY`), and the host must be ahead of the GPU. The host
+    waits when it is more than two batches ahead, since each batch occupies memory until the GPU has read it.
 
     Args:
-        device: where to.
+        device: the target device.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = _copy_stream(device) if device.type == 'cuda' else None
-        self._queued: deque[torch.cuda.Event] = deque()  # the work before each of the last copies
+        self._queued: deque[torch.cuda.Event] = deque()  # recorded before each of the last copies
 
     def __call__(self, batch: Any) -> Any:
         """The batch with its tensors on the device, in lists and dicts too; tuples become lists.
@@ -51,11 +51,11 @@ class DeviceCopies:
             return batch
         copy = batch.to(self.device, non_blocking=True)
         if user is not None:
-            copy.record_stream(user)  # or its memory might be used again before that has read it
+            copy.record_stream(user)  # otherwise, its memory might be reused too early
         return copy
 
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The device's stream for copies: one, as PyTorch keeps memory for each stream that has allocated some."""
+    """Get the device's only stream for copies; PyTorch's allocator keeps separate memory for each stream."""
     return torch.cuda.Stream(device)

@@ -45,7 +45,7 @@ def fit_font(texts: Sequence[str]) -> DrawnText:
 
 
 def shorten(text: str, length: int) -> str:
-    """A text of at most so many characters, with an ellipsis in its middle: ends of names differ more than middles."""
+    """Shorten a text to at most `length` characters, with an ellipsis in its middle, as names differ at their ends."""
     if len(text) <= length:
         return text
     head = (length - 1) // 2

@@ -1,7 +1,7 @@
 """The fast pipeline: what the published transforms compute, on arrays of 8 bits.
 
 It draws the same random numbers in the same order, so a sample has the same crop, flip, operations and magnitudes in
-both pipelines. What remains for the device is in `data.preprocess`.
+both pipelines. Normalisation and the filling of erased rectangles run on the device: see `data.preprocess`.
 """
 
 import math
@@ -23,7 +23,7 @@ from data.transforms import UserTransform, image_mode, resized_side, train_steps
 
 
 class FastTrainTransform:
-    """Random crop, flip and augmentation of an image; rectangles to erase are drawn and not yet filled.
+    """Random crop, flip and augmentation of an image; rectangles to erase are drawn here, and filled on the device.
 
     Args:
         config: the config tree.
@@ -40,7 +40,7 @@ class FastTrainTransform:
         self.random_erasing = erasings[0] if erasings else None
 
     def __call__(self, data: AnyImage, name: str) -> tuple[Tensor, Tensor]:
-        """The image (H, W, C), and what is to be erased; see `data.dataset.Sample`."""
+        """The image (H, W, C), and the rectangles to erase; see `data.dataset.Sample`."""
         return _to_tensor(self.augment(self.decode(data, name))), self.draw_erasing()
 
     def decode(self, data: AnyImage, name: str) -> np.ndarray:
@@ -94,7 +94,7 @@ def draw_rectangles(erasing: RandomErasing, size: int) -> list[tuple[int, int, i
 
 
 class FastEvalTransform:
-    """The resized centre crop of an image, or all of it, as `TEST.CROP` says.
+    """Evaluation transform: the resized centre crop of an image, or the whole image without `TEST.CROP`.
 
     Args:
         config: the config tree.

@@ -14,7 +14,7 @@ from data.drawn_text import fit_font, shorten
 
 MAX_NAME = 30  # characters of a class on the axes
 MAX_NAMED = 100  # classes whose names stand on the axes
-MAX_CONFUSIONS = 40  # listed beside the matrix of more classes
+MAX_CONFUSIONS = 40  # listed next to the matrix of more classes
 _MAX_LARGE = 20  # classes of a confusion matrix with large numbers, and with names on two sides only
 _CELL = 0.36  # inches of a class in a confusion matrix
 _LINE = 18  # characters that are as wide as an image
@@ -67,7 +67,7 @@ def draw_sheet(images: Sequence[SheetImage], note: str = '', columns: int = 8) -
 
     Args:
         images: from left to right, row by row.
-        note: above them.
+        note: text above the images.
         columns: images in a row.
     """
     rows = max(-(-len(images) // columns), 1)
@@ -97,7 +97,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], rows: str, columns:
     """Draw a confusion matrix: colours are fractions of a row, numbers are counts. Its size grows with the classes.
 
     More than `MAX_NAMED` classes have no room for their names: ticks are their indices, and the most frequent
-    confusions are listed beside the matrix.
+    confusions are listed next to the matrix.
 
     Args:
         counts: (K, K), a row for each true class.

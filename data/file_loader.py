@@ -1,4 +1,4 @@
-"""Images of inference: files in batches, decoded and prepared in loader processes; bad ones are reported."""
+"""Load image files in batches for inference, in DataLoader workers; unreadable files are reported."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,17 @@ from data.images import DataError, read_file
 from data.packed_lists import NameList
 from utils import printable
 
-# Exit code of a program that is done, but for images that cannot be read
+# Exit code of a program that has finished, but could not read some images
 SOME_UNREADABLE = 3
 
 
 def print_above_bar(text: str, end: str = '\n') -> None:
-    """Print a result on stdout, above the loader's progress bar where they share a terminal."""
+    """Print a result on stdout, above the loader's progress bar if both are on a terminal."""
     (tqdm.write if sys.stdout.isatty() else print)(text, end=end)
 
 
 class LoadedImage(NamedTuple):
-    """An image file by its index: what its transform gives, or the error instead."""
+    """An image file by its index: the transformed image, or the error if it could not be read."""
 
     index: int
     image: Tensor | None
@@ -37,9 +37,9 @@ class ImageBatch(NamedTuple):
     """Consecutive image files.
 
     Attributes:
-        indices: of those that could be read, in order.
-        images: what the transform gives for them, (B, ...); None where none could be read.
-        errors: of the others, by index.
+        indices: indices of the files that could be read, in order.
+        images: the transformed images, (B, ...); None if no file could be read.
+        errors: errors of the other files, by index.
     """
 
     indices: list[int]
@@ -71,7 +71,7 @@ class ImageFiles(Dataset):
 
 
 def collate(samples: Sequence[LoadedImage]) -> ImageBatch:
-    """A batch of images of one shape; a loader process stacks them, as each tensor it sends costs an open file."""
+    """Stack images of one shape into a batch, in the worker: each tensor that a worker sends takes an open file."""
     good = [sample for sample in samples if not sample.error]
     images = torch.stack([sample.image for sample in good]) if good else None
     errors = {sample.index: sample.error for sample in samples if sample.error}
@@ -88,7 +88,7 @@ class InferenceLoader:
         paths: the files.
         transform: from an encoded image and its name to a tensor; of one shape, unless `batch_size` is 1.
         batch_size: images per batch.
-        workers: loader processes; 0 loads in this one, which a single batch does in any case.
+        workers: number of DataLoader workers; 0 loads in this process, as does a single batch.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class InferenceLoader:
                 bar.update(len(batch.indices) + len(batch.errors))
 
     def exit_if_unreadable(self) -> None:
-        """See the function `exit_if_unreadable`."""
+        """Exit with the code `SOME_UNREADABLE` if files could not be read."""
         exit_if_unreadable(self.unreadable, len(self.paths))
 
 
 def exit_if_unreadable(unreadable: int, images: int) -> None:
-    """At the end of a program, exit with the code `SOME_UNREADABLE` if files could not be read."""
+    """Exit with the code `SOME_UNREADABLE` if files could not be read; called at the end of a program."""
     if unreadable:
         print(f'error: {unreadable} of {images} images cannot be read: see above', file=sys.stderr)
         sys.exit(SOME_UNREADABLE)

@@ -24,7 +24,7 @@ FORMATS: dict[str, type[Samples]] = {
 
 
 def open_samples(name: str, folder: Path, split: str) -> Samples:
-    """Open `train` or `val`, which must have the classes of the other, if there is one.
+    """Open `train` or `val`; if the dataset has both, they must have the same classes.
 
     Args:
         name: of the format: a value of `DATA.DATASET`.
@@ -44,13 +44,13 @@ def open_samples(name: str, folder: Path, split: str) -> Samples:
 
 
 def find_format(folder: Path) -> str:
-    """The format of a dataset's folder; class folders where nothing tells of another one."""
+    """Detect the format of a dataset's folder; class folders if there is no sign of another one."""
     if os.path.isfile(folder / 'dataset_dict.json'):
         return 'huggingface'
     splits = ('train', 'val')
     if any(os.path.isfile(folder / split / INDEX) for split in splits):
         return 'shards'
-    if any(ClassFolders.find_classes(folder, split) for split in splits):  # whatever lies beside them
+    if any(ClassFolders.find_classes(folder, split) for split in splits):  # other files in the folder do not matter
         return 'imagenet'
     if any(os.path.isfile(folder / f'{split}_map.txt') for split in splits):
         return 'zip'
@@ -63,7 +63,7 @@ def check_same_classes(name: str, folder: Path) -> None:
     """Check that `train` and `val`, if there are both, have the same classes.
 
     Raises:
-        DataError: they have not, or number them differently.
+        DataError: their classes differ, or are numbered differently.
     """
     train, val = (FORMATS[name].find_classes(folder, split) for split in ('train', 'val'))
     if not train or not val or train == val:
@@ -85,6 +85,6 @@ def check_same_classes(name: str, folder: Path) -> None:
 
 
 def _look(name: str) -> str:
-    """What a reader sees of a name: not its spaces and invisible characters, nor which of similar letters it has."""
+    """Reduce a name to what a reader sees: no spaces or invisible characters, and one form of similar letters."""
     folded = unicodedata.normalize('NFKC', name).casefold()
     return ''.join(char for char in folded if char.isprintable() and not char.isspace())

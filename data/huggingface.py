@@ -18,7 +18,7 @@ class HuggingFaceDataset(Samples):
     A row without an image's bytes names its file; only files in the dataset's folder are read.
 
     Args:
-        folder: that `save_to_disk` has written.
+        folder: a folder written by `save_to_disk`.
         split: `train` or `val`, which may be called validation, valid or test there.
 
     Raises:
@@ -64,7 +64,7 @@ class HuggingFaceDataset(Samples):
             raise read_error(f'image {self.describe(index)}', error, 'leave the row out') from error
 
     def _inside(self, index: int, name: str) -> Path:
-        """The path that a row names, which must be in the dataset's folder: the row may come from elsewhere."""
+        """The path that a row names. It must be in the dataset's folder, since the dataset may be untrusted."""
         folder = self.folder.resolve()
         try:
             path = (folder / name).resolve()

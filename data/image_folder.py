@@ -41,7 +41,7 @@ class ClassFolders(Samples):
             )
         if not self.classes:
             raise DataError(
-                f'data folder {self.root} has no class folders: put the images of each class in a folder of its own'
+                f'data folder {self.root} has no class folders: put the images of each class in a separate folder'
             )
         counts, self.other_kinds = [], {}
 

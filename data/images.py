@@ -46,10 +46,10 @@ IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix 
 
 
 class LoaderError(UserError):
-    """Base class of errors that loader processes pass on to the main one.
+    """Base class of errors that DataLoader workers pass on to the main process.
 
-    The error of a loader process is raised again in the main one with the whole traceback as its message, so only the
-    last line is kept.
+    PyTorch raises the error of a DataLoader worker again in the main process, with the whole traceback as its message,
+    so only the last line is kept.
     """
 
     def __init__(self, message: str):
@@ -62,11 +62,11 @@ class DataError(LoaderError):
 
 
 class PartError(LoaderError):
-    """A user's dataset or transform that returns what it must not. It is no `DataError`, so it is never skipped."""
+    """A user's dataset, transform or loss returns something invalid. Not a `DataError`, so it is never skipped."""
 
 
 class OpenFilesError(LoaderError):
-    """The limit of open files is reached. It is no `DataError`: no image is at fault, so none may be skipped."""
+    """The limit of open files is reached. Not a `DataError`: no image is at fault, so none may be skipped."""
 
 
 def is_image_file(name: str | Path) -> bool:
@@ -105,9 +105,9 @@ def read_error(name: str | Path, error: Exception, remedy: str) -> LoaderError:
 
 
 def existing_path(folder: Path, name: str) -> Path:
-    """The path of a file in a folder, whose name may be composed or decomposed there (Unicode's NFC or NFD).
+    """Find a file in a folder, where its name may be composed or decomposed (Unicode's NFC or NFD).
 
-    Where there is no such file, the path is that of the name as it is.
+    If there is no such file, the path has the name as given.
     """
     path = folder / name
     if name.isascii() or os.path.exists(path):
@@ -176,7 +176,7 @@ def to_image(image: AnyImage, name: str | Path, mode: str = 'RGB', upright: bool
 
 
 def kind_of_value(value: Any) -> str:
-    """What a user's code has returned, for messages, such as `a Tensor, float32, (3, 224, 224)`."""
+    """Describe a value that a user's code has returned, for messages: `a Tensor, float32, (3, 224, 224)`."""
     details = f', {value.dtype}, {tuple(value.shape)}' if hasattr(value, 'dtype') else ''
     return f'a {type(value).__name__}{details}'
 
@@ -184,7 +184,7 @@ def kind_of_value(value: Any) -> str:
 def decode_image(data: bytes, name: str | Path, mode: str = 'RGB', upright: bool = False) -> Image.Image:
     """Decode an image, with 8 bits per channel.
 
-    Of 16 bits, the upper 8 are taken, as of 32-bit integers where one is above 255. Floats are scaled by 255 where all
+    16-bit images keep their upper 8 bits, as do 32-bit integers if one is above 255. Floats are scaled by 255 if all
     are in [0, 1]. Other integers and floats are clipped to [0, 255].
 
     Args:
@@ -364,16 +364,16 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is not the user's, such as `.DS_Store` and what macOS adds to zip archives."""
+    """Whether a file or folder is hidden, such as `.DS_Store`, or was added to a zip archive by macOS."""
     return name.startswith('.') or name == '__MACOSX'
 
 
-# The remedy for images of kinds that are not read
+# The remedy for images of unsupported formats
 CONVERT = 'convert images of other kinds, such as HEIC or RAW, to JPEG or PNG'
 
 
 def report_other_files(paths: Iterable[Path]) -> None:
-    """Say on stderr how many files below these folders are no images, by their names."""
+    """Say on stderr how many files below these folders are not images, by the suffix of their names."""
     if kinds := _other_kinds(paths):
         print(f'{kinds.total()} file(s) of other kinds left out ({describe_kinds(kinds)})', file=sys.stderr)
 
@@ -397,7 +397,7 @@ def describe_kinds(kinds: Counter[str]) -> str:
 
 
 def choose_images(images: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """At most `limit` of the images, in their order, chosen at random but always the same; None takes all."""
+    """Choose at most `limit` images at random, always the same ones, and keep their order; None takes all."""
     if limit is None or limit >= len(images):
         return images
     return [images[i] for i in sorted(random.Random(0).sample(range(len(images)), limit))]

@@ -18,8 +18,8 @@ class WeightedCrossEntropy(nn.CrossEntropyLoss):
     accumulated batches would not be that of one large batch.
 
     Args:
-        weight: of each class, (classes,).
-        label_smoothing: of class indices; soft targets are taken as they are.
+        weight: class weights, (classes,).
+        label_smoothing: label smoothing for class indices; soft targets are not changed.
     """
 
     def __init__(self, weight: Tensor, label_smoothing: float = 0.0):
@@ -64,7 +64,7 @@ def bce(config: CfgNode, class_weights: Tensor | None = None) -> nn.Module:
 # Values of TRAIN.LOSS
 LOSSES = Registry('loss', cross_entropy=cross_entropy, bce=bce)
 
-# Those of them that take class weights
+# Values of TRAIN.LOSS that take class weights
 WEIGHTED_LOSSES = ('cross_entropy', 'bce')
 
 

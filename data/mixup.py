@@ -8,7 +8,10 @@ from yacs.config import CfgNode
 
 
 def build_mixup(config: CfgNode) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Build a function from images and class indices to images and targets for `data.losses`."""
+    """Build Mixup and CutMix: a function from images and class indices to mixed images and soft targets.
+
+    If both are off, the function returns its arguments unchanged.
+    """
     aug = config.AUG
     if not uses_mixup(config):
         return lambda images, targets: (images, targets)

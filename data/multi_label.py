@@ -50,7 +50,7 @@ def multi_hot(label: Any, classes: int, name: str) -> Tensor:
 
 
 def class_probabilities(logits: Tensor, config: CfgNode) -> Tensor:
-    """The probability of each class: of its own with `DATA.MULTI_LABEL`, otherwise among all classes.
+    """Class probabilities from logits: a sigmoid for each class with `DATA.MULTI_LABEL`, otherwise a softmax.
 
     Args:
         logits: (..., classes).

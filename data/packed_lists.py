@@ -13,7 +13,7 @@ Item = TypeVar('Item')
 
 
 class PackedList(Shareable, Sequence[Item]):
-    """A list of plain data, each item pickled: as objects, they take several times the memory, in each process.
+    """A list whose items are pickled: as objects, they would take several times the memory, in each process.
 
     Args:
         content: (bytes,) uint8, all items, one after the other.

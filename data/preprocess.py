@@ -1,4 +1,4 @@
-"""From a batch of the loader to the network's input, on the device."""
+"""Prepare a batch for the network, on the device: normalisation and random erasing of the fast pipeline."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from data.transforms import mean_and_std
 
 
 class Preprocess:
-    """Moves a batch to the device and, in the fast pipeline, normalises it there and fills what is to be erased.
+    """Moves a batch to the device and, in the fast pipeline, normalises it and fills the rectangles to erase there.
 
     Args:
         config: the config tree.
-        device: the network's.
+        device: the network's device.
     """
 
     def __init__(self, config: CfgNode, device: torch.device):
@@ -27,7 +27,7 @@ class Preprocess:
         """Normalised images (B, C, H, W), float32, and targets, see `Sample`.
 
         Raises:
-            DataError: normalised images have rectangles to be erased, which would not happen.
+            DataError: images are already normalised, so that their rectangles to erase would not be filled.
         """
         if batch.image.dtype != torch.uint8 and batch.erasing.numel():
             raise DataError(
@@ -41,11 +41,11 @@ class Preprocess:
         return images, targets
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images of either pipeline, see `Sample`, as normalised ones (B, C, H, W) on the device, without erasing."""
+        """Move images of either pipeline to the device and normalise them, without erasing: (B, C, H, W)."""
         return self.normalise(self.copies(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images (B, H, W, C), uint8, as torchvision's ToTensor and Normalize do; normalised ones as they are."""
+        """Normalise uint8 images (B, H, W, C) like torchvision's ToTensor and Normalize; keep normalised images."""
         if images.dtype != torch.uint8:
             return images
         images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

@@ -164,7 +164,7 @@ class PythonDataset(Shareable):
     def share(self) -> Self:
         """Move the arrays of the dataset into shared memory, unless the dataset cannot be pickled.
 
-        A dataset that cannot be pickled works in this process only; with loader processes, `data.workers` reports it.
+        A dataset that cannot be pickled works in this process only; with DataLoader workers, `data.workers` reports it.
 
         Raises:
             DataError: there is too little memory.

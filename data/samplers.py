@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-# What a training loader asks a dataset for: (epoch, index), or (epoch, index, n) where the epoch has drawn the image n
-# times before
+# What a training sampler yields and a dataset gets: (epoch, index), or (epoch, index, n) if the epoch has drawn the
+# image n times before
 SampleKey = tuple[int, ...]
 
 
@@ -27,10 +27,11 @@ def ranks_of_process(virtual_ranks: int, rank: int, world_size: int) -> range:
 
 
 class TrainSampler(Sampler[SampleKey]):
-    """An epoch's keys of one rank: every world_size-th of one shuffled order, from `rank` on.
+    """Distributed training sampler that can resume within an epoch: every world_size-th sample of a shuffled order.
 
-    By default, as in PyTorch's `DistributedSampler`, the order is the permutation of seed + epoch, extended by its
-    start until the processes divide it. Unlike there, an epoch can start in its middle, on any number of processes.
+    By default, as in PyTorch's `DistributedSampler`, the order is a permutation seeded with seed + epoch, and padded
+    with its first samples to a multiple of the number of processes. Unlike there, an epoch can start in its middle, on
+    any number of processes.
 
     An epoch has as many samples as there are images, unless `images_per_epoch` says otherwise, also where images are
     drawn several times. With `repeats`, the copies of an image follow one another, so consecutive processes have them,
@@ -42,12 +43,13 @@ class TrainSampler(Sampler[SampleKey]):
         rank: this process's rank.
         world_size: number of processes.
         seed: the run's seed.
-        weights: of each image, (length,), its probability relative to the others': images are drawn with replacement.
-            None takes a permutation.
+        weights: weight of each image, (length,), to which its probability is proportional: images are drawn with
+            replacement. None draws a permutation.
         repeats: number of times in a row that an image is taken.
-        repeat_factors: of each image, (length,), how often an epoch has it on average, at least 1; see `draw_repeats`.
+        repeat_factors: average number of times that an epoch has each image, (length,), at least 1; see `draw_repeats`.
         virtual_ranks: their number, which the processes divide and among which the order is shared; 0 for none.
-        images_per_epoch: samples of an epoch, the first of its order; 0 takes all. Without weights, at most `images`.
+        images_per_epoch: number of samples of an epoch: the first ones of its order; 0 takes all. Without weights, at
+            most `images`.
 
     Attributes:
         ranks: the ranks whose images this process reads.
@@ -155,13 +157,13 @@ class VirtualRankSampler(Sampler[list[SampleKey]]):
 
 
 def draw_repeats(factors: Tensor, generator: torch.Generator) -> Tensor:
-    """An epoch's images in random order, each as often as its factor says.
+    """Draw an epoch's images in random order, each repeated by its factor.
 
     A factor of 2.3 gives two samples, and a third one with a probability of 0.3. The factors are rounded together
     (systematic sampling), so that the number of samples is the sum of the factors, rounded down or up.
 
     Args:
-        factors: of each image, (N,) float64.
+        factors: repeat factor of each image, (N,) float64.
         generator: draws the order and the rounding.
 
     Returns:
@@ -174,7 +176,7 @@ def draw_repeats(factors: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def earlier_draws(order: Tensor) -> Tensor:
-    """How often each draw's image occurs before it in an order: (N,) from image indices (N,)."""
+    """Count how often the image of each draw was drawn earlier in the order: (N,) from image indices (N,)."""
     if order.bincount().max() == 1:  # of a permutation: a tenth of the time of sorting
         return torch.zeros(len(order), dtype=torch.int64)
     images, positions = order.sort(stable=True)

@@ -11,7 +11,7 @@ import numpy as np
 from data.packed_lists import NameList
 from data.sharing import Shareable
 
-# What the splits of a dataset may be called in formats of others, where `val` has many names
+# Names that the splits may have in other projects' formats, where `val` has many
 SPLIT_NAMES = {'train': ('train',), 'val': ('validation', 'val', 'valid', 'test')}
 
 
@@ -82,7 +82,7 @@ class Samples(Shareable, ABC):
 
 
 class LabelList:
-    """Class labels of samples, as a format lists them; numbers are given to them at the end."""
+    """Collects the class labels of samples, and numbers the distinct labels at the end."""
 
     def __init__(self) -> None:
         self._positions: dict[str, int] = {}
@@ -109,7 +109,7 @@ class LabelList:
 
 
 def same_letters(name: str) -> str:
-    """A name with composed letters (Unicode's NFC), in which equal names are equal.
+    """Normalise a name to composed letters (Unicode's NFC), so that equal names compare equal.
 
     A letter such as é is one character on Linux and Windows; in copies from a Mac, it may be an e and an accent.
     """

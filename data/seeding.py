@@ -26,7 +26,7 @@ def restored_states() -> Iterator[None]:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Context in which random numbers on the CPU are a function of some numbers (>= 0); states are restored after."""
+    """Context that seeds the CPU's random generators from numbers (>= 0), and restores their states afterwards."""
     with restored_states():
         _seed(entropy)
         yield

@@ -1,11 +1,11 @@
 """The format of indexed tar shards: plain WebDataset tars, and a table of offsets that makes a sample one read.
 
-A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. Of sample `i` they hold the image as
-`<i>.<suffix>` and its class index as `<i>.cls`, which any reader of WebDataset understands. The index beside them is
+A split is a folder of `shard_00000.tar`, `shard_00001.tar` and so on. They have the image of sample `i` as
+`<i>.<suffix>` and its class index as `<i>.cls`, which any reader of WebDataset understands. The folder has an index:
 
-- `index.json`: names of the classes; per shard, its first sample, number of bytes and SHA-256; SHA-256 of the others:
-- `samples.npy`: per sample, offset and number of bytes of the image in its shard, class, end of its name;
-- `names.npy`: the names, one after the other, in UTF-8.
+- `index.json`: names of the classes; first sample, number of bytes and SHA-256 of each shard; SHA-256 of both tables;
+- `samples.npy`: for each sample, offset and number of bytes of the image in its shard, class, end of its name;
+- `names.npy`: the names of the samples, one after the other, in UTF-8.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class TarSamples(Samples):
     """Samples that are members of tars, each read at its offset.
 
     Attributes:
-        remedy: of an image that cannot be read.
+        remedy: what to do about an image that cannot be read, for errors.
     """
 
     remedy: str
@@ -56,7 +56,7 @@ class TarSamples(Samples):
         return self.tar_path(int(np.searchsorted(self._starts, index, side='right')) - 1)
 
     def read(self, index: int) -> bytes:
-        """The image, by one read at its offset, which leaves the shard's other readers alone."""
+        """Read the image with one `pread` at its offset; the shard's file position, which processes share, stays."""
         path = str(self.shard(index))
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:

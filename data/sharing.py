@@ -1,4 +1,4 @@
-"""Objects whose arrays the processes of a node hold once, in memory that all of them map."""
+"""Share the arrays of an object among the processes of a node: they are in memory once, and all processes map them."""
 
 import mmap
 import os
@@ -42,7 +42,7 @@ class Shareable:
 
 
 def _attach(path: str, parts: Sequence[slice]) -> Shareable:
-    """The object that another process has shared, with its arrays mapped.
+    """Open an object that another process has shared, and map its arrays.
 
     If that process has been interrupted meanwhile, this one ends too; a starting worker does so without a traceback.
     """

@@ -1,4 +1,4 @@
-"""What a run says of the bad images that it skips."""
+"""Count the unreadable images that a run skips, and log each once."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ class SkippedImages:
 
     Args:
         dataset: its images are skipped where its `on_error` is not 'stop'.
-        limit: number of bad images beyond which to stop.
+        limit: maximum number of bad images; one more is an error.
         warn: logs a line.
     """
 
@@ -27,7 +27,7 @@ class SkippedImages:
         """Note the `skipped` of a batch, on the CPU.
 
         Raises:
-            DataError: there are more than the limit.
+            DataError: there are more bad images than the limit.
         """
         for index in skipped[skipped >= 0].tolist():
             if index not in self.indices:
@@ -40,7 +40,7 @@ class SkippedImages:
             )
 
     def _error(self, index: int) -> str:
-        """Why it cannot be read: the loader process that found out has only passed on its index."""
+        """Read the image again to get its error: the DataLoader worker has only passed on its index."""
         try:
             with seeded(0):  # draws no number from the run's
                 self.dataset.load(index)

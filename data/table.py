@@ -132,10 +132,10 @@ class Rows(NamedTuple):
 
     Attributes:
         names: of the samples, without the split's folder.
-        in_split: whether the path of each has the split's folder, (N,) bool.
+        in_split: whether the path of each sample starts in the split's folder, (N,) bool.
         classes: distinct labels, in order.
         labels: class indices of all samples, one after the other.
-        label_ends: where those of each sample end, (N,) int64; None where each has one.
+        label_ends: end of each sample's labels in `labels`, (N,) int64; None if each sample has one label.
         notes: lines for the log.
     """
 
@@ -154,7 +154,7 @@ def find_table(folder: Path, split: str) -> Path | None:
 
 
 def _read_rows(path: Path, folder: Path, split: str) -> Rows:
-    """See `Rows`; a file is read again where it has changed.
+    """Read the rows of a split; they are cached until the file changes.
 
     Raises:
         DataError: it cannot be read, or a row has no image or no class.

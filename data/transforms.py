@@ -91,8 +91,8 @@ def register_transform(name: str) -> Callable[[Callable], Callable]:
     The decorated class or function is called with the config and gives a transform: one of albumentations, one of
     torchvision for tensors of uint8, or a function of an image, an array of uint8, (H, W, 3) or (H, W), that returns
     such an array. It is called after crop, flip and `AUG.AUTO_AUGMENT`, before random erasing. Numbers that it draws
-    from `random`, `numpy.random` or `torch` depend on the seed, the epoch and the index of the image alone, as do those
-    that albumentations draws.
+    from `random`, `numpy.random` or `torch`, or that albumentations draws, depend only on the seed, the epoch and the
+    index of the image.
 
     Raises:
         ValueError: the name belongs to another transform.
@@ -101,7 +101,7 @@ def register_transform(name: str) -> Callable[[Callable], Callable]:
 
 
 class UserTransform:
-    """The transform of `AUG.TRANSFORM` as a function of an array; images stay as they are where there is none.
+    """The transform of `AUG.TRANSFORM` as a function of an array; without one, images stay unchanged.
 
     Args:
         config: the config tree.
@@ -138,7 +138,7 @@ def _on_arrays(transform: Any) -> Callable[[np.ndarray], Any] | None:
     Raises:
         PartError: see `AlbumentationsTransform`.
     """
-    albumentations = sys.modules.get('albumentations')  # which is imported where the transform is of it
+    albumentations = sys.modules.get('albumentations')  # already imported if the transform is from it
     if albumentations and isinstance(transform, albumentations.BasicTransform | albumentations.BaseCompose):
         return AlbumentationsTransform(transform)
     is_torchvision = isinstance(transform, v2.Transform) or type(transform).__module__.startswith('torchvision.')
@@ -155,7 +155,7 @@ class AlbumentationsTransform:
         transform: one, or a composition of several.
 
     Raises:
-        PartError: it is from a release before the generators.
+        PartError: the release of albumentations cannot be seeded: it is older than 2.
     """
 
     def __init__(self, transform: Any):
@@ -164,7 +164,7 @@ class AlbumentationsTransform:
         self.transform = transform
 
     def __call__(self, pixels: np.ndarray) -> Any:
-        """What it gives for an image (H, W, 3) or (H, W)."""
+        """Transform an image (H, W, 3) or (H, W)."""
         seed = int(torch.randint(2**62, ()))
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         return self.transform(image=pixels)['image']
@@ -174,14 +174,14 @@ class TensorTransform:
     """A transform of tensors (C, H, W), such as one of torchvision, as a function of an array.
 
     Args:
-        transform: its result has to be of uint8, too.
+        transform: returns a uint8 tensor too.
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor]):
         self.transform = transform
 
     def __call__(self, pixels: np.ndarray) -> Any:
-        """What it gives for an image (H, W, 3) or (H, W)."""
+        """Transform an image (H, W, 3) or (H, W)."""
         result = self.transform(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
         if not isinstance(result, Tensor) or result.ndim != 3:
             return result
@@ -189,7 +189,7 @@ class TensorTransform:
 
 
 class PublishedTransform:
-    """The published pipeline from an image of any form on; random erasing fills here.
+    """The published pipeline for images in any form; random erasing is part of it.
 
     Args:
         config: the config tree.

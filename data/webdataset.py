@@ -115,7 +115,7 @@ class Member(NamedTuple):
 
 
 def find_tars(folder: Path, split: str) -> tuple[str, ...]:
-    """Paths of the tars of a split: of the first of its names that has some, in a folder or in their names.
+    """Find the tars of a split, by the first of the split's names that a folder or file names have.
 
     Raises:
         DataError: the tars are from an interrupted packing, or a folder cannot be listed.
@@ -144,7 +144,7 @@ def _list_files(folder: Path, pattern: re.Pattern) -> list[str]:
 
 
 def _read_tars(paths: tuple[str, ...]) -> Members:
-    """See `Members`; tars are read again where one has changed.
+    """Read the members of tars; they are cached until a tar changes.
 
     Raises:
         DataError: a tar cannot be read, or a sample in it has no image or no class.
@@ -226,7 +226,7 @@ def _list_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 class _SmallReads:
-    """A file of which no large part is read at once: a damaged header may ask for gigabytes."""
+    """File wrapper that refuses large reads: a damaged header may ask for gigabytes."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.seek, self.tell = file, file.seek, file.tell

@@ -1,4 +1,4 @@
-"""Worker processes of a loader: how they start, which signals they ignore, when they end, and errors of theirs."""
+"""DataLoader workers: start method, signals, shutdown, and error messages."""
 
 import contextlib
 import multiprocessing
@@ -45,7 +45,7 @@ _FEWER = 'use fewer worker processes (DATA.NUM_WORKERS, or --workers of a tool)'
 
 
 class WorkerLoader(DataLoader):
-    """A loader whose failing worker processes end the program in one line that names the remedy.
+    """A `DataLoader` that reports failures of its workers in one line with a remedy.
 
     Args:
         dataset: indexed by sample.
@@ -104,7 +104,7 @@ def _report_failures() -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str | None:
-    """What failed in worker processes, and the remedy; None for an error that the user cannot do anything about."""
+    """Describe a failure of worker processes and the remedy; None for an error that the user cannot fix."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = lines[-1]  # after a worker's traceback
     is_connection = isinstance(error, OSError | EOFError) and 'in DataLoader worker process' not in lines[0]
@@ -153,10 +153,10 @@ def _report_failed_start() -> Iterator[None]:
 
 
 class _SharedBatches:
-    """A collate function whose batches are in shared memory when it returns.
+    """A collate function that moves its batches into shared memory before it returns.
 
-    Otherwise a thread of the worker moves them there. It only prints an error, such as that of a full /dev/shm, and the
-    training process would wait for the batch for ever.
+    Otherwise, a thread of the worker would move them there. That thread only prints errors, such as a full /dev/shm,
+    and the training process would wait for the batch for ever.
     """
 
     def __init__(self, collate_fn: Callable[[list], Any]):

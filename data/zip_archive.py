@@ -1,7 +1,7 @@
 """The format of Swin's zip mode: `train.zip` with `train_map.txt`, whose lines are `path<TAB>class index`.
 
-Python's zipfile reads the archive's directory, into an object of a kilobyte for each file. Five numbers of each are
-kept, in arrays that processes share. A sample is read at its offset, which leaves the archive's other readers alone.
+Python's zipfile reads the archive's directory, into an object of a kilobyte for each file. Five numbers of each file
+are kept, in arrays that processes share. A sample is read with `pread` at its offset, so processes can share the file.
 """
 
 import hashlib
@@ -110,7 +110,7 @@ class ZipArchive(Samples):
             if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f'compression method {method} is not supported')
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # at most, whatever it holds
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # no more, even if there is more
             if len(data) != size:
                 raise ValueError('its size differs')
             if zlib.crc32(data) != checksum:
@@ -158,7 +158,7 @@ def _clean(name: str) -> str:
 
 @lru_cache(maxsize=4)
 def _read_classes(path: Path, modified: int) -> tuple[int, list[str] | None]:
-    """Number of classes in a map, and the folder of each in the archive; None unless each has one of its own."""
+    """Number of classes in a map, and the folder of each in the archive; None unless each class has its own folder."""
     targets, folders = array('i'), {}
     for name in _keep_targets(path, targets):
         folder, slash, _ = name.partition('/')
@@ -200,7 +200,7 @@ def _read_directory(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _possible_names(file: zipfile.ZipInfo) -> Iterator[str]:
-    """The name of a file in an archive; where nothing says that it is UTF-8, also what it is if it is so.
+    """The name of a file in an archive; without the UTF-8 flag, also the name decoded as UTF-8.
 
     zipfile reads such names in code page 437; macOS and others write UTF-8 and do not say so.
     """
@@ -210,10 +210,10 @@ def _possible_names(file: zipfile.ZipInfo) -> Iterator[str]:
 
 
 def _check_overlaps(entries: np.ndarray) -> None:
-    """Check that no two files of an archive share bytes, by which a small one can hold endless ones.
+    """Check that no two files of an archive share bytes, as in a zip bomb.
 
     Raises:
-        ValueError: they do.
+        ValueError: files overlap.
     """
     entries = entries[np.argsort(entries[:, 0], kind='stable')]
     if (entries[:, :2] < 0).any() or (entries[:-1, :2].sum(1) + _LOCAL[1].size > entries[1:, 0]).any():

@@ -1,1 +1,1 @@
-"""COCO: detectors on this network, on the same optimizer, precision, logger and checkpoints as the classifier."""
+"""Object detection on data in COCO's format, with the same training engine as classification."""

@@ -32,7 +32,7 @@ _C.MODEL.NUM_CLASSES = replace(
 )
 _C.MODEL.DROP_PATH_RATE = replace(_C.MODEL.DROP_PATH_RATE, default=0.2)
 _C.DATA.BATCH_SIZE = replace(
-    _C.DATA.BATCH_SIZE, default=2, help='Training images per process and batch; evaluation takes one at a time'
+    _C.DATA.BATCH_SIZE, default=2, help='Training images per process and batch; evaluation uses batches of one image'
 )
 _C.DATA.DATA_PATH = replace(
     _C.DATA.DATA_PATH, help='Folder with annotations/instances_<split>.json and a folder of images per split'
@@ -48,13 +48,13 @@ _C.TRAIN.EPOCHS = replace(_C.TRAIN.EPOCHS, default=36)
 _C.TRAIN.BASE_LR = replace(
     _C.TRAIN.BASE_LR,
     default=1e-4,
-    help='Peak learning rate for BASE_BATCH images per update; scaled with their number',
+    help='Peak learning rate at BASE_BATCH images per update; scaled linearly with the images per update',
 )
 _C.TRAIN.BASE_BATCH = replace(_C.TRAIN.BASE_BATCH, default=16)
 _C.TRAIN.CLIP_GRAD = replace(_C.TRAIN.CLIP_GRAD, default=0.0)
 _C.AMP_OPT_LEVEL = replace(  # torchvision's parts do not support O2's float16 network
     _C.AMP_OPT_LEVEL,
-    help="Mixed precision: O0 none, O1 autocast; '' is O1 on a GPU and O0 elsewhere",
+    help="Mixed precision: O0 off, O1 autocast; '' is O1 on a GPU and O0 elsewhere",
     choices=('', 'O0', 'O1'),
 )
 _C.AMP_BACKEND = replace(_C.AMP_BACKEND, default='native')
@@ -68,18 +68,23 @@ _C.DATA.TRAIN_SPLIT = Key(
 _C.DATA.VAL_SPLIT = Key('val2017', 'Evaluation split', affects='data')
 for _split, _name in (('TRAIN', 'training'), ('VAL', 'evaluation')):
     _C.DATA[f'{_split}_ANNOTATIONS'] = Key(
-        '', f"Annotation file of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT", is_path=True, affects='data'
+        '',
+        f"Annotation file of {_name}, within DATA_PATH; '' is the file of {_split}_SPLIT",
+        is_path=True,
+        affects='data',
     )
     _C.DATA[f'{_split}_IMAGES'] = Key(
         '',
-        f"Folder of the images of {_name}, within DATA_PATH; '' is that of {_split}_SPLIT",
+        f"Folder of the images of {_name}, within DATA_PATH; '' is the folder of {_split}_SPLIT",
         is_path=True,
         affects='nothing',
     )
     _C.DATA[f'{_split}_LIMIT'] = Key(
-        0, f'Number of images of {_name}, a random but fixed choice; 0 takes all', min=0, affects='data'
+        0, f'Use only this many {_name} images, chosen at random but always the same; 0 uses all', min=0, affects='data'
     )
-_C.DATA.CLASSES = Key([''], "Names of the categories to find, in the file's order; [''] takes all", affects='data')
+_C.DATA.CLASSES = Key(
+    [''], "Names of the categories to detect, in the order of the annotation file; [''] takes all", affects='data'
+)
 _C.DATA.EMPTY_IMAGES = Key(False, 'Train on images without objects too', affects='data')
 _C.DATA.REPEAT_FACTOR = Key(
     0.0,
@@ -95,7 +100,9 @@ _C.INPUT.TRAIN_SHORT = Key(
     list(range(480, 801, 32)), 'Short side of training images, in pixels: one of these, at random', min=1
 )
 _C.INPUT.MAX_LONG = Key(1333, 'Maximum long side of an image, in pixels; overrides the short side', min=1, max=20_000)
-_C.INPUT.CROP_PROB = Key(0.5, 'Probability of a resize and a crop before the resize of training', min=0, max=1)
+_C.INPUT.CROP_PROB = Key(
+    0.5, 'Probability that a training image is resized and cropped before its final resize', min=0, max=1
+)
 _C.INPUT.CROP_RESIZE = Key(
     [400, 500, 600], 'Short side before a crop, in pixels: one of these, at random', min=1, used_with='INPUT.CROP_PROB'
 )
@@ -117,19 +124,25 @@ _C.INPUT.JITTER_SIZE = Key(
     used_with='INPUT.SCALE_JITTER',
 )
 _C.INPUT.COPY_PASTE = Key(
-    0.0, 'Probability that objects of another training image are pasted on an image; needs masks', min=0, max=1
+    0.0,
+    'Copy-paste augmentation: probability that objects of another training image are pasted on an image; needs masks',
+    min=0,
+    max=1,
 )
 _C.INPUT.TEST_SHORT = Key(800, 'Short side of evaluation images, in pixels', min=1, max=10_000)
 
 _C.TEST = KeyGroup()
 _C.TEST.SHORTS = Key(
-    [], 'Short sides at which an image is seen in evaluation, in pixels; [] is INPUT.TEST_SHORT alone', min=1
+    [],
+    'Test scales: short sides, in pixels, at which images are evaluated and their detections merged; [] is '
+    'INPUT.TEST_SHORT only',
+    min=1,
 )
-_C.TEST.FLIP = Key(False, 'See mirrored images too in evaluation, and merge their detections')
+_C.TEST.FLIP = Key(False, 'Test-time horizontal flip: detect in the mirrored image too, and merge the detections')
 _C.TEST.TILES = Key(
     0,
-    'Height and width of overlapping tiles, in pixels of the image, in which small objects are detected in evaluation; '
-    'each is resized like an image. 0 sees the whole image only',
+    'Tiled detection, for small objects: height and width of overlapping tiles, in pixels of the image; each tile is '
+    'resized like an image. 0 is off',
     min=0,
     max=20_000,
 )
@@ -137,7 +150,7 @@ _C.TEST.TILE_OVERLAP = Key(
     0.2, 'Minimum overlap of neighbouring tiles, relative to their size', min=0, max=0.9, used_with='TEST.TILES'
 )
 _C.TEST.TILE_WHOLE = Key(
-    True, 'See the whole image too, for objects that are larger than the overlap of tiles', used_with='TEST.TILES'
+    True, 'Detect in the whole image too, for objects that are larger than the overlap of tiles', used_with='TEST.TILES'
 )
 _C.TEST.LOSS = Key(
     False,
@@ -148,13 +161,13 @@ _C.TEST.LOSS = Key(
 
 _C.MODEL.TYPE = Key(
     'cascade_rcnn',
-    'Architecture: cascade_rcnn, of which Mask R-CNN is the case of one stage',
+    'Architecture: cascade_rcnn; with one stage (see BOX.IOUS), it is Mask R-CNN or, without masks, Faster R-CNN',
     choices=('cascade_rcnn',),
     affects='network',
 )
 _C.MODEL.BACKBONE = Key(
     'msg',
-    'Backbone: msg, or a network of timm by name, for which MODEL.MSG is not read',
+    'Backbone: msg, or timm:<name> for a network of timm, which ignores MODEL.MSG',
     choices=('msg', f'{TIMM}<name>'),
     affects='network',
 )
@@ -163,7 +176,7 @@ _C.MODEL.FPN_CHANNELS = Key(256, 'Channels of the feature pyramid', min=1, affec
 _C.MODEL.RPN = KeyGroup()
 _C.MODEL.RPN.ANCHOR_SCALE = Key(8, "Size of an anchor, relative to its level's stride", min=1, affects='network')
 _C.MODEL.RPN.ANCHOR_RATIOS = Key(
-    [0.5, 1.0, 2.0], 'Height over width of the anchors', min=0.01, max=100, affects='network'
+    [0.5, 1.0, 2.0], 'Aspect ratios of the anchors, height / width', min=0.01, max=100, affects='network'
 )
 _C.MODEL.RPN.POSITIVE_IOU = Key(0.7, 'Minimum IoU of a positive anchor', min=0, max=1)
 _C.MODEL.RPN.NEGATIVE_IOU = Key(0.3, 'IoU below which an anchor is negative', min=0, max=1)
@@ -181,18 +194,18 @@ _C.MODEL.BOX.IOUS = Key(
 )
 _C.MODEL.BOX.CENTRE_STDS = Key(
     [0.1, 0.05, 0.033],
-    "Standard deviation of the centre's deltas, relative to the RoI's size, per stage",
+    "Normalisation of box deltas: standard deviation of the centre, relative to the RoI's size, per stage",
     min=0.0001,
     affects='network',
 )
 _C.MODEL.BOX.SIZE_STDS = Key(
     [0.2, 0.1, 0.067],
-    "Standard deviation of the size's deltas, in logarithms, per stage",
+    'Normalisation of box deltas: standard deviation of the logarithm of width and height, per stage',
     min=0.0001,
     affects='network',
 )
 _C.MODEL.BOX.STAGE_WEIGHTS = Key([1.0, 0.5, 0.25], 'Weight of the losses, per stage', min=0)
-_C.MODEL.BOX.POOL_SIZE = Key(7, "Size of a RoI's features", min=1, affects='network')
+_C.MODEL.BOX.POOL_SIZE = Key(7, "Height and width of a RoI's features", min=1, affects='network')
 _C.MODEL.BOX.CONVS = Key(
     [256, 256, 256, 256],
     'Channels of the 3 x 3 convolutions of a box head, each with a norm',
@@ -209,15 +222,17 @@ _C.MODEL.BOX.NMS_IOU = Key(0.5, 'IoU threshold of NMS for detections of a class'
 _C.MODEL.BOX.DETECTIONS = Key(100, 'Maximum number of detections per image', min=1)
 
 _C.MODEL.MASK = KeyGroup()
-_C.MODEL.MASK.ENABLED = Key(True, 'Predict masks too; False trains and evaluates boxes alone', affects='network')
-_C.MODEL.MASK.POOL_SIZE = Key(14, "Size of a RoI's features; its mask is twice as large", min=1, affects='network')
+_C.MODEL.MASK.ENABLED = Key(True, 'Predict masks too; False trains and evaluates boxes only', affects='network')
+_C.MODEL.MASK.POOL_SIZE = Key(
+    14, "Height and width of a RoI's features; its mask is twice as large", min=1, affects='network'
+)
 _C.MODEL.MASK.CONVS = Key(
     [256, 256, 256, 256], 'Channels of the 3 x 3 convolutions of a mask head', min=1, affects='network'
 )
 _C.MODEL.MASK.UPSAMPLED = Key(256, 'Channels after the deconvolution', min=1, affects='network')
 
 _C.TRAIN.FROZEN_BATCH_NORM = Key(
-    True, "Keep the batch norms of timm's backbone as they were loaded; without weights, they are trained"
+    True, 'Freeze the batch norms of a pretrained timm backbone; without pretrained weights, they are trained'
 )
 _C.TRAIN.WARMUP_STEPS = Key(500, 'Updates of linear warm-up', min=0)
 _C.TRAIN.WARMUP_FACTOR = Key(
@@ -225,7 +240,7 @@ _C.TRAIN.WARMUP_FACTOR = Key(
 )
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key([27, 33], 'Epochs before which the learning rate drops; [] for none', min=1)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key([27, 33], 'Epochs at whose start the learning rate drops; [] for none', min=1)
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(
     0.1, 'Factor of each drop', min=0, max=1, used_with='TRAIN.LR_SCHEDULER.DECAY_EPOCHS'
 )
@@ -241,7 +256,7 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def get_config(args: Namespace) -> CfgNode:
-    """`load_config`, overridden by the command line's flags; see `detection.main.parse_option`.
+    """Load the config of a command line: like `load_config`, with flags that override it; see `main.parse_option`.
 
     Raises:
         ConfigError: a file, key or value that cannot work.
@@ -250,7 +265,7 @@ def get_config(args: Namespace) -> CfgNode:
 
 
 def _check(config: CfgNode) -> None:
-    """Refuse what cannot work, before any work is done."""
+    """Check the config of detection, and refuse combinations that cannot work."""
     box, inputs, rpn = config.MODEL.BOX, config.INPUT, config.MODEL.RPN
     if not box.IOUS or not len(box.IOUS) == len(box.CENTRE_STDS) == len(box.SIZE_STDS) == len(box.STAGE_WEIGHTS):
         raise ConfigError(
@@ -298,7 +313,7 @@ def check_schedule(config: CfgNode, steps_per_epoch: int | None = None) -> None:
         steps_per_epoch: updates per epoch; None where they are not known yet.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: the warm-up or a drop would not end within the run.
     """
     train = config.TRAIN
     drops = train.LR_SCHEDULER.DECAY_EPOCHS

@@ -1,4 +1,4 @@
-"""Which classes a detector takes for which: a confusion matrix of boxes, and of what is missed or made up."""
+"""Confusion matrix of a detector's boxes, with missed objects and false detections."""
 
 from collections.abc import Sequence
 from typing import Any

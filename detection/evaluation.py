@@ -58,7 +58,7 @@ class Evaluator(NamedTuple):
 
 
 def choose_evaluator(name: str | None = None) -> Evaluator:
-    """The evaluator of a name; by default hotcoco, which takes a fraction of the time, where it is installed.
+    """Choose the program that computes COCO's metrics; by default hotcoco, the fastest, if it is installed.
 
     Raises:
         ConfigError: hotcoco is asked for and not installed.
@@ -195,7 +195,7 @@ class CocoEvaluation:
         return score_curves(evaluation)
 
     def _evaluated_tree(self) -> dict[str, Any]:
-        """What is evaluated of the ground truth, without other keys: hotcoco refuses, say, a license that is a text."""
+        """The ground truth with only the keys that evaluators read: hotcoco refuses some values of others."""
         return {
             part: [{key: x[key] for key in keys if key in x} for x in self.ground_truth[part]]
             for part, keys in _EVALUATED_KEYS.items()

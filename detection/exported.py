@@ -166,7 +166,7 @@ def load_exported_detector(path: Path, opts: Sequence[Any] = ()) -> Predictor:
 
 
 def read_detector_report(path: Path) -> dict[str, Any]:
-    """The report of `tools.export` on a whole detector, whose `config`, `classes` and `input` have their form.
+    """Read the report of `tools.export` on a whole detector, and check the form of its entries.
 
     Raises:
         ExportedFileError: it cannot be read, is not such a report, or is about another network.
@@ -190,7 +190,7 @@ def read_detector_report(path: Path) -> dict[str, Any]:
 
 
 def check_overrides(exported: CfgNode, config: CfgNode, path: Path, size: Size) -> None:
-    """Refuse keys that the graph does not follow.
+    """Refuse config keys that cannot change, since they are part of the exported graph.
 
     Args:
         exported: the config that the file was exported with.

@@ -1,10 +1,10 @@
-"""Train, evaluate or time a detector on a dataset in COCO's layout.
+"""Train, evaluate or benchmark a detector on a dataset in COCO's layout.
 
     torchrun --nproc_per_node 8 -m detection.main --cfg detection/configs/cascade_mask_rcnn_msg_tiny_3x.yaml \
         --data-path <coco> --pretrained <classifier>
 
 docs/detection.md has the commands for other machines. This file holds what is specific to detection: its losses, its
-metrics, and what of the network is trained how. The course of a run stands in engine/run_task.py.
+metrics, and which parts of the network are trained. engine/run_task.py has the steps of a run, which all tasks share.
 """
 
 if __name__ == '__main__':
@@ -61,7 +61,7 @@ def parse_option(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(config: CfgNode, until: tuple[int, int] | None = None) -> None:
-    """Train, evaluate or time as the config says; training may end early, see `engine.trainer.Trainer`."""
+    """Train, evaluate or benchmark as the config says; `until` ends training early, see `engine.trainer.Trainer`."""
     config = with_classes_of_data(config)
     if config.THROUGHPUT_MODE:
         from tools.benchmark.throughput import log_throughput  # programs of tools/ know this file
@@ -116,7 +116,7 @@ class Detection(Task):
         check_schedule(config, steps_per_epoch)
 
     def build_loss(self, run: Run, network: nn.Module, dataset: CocoDataset) -> LossFn:
-        """The detector's own losses."""
+        """The detector's losses: RPN, classes, boxes and masks."""
         to_device = DeviceCopies(run.process.device)
 
         def loss_fn(batch: tuple[list[Tensor], list[dict[str, Any]]]) -> dict[str, Tensor]:
@@ -150,9 +150,10 @@ TASK = Detection()
 def load_classifier(
     model: Detector, checkpoint: Mapping[str, Any], path: str | Path, missing: str = 'error'
 ) -> list[str]:
-    """Load a classifier's weights, except its head; norms of feature maps before the last stage stay new.
+    """Load a classifier's weights, except its head, into the backbone.
 
-    Weights of other windows are fitted.
+    Weights of other window sizes are fitted. Norms of the feature maps before the last stage, which a classifier does
+    not have, keep their initial values.
 
     Args:
         model: the detector.
@@ -174,14 +175,14 @@ def load_classifier(
 
 @torch.inference_mode()
 def validate(run: Run, network: Detector, loader: DataLoader, poll: Poll = no_poll, suffix: str = '') -> CocoEvaluation:
-    """Evaluate a detector, not wrapped, on every image once; draw the first `SHOW` images into the run's folder.
+    """Evaluate a detector on every image once; draw the first `SHOW` images into the run's folder.
 
     Args:
         run: the run.
-        network: the detector.
-        loader: this process's shard; rank 0 has the largest.
+        network: the detector, not wrapped in DDP.
+        loader: this process's shard of the images; rank 0 has the largest.
         poll: called after each batch, equally often in every process.
-        suffix: of the folder of the drawn images, which have the ground truth on the left.
+        suffix: appended to the name of the folder of the drawn images, which have the ground truth on the left.
 
     Returns:
         The finished evaluation.
@@ -214,7 +215,7 @@ def validate(run: Run, network: Detector, loader: DataLoader, poll: Poll = no_po
 def evaluation_losses(
     run: Run, network: Detector, image: Tensor, target: dict[str, Any], index: int
 ) -> dict[str, float]:
-    """The losses of training of one evaluation image, at the size of evaluation.
+    """Compute the training losses of one evaluation image, at its size in evaluation.
 
     Training leaves out images without objects, unless `DATA.EMPTY_IMAGES` says otherwise, and so does this. Anchors and
     RoIs are sampled by the image's index, so that each evaluation samples the same; the run's random numbers are not

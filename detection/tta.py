@@ -1,4 +1,4 @@
-"""Inference of a detector, perhaps in tiles, in several sizes and mirrored, whose detections are merged by NMS."""
+"""Test-time augmentation and tiling of a detector: several scales, flips and tiles, merged by NMS."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ DetectFn = Callable[[list[Tensor]], list[Output]]
 
 
 def build_detect_fn(config: CfgNode, model: Detector, tiling: Tiling | None = None, batch_size: int = 1) -> DetectFn:
-    """A function from images (3, H, W) in [0, 1] to their detections, with tiles and augmentation as `TEST` says.
+    """Build a function from images (3, H, W) in [0, 1] to detections, with the tiles and augmentation of `TEST`.
 
-    An image's detections do not depend on the others, but for rounding errors: only images that are resized to one
-    shape are batched, as others would be padded to a common one, which changes scores.
+    An image's detections do not depend on the other images, except for rounding errors: only images that are resized to
+    the same shape are batched, since padding to a common shape would change scores.
 
     Args:
         config: the config tree; `TEST`, `INPUT` and `MODEL.BOX` are read.

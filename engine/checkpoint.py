@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written atomically, verified when read, and read without running any code in them."""
+"""Save and load checkpoints: written atomically, verified when read, and read without running code in them."""
 
 import argparse
 import collections
@@ -59,7 +59,7 @@ def _save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         atomic_write(path, write)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
         cause = _system_error(error)
-        if cause is None:  # such as the death of a loader process, which PyTorch raises wherever the program is
+        if cause is None:  # such as the death of a DataLoader worker, which PyTorch raises wherever the program is
             raise
         raise CheckpointError(
             f'{path} cannot be written: {cause.strerror}. Earlier checkpoints are intact: '
@@ -68,7 +68,7 @@ def _save(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind one that hides it; None if there is none."""
+    """Find the `OSError` that caused an error; None if there is none."""
     while error is not None and not (isinstance(error, OSError) and error.strerror):
         error = error.__cause__ or error.__context__
     return error
@@ -77,14 +77,14 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, verifying its checksums, without running any code in it.
 
-    Plain state dicts and checkpoints of timm and torchvision are read too, `.pth` or `.safetensors`; names are freed
-    from the prefixes of DDP and torch.compile. Published checkpoints hold a pickled yacs node as `config`; it is read
-    as a plain mapping, NumPy's scalars as Python's numbers, and paths as text.
+    Plain state dicts and checkpoints of timm and torchvision are read too, `.pth` or `.safetensors`. The prefixes of
+    DDP and torch.compile are removed from names. Published checkpoints hold a pickled yacs node as `config`, which is
+    read as a plain mapping; NumPy's scalars are read as Python's numbers, and paths as text.
 
     Returns:
         The file's entries: the weights as `model`, EMA weights, if any, as `model_ema`, the name of their task as
-        `task`, and whatever else there is. Entries that have a name of ours and another form, such as a `config` that
-        is no mapping, are left out; `ignored`, if any, lists them with their types.
+        `task`, and whatever else there is. Entries of an unexpected form, such as a `config` that is no mapping, are
+        left out; `ignored`, if any, lists them with their types.
 
     Raises:
         CheckpointError: there is no such file, it is not a checkpoint, it is damaged, or it holds more than data.
@@ -119,8 +119,8 @@ def _reason(error: Exception) -> str:
     if unknown_type:
         name = 'numpy.ndarray' if unknown_type[1].endswith('multiarray._reconstruct') else unknown_type[1]
         return (
-            f'besides tensors and plain data, it holds {name}, whose code would run: in the program that wrote the '
-            f"file, save the weights alone, torch.save({{'model': model.state_dict()}}, FILE)"
+            f'in addition to tensors and plain data, it holds {name}, whose code would run: in the program that wrote '
+            f"the file, save only the weights, torch.save({{'model': model.state_dict()}}, FILE)"
         )
     reason = first_line(error)
     if isinstance(error, pickle.UnpicklingError) or reason.isdigit() or 'weights_only' in reason:
@@ -129,16 +129,16 @@ def _reason(error: Exception) -> str:
 
 
 def _task_of(entries: Mapping[str, Any]) -> str:
-    """The task of a checkpoint: what its config states.
+    """Find the task of a checkpoint, from its config or its weights.
 
-    Checkpoints of other programs have no such config. Their weights tell: those of a detector have a backbone.
+    Checkpoints of other programs have no config of this project; they are of a detector if the weights have a backbone.
     """
     stated = stated_task(entries.get('config', {}))
     is_detector = any(name.startswith('backbone.') for name in entries['model'])
     return stated if stated in TASKS else 'detection' if is_detector else 'classification'
 
 
-# What a TorchScript file, which is recognised later, may hold beyond its size: its code is compressed.
+# A TorchScript file, which is recognised later, has compressed code: it may unpack to this many bytes more.
 _CODE_BYTES = 10 << 20
 
 
@@ -273,7 +273,7 @@ def saved_progress(checkpoint: dict[str, Any]) -> dict[str, int]:
 
 
 def peek_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's entries, for those that are not tensors: tensors stay on disk, and are not verified.
+    """Read the entries of a checkpoint that are not tensors; tensors stay on disk, and are not verified.
 
     Raises:
         CheckpointError: it cannot be read.

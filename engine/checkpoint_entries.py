@@ -1,4 +1,4 @@
-"""Forms of a checkpoint's entries: a file from elsewhere may hold anything under the names of ours."""
+"""Check the form of a checkpoint's entries: an untrusted file may have anything under the names that are read."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -62,7 +62,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
 
 
 def without_other_forms(entries: dict[str, Any]) -> dict[str, Any]:
-    """Entries, without those in `_FORMS` that have another form; see `load_checkpoint`."""
+    """Leave out the entries whose form is not the one in `_FORMS`; see `load_checkpoint`."""
     kept, ignored = {}, []
     for name, value in entries.items():
         is_valid = _FORMS.get(name) if isinstance(name, str) else None

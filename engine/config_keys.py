@@ -12,24 +12,25 @@ class Key:
     """One key of a config tree.
 
     Attributes:
-        default: its default, whose type is the key's.
-        help: what it means, for readers of the tree, of `--help` and of docs/configuration.md.
-        choices: its values, where they are few; `timm:<name>` is any text that starts so. A `Registry` of parts is read
-            when a config is loaded, so that modules of users can add to it.
-        min, max: bounds of a number, or of every number in a list; None for none.
-        optional: type of its values where None is one of them.
+        default: default value; its type is the type of the key.
+        help: description, for `--help` and docs/configuration.md.
+        choices: allowed values; `timm:<name>` allows any text that starts with `timm:`. A `Registry` is read when a
+            config is loaded, so that a user's modules can add to it.
+        min, max: bounds of a number, or of every number in a list; None for no bound.
+        optional: type of the values, if None is allowed too.
         item: type of the items of a list that is empty by default.
-        or_list: whether a list of such values is one of its values too; names are separated by commas.
-        flag: its command-line flag, if any; several spellings are separated by spaces.
-        metavar: what `--help` shows as the flag's value.
-        is_path: whether it is a path, in which a leading ~ is the user's home folder.
+        or_list: whether a list of such values is allowed too; names are separated by commas.
+        flag: command-line flag, if any; several spellings are separated by spaces.
+        metavar: name of the flag's value in `--help`.
+        is_path: whether the value is a path, in which a leading ~ is expanded.
         used_with: the setting without which the key has no effect: a key, whose value is neither 0 nor empty, or a key
             and its value, or values separated by |, such as `TRAIN.OPTIMIZER.NAME sgd|lars`.
-        affects: what another value changes: the `network`, the content of the `data`, the course of the `training`, or
+        affects: what another value changes: the `network`, the content of the `data`, how `training` proceeds, or
             `nothing` that a run computes.
-        before: what runs did before there was the key, where that is not its default. To be set where a default
+        before: value that describes runs from before the key existed, if it is not the default. Set it when a default
             changes.
-        stored: what is taken of a value in a checkpoint's config, which may come from anyone; None takes it as it is.
+        stored: function that reduces a value in a checkpoint's config, which is untrusted, to what is used of it; None
+            uses the value unchanged.
     """
 
     default: Any
@@ -55,11 +56,11 @@ class Key:
 
     @property
     def value_before(self) -> Any:
-        """Its value in runs from before there was the key."""
+        """Value of the key in runs from before it existed."""
         return self.default if self.before is None else self.before
 
     def is_choice(self, value: Any) -> bool:
-        """Whether a value is among the choices; any is where there are none."""
+        """Whether a value is among the choices; True for any value if there are no choices."""
         prefixes = tuple(choice.partition('<')[0] for choice in self.choices if choice.endswith('>'))
         values = value if isinstance(value, list) else [value]
         return not self.choices or all(
@@ -68,7 +69,7 @@ class Key:
 
     @property
     def allowed(self) -> str:
-        """Its values in words; '' where any of its type will do."""
+        """Allowed values in words; '' if any value of the type is allowed."""
         if self.choices:
             own = ', or another name that a module of --import registers' if isinstance(self.choices, Mapping) else ''
             return 'one of ' + ', '.join(choice or "''" for choice in self.choices) + own
@@ -83,7 +84,7 @@ class Key:
 
 
 class ChangedKey(NamedTuple):
-    """A key whose value differs from that of a checkpoint; see `Key.affects`."""
+    """A key whose value differs from the value in a checkpoint's config; see `Key.affects`."""
 
     name: str
     affects: str
@@ -92,7 +93,7 @@ class ChangedKey(NamedTuple):
 
     @property
     def defines_experiment(self) -> bool:
-        """Whether a run with another value is another experiment."""
+        """Whether a run with another value is a different experiment."""
         return self.affects in ('network', 'data')
 
     def __str__(self) -> str:

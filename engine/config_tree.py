@@ -23,7 +23,7 @@ from utils import UserError, leaves, shortened
 # Names of the tasks: values of the key TASK
 TASKS = ('classification', 'detection')
 
-# Config files that one may start from, each counted as often as it is named
+# Maximum number of BASE files of a config file, each counted as often as it is named
 MAX_BASE_FILES = 50
 
 # Booleans as they are written in Python and YAML
@@ -45,7 +45,7 @@ class ConfigTree:
     Attributes:
         task: name of the task.
         root: the keys.
-        check: raises `ConfigError` where values do not go together.
+        check: raises `ConfigError` if values do not work together.
     """
 
     task: str
@@ -96,17 +96,18 @@ class ConfigTree:
         saved: Mapping[str, Any] | None = None,
         repeats: bool = False,
     ) -> CfgNode:
-        """Defaults, overridden by a saved config, the file's BASE files, the file and the options; checked and frozen.
+        """Merge defaults, a saved config, the file's BASE files, the file and the options, in this order.
 
-        Before anything else is read, the modules that the file, its BASE files and the options name as `IMPORT` are
-        imported. Modules that a saved config names are not: it may come from anyone.
+        The config is checked and frozen. Before anything else is read, the modules that the file, its BASE files and
+        the options name as `IMPORT` are imported. Modules that a saved config names are not, since it is untrusted.
 
         Args:
             cfg_file: a YAML file with part of the tree; None for none.
             opts: alternating keys and values, such as `['TRAIN.EPOCHS', '10']`. Text is read, as in files, as a value
                 of the key's type.
-            saved: a checkpoint's `config`. Keys with a flag belong to the command that wrote it, keys that are unknown
-                to another program, and names of parts that have not been imported may not be needed: none is read.
+            saved: a checkpoint's `config`. Some of its keys are not read: keys with a flag, which belong to the command
+                that wrote it; unknown keys, which belong to another program; and names of plugins that have not been
+                imported, which may not be needed.
             repeats: read keys with a flag too, to repeat the checkpoint's run; `opts` must name the run's modules.
 
         Raises:
@@ -154,7 +155,7 @@ class ConfigTree:
         return isinstance(key.choices, Mapping) and not key.is_choice(value)
 
     def load_with_flags(self, args: argparse.Namespace) -> CfgNode:
-        """`load`, overridden by the command line's flags; a flag not given (None) overrides nothing.
+        """Load a config, and override it by command-line flags; a flag not given (None) overrides nothing.
 
         Raises:
             ConfigError: a file, key or value that cannot work.
@@ -184,7 +185,7 @@ class ConfigTree:
 
         Args:
             config: the config tree.
-            saved: the checkpoint's `config`. A key that it does not have, since it is older, had its value of then.
+            saved: the checkpoint's `config`. A key that an older checkpoint lacks counts as `Key.value_before`.
             names: the keys; None for all that affect what a run computes.
         """
         theirs = dict(leaves(saved))
@@ -200,7 +201,7 @@ class ConfigTree:
         return changed
 
     def _stored(self, name: str, value: Any) -> Any:
-        """What is taken of a value in a checkpoint's config; see `Key.stored`."""
+        """Reduce a value in a checkpoint's config to what is used of it; see `Key.stored`."""
         stored = self.keys[name].stored
         return stored(value) if stored and isinstance(value, str) else value
 
@@ -399,7 +400,7 @@ def _pairs(opts: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _closest(name: str, known: Sequence[str]) -> str | None:
-    """The known key that a name was probably meant to be: its last part, and the whole, are much alike."""
+    """The known key that a misspelt name probably means: both its last part and the whole name are similar."""
     if len(name) > 100:
         return None
 
@@ -413,7 +414,7 @@ def _closest(name: str, known: Sequence[str]) -> str | None:
 
 
 def _read_value(key: Key, value: Any) -> Any:
-    """A value in the key's type, of text or of a Python value; lists and tuples serve as each other.
+    """Convert text or a Python value to the key's type; lists and tuples are interchangeable.
 
     Raises:
         ValueError: it has another type.
@@ -441,7 +442,7 @@ def _split(value: Any) -> list[Any] | None:
 
 
 def _read_scalar(kind: type, value: Any) -> Any:
-    """A value as a bool, int, float or str; an integer serves as a float, and a number as text.
+    """Convert a value to bool, int, float or str; an integer is accepted as a float, and a number as text.
 
     Raises:
         ValueError: it has another type, is not finite or huge, or is text with control characters.
@@ -465,7 +466,7 @@ def _read_scalar(kind: type, value: Any) -> Any:
 
 
 def _parse(value: Any) -> Any:
-    """Parse text as a Python value; what is none stays text."""
+    """Parse text as a Python literal; other text stays text."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run: launchers, devices, the process group, collectives, DDP."""
+"""Distributed training: launchers, devices, the process group, collectives, DDP."""
 
 import os
 import pickle
@@ -26,10 +26,10 @@ TORCHRUN_VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER
 # Set by srun for each process; MASTER_ADDR and MASTER_PORT may be set too.
 SLURM_VARIABLES = ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_JOB_NODELIST', 'SLURM_JOB_ID')
 
-# Numbers from here on are those of SLURM's own steps: the shells of salloc and sbatch.
+# SLURM's own steps, which are the shells of salloc and sbatch, have numbers from here on.
 _SPECIAL_STEPS = 0xFFFFFFF0
 
-# How long processes wait for one that does not answer; docs/launching.md says so.
+# Timeout of collectives, for a process that does not answer; docs/launching.md states it.
 TIMEOUT = timedelta(minutes=30)
 
 Result = TypeVar('Result')
@@ -44,7 +44,7 @@ class Process(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """This process according to its launcher.
+    """Rank, world size and rendezvous address of this process, as its launcher sets them.
 
     Attributes:
         launcher: 'torchrun' or 'srun'.
@@ -62,7 +62,7 @@ class Launch(NamedTuple):
 
 
 def read_launcher(variables: Mapping[str, str]) -> Launch | None:
-    """Read what torchrun, which has priority, or srun has set; None without a launcher.
+    """Read the environment variables of torchrun or, without torchrun, of srun; None without a launcher.
 
     Args:
         variables: the environment.
@@ -183,7 +183,7 @@ def local_world_size(launch: Launch | None, variables: Mapping[str, str]) -> int
 def share_cores(variables: Mapping[str, str]) -> str:
     """Share the cores among the processes of a node, unless OMP_NUM_THREADS says how many threads each uses.
 
-    The number follows from cores and processes, never from load, which would change the last bits of sums.
+    The number depends on cores and processes only: the number of threads changes the last bits of sums.
 
     Args:
         variables: the environment.
@@ -207,7 +207,7 @@ def share_cores(variables: Mapping[str, str]) -> str:
 def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
     """Join the process group that the launcher describes, or run as a single process without one.
 
-    A process that has joined it already, to do several runs, stays in it.
+    A process that is already in a process group, since it does several runs, stays in it.
 
     Args:
         device_name: auto, cuda, mps or cpu.
@@ -231,7 +231,7 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
         print(
             f'srun: waiting for {launch.world_size} processes at {launch.master_addr}:{launch.master_port}', flush=True
         )
-    # Everything but gradients is exchanged between CPUs, so no GPU is waited for.
+    # Gloo exchanges everything except gradients between CPUs, so that the host need not wait for the GPU.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
         dist.init_process_group(
@@ -300,7 +300,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:
-    """Call a function on rank 0 alone; every process gets its result, or the `UserError` it raises."""
+    """Call a function on rank 0 only; every process gets its result, or the `UserError` it raises."""
     result, user_error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         result, user_error = _call(function)
@@ -331,13 +331,13 @@ def once_per_node(function: Callable[[], Result]) -> Result:
         raise next(filter(None, errors))
     if dist.get_rank() != leader:
         result = pickle.loads(results[leader])
-    all_reduce_sum(torch.zeros(1))  # the memory stays until all have mapped it
+    all_reduce_sum(torch.zeros(1))  # a barrier: all processes have mapped the memory
     return result
 
 
 def node_name() -> str:
-    """A name for the processes that can map each other's memory: a kernel's, in the same container."""
-    # Elsewhere than on Linux, each process by itself
+    """Identify the processes that can map each other's memory: those of one kernel, in the same container."""
+    # On systems other than Linux, each process counts as a node
     return host_id() if Path('/proc/self/ns/pid').exists() else f'{platform.node()} {os.getpid()}'
 
 
@@ -377,7 +377,7 @@ def distribute(model: nn.Module, device: torch.device, deterministic: bool = Fal
     """
     if not dist.is_initialized():
         return model
-    # In the gradient of position biases of one head, strides along the dimension of size 1 differ, which means nothing.
+    # With a single head, strides along the dimension of size 1 of the bias gradient differ, which is harmless.
     warnings.filterwarnings('ignore', 'Grad strides do not match bucket view strides', UserWarning)
     return DistributedDataParallel(
         model,

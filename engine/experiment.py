@@ -24,7 +24,7 @@ ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads
 
 
 class ExperimentError(UserError):
-    """Conflict between runs, or between ranks: another network, other data or another origin.
+    """Conflict between runs, or between ranks: a different network, different data or a different origin.
 
     Attributes:
         differences: what differs between the run in a folder and that of the command, if this is the conflict.
@@ -200,5 +200,5 @@ def warn_of_other_classes(run: Run, checkpoint: Mapping[str, Any], classes: Sequ
     """Warn where the names of the data's classes differ from those of the checkpoint."""
     for change in compare_classes(classes, checkpoint):
         run.logger.warning(
-            f'{change} than in the checkpoint: metrics mean nothing unless they stand for the same things'
+            f'{change} than in the checkpoint: metrics mean nothing unless the classes stand for the same things'
         )

@@ -24,7 +24,7 @@ def report_file(path: Path) -> Path:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read the report on an exported file; entries of another form than `tools.export` writes are left out.
+    """Read the report on an exported file; entries that do not have the form that `tools.export` writes are left out.
 
     Raises:
         ExportedFileError: it cannot be read.

@@ -47,7 +47,7 @@ class TrainMeter:
         return time.monotonic() - self.start_time
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; the seconds until each of them arrives are logged as `data`."""
+        """Yield the batches, and time how long each takes to arrive, which is logged as `data`."""
         batches = iter(batches)
         while True:
             start = time.monotonic()
@@ -60,7 +60,7 @@ class TrainMeter:
             yield batch
 
     def leave_out(self) -> None:
-        """Leave the updates so far out of the mean time and the eta: they took longer than those to come."""
+        """Exclude the updates so far from the mean time and the ETA: they include the compilation of the network."""
         self.timed_from, self.first_timed_step, self.wait_before_timed = time.monotonic(), self.state.step, self.wait
 
     def log(self, lr: float, loss: Tensor, grad_norm: Tensor, losses: dict[str, Tensor]) -> None:

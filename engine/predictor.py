@@ -1,4 +1,4 @@
-"""A trained network of any task, for programs that use it: command-line flags, loading."""
+"""Load a trained network of any task for inference, from command-line flags."""
 
 import argparse
 import os
@@ -60,7 +60,7 @@ def prediction_parser(
         type=non_negative_int,
         default=workers,
         metavar='N',
-        help='loader processes (default: one per core, at most 4)',
+        help='DataLoader workers (default: one per core, at most 4)',
     )
     return parser
 
@@ -120,10 +120,10 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def upright_images(saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint's config with `DATA.EXIF` on, unless it states the key.
+    """Turn on `DATA.EXIF` in a checkpoint's config, unless it states the key.
 
-    It is for weights that no run has evaluated otherwise: the project's own, and random ones.
-    People's photographs are upright as EXIF says.
+    For weights that no run has evaluated with another setting: the project's pretrained weights, and random ones.
+    Photographs are often upright only after their EXIF orientation is applied.
     """
     saved = dict(saved or {})
     return saved | {'DATA': {'EXIF': True} | dict(saved.get('DATA') or {})}
@@ -136,22 +136,22 @@ def load_predictor(
     checkpoint: dict[str, Any] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Predictor:
-    """Load the network that the command line names; log which of its weights.
+    """Load the trained network that the command line names, and log which weights are used.
 
-    Its config is the checkpoint's. `--cfg` and `--opts` override keys, but those of the network only where the weights
-    are fitted to them, which are the image and the window size: with another `MANIP_TYPE`, for example, the same
-    weights would load and the network would compute something else.
+    The config is the checkpoint's, in which `--cfg` and `--opts` override keys. Of the keys of the network, only image
+    size and window size may change, to which weights are fitted. With another `MANIP_TYPE`, for example, the weights
+    would still load, but the network would compute something else.
 
     Args:
         args: from a parser with `add_network_flags`.
         task: the task of the network.
-        build_network: builds it from the config; None takes the task's.
+        build_network: builds the network from the config; None for `Task.build_network`.
         checkpoint: content of `--resume`; None reads it.
         log: gets the notes; None writes them to stderr.
 
     Raises:
-        UserError: a config or checkpoint that cannot be used, one of another task, or a checkpoint that was trained
-            with another network than the config describes.
+        UserError: the config or the checkpoint cannot be used, the checkpoint is of another task, or it was trained
+            with a different network from the config's.
     """
     if checkpoint is None:
         checkpoint = load_checkpoint(args.resume)

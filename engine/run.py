@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
     @property
     def own_ranks(self) -> range:
-        """Those of the ranks that this process computes."""
+        """The ranks, of `rank_count`, whose gradients this process computes."""
         return ranks_of_process(self.config.TRAIN.VIRTUAL_RANKS, self.process.rank, self.process.world_size)
 
     @property
@@ -108,9 +108,10 @@ def run_parser(prog: str, description: str, tree: ConfigTree, example: str) -> a
 
 @contextmanager
 def start_run(config: CfgNode, is_training_run: bool, compiles: bool = False) -> Iterator[Run]:
-    """Start this process of the config's run; its environment is logged.
+    """Start a run in this process: join the process group, set up the log, and log the environment.
 
-    From here on, a signal makes a training run stop in an orderly way. Its rank 0 holds the lock of the run's folder.
+    Within the context, a signal lets a training run finish its update and save. Rank 0 of a training run holds the
+    lock of the run's folder.
 
     Args:
         config: the config tree.
@@ -149,7 +150,7 @@ def start_run(config: CfgNode, is_training_run: bool, compiles: bool = False) ->
 def _enter_folder(run: Run) -> str:
     """Lock the folder of a training run on rank 0, and name the log file.
 
-    A run that only reads takes no lock. While another run writes to the folder, it has a log file of its own.
+    A run that does not train takes no lock. While another run writes to the folder, it writes to a separate log file.
     """
     if run.is_training_run:
 

@@ -11,8 +11,8 @@ from engine.checkpoint import CheckpointError, load_checkpoint, peek_checkpoint,
 
 _NAME = re.compile(r'ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth')
 
-# Epoch, and images of it that the network has seen, or infinity at its end. It orders checkpoints, and counts images
-# instead of updates because a run may resume with another batch size.
+# Progress of a checkpoint: the epoch, and the number of its images that the network has seen, infinity at its end. It
+# orders checkpoints. It counts images instead of updates, since a run may resume with another batch size.
 Progress = tuple[int, float]
 
 
@@ -29,7 +29,7 @@ class RunFolder:
         self.path, self.keep, self.logger = path, keep, logger
         self._kept_forever: set[Path] = set()  # saved with SAVE_KEEP 0
         self._has_damaged_best = False
-        self._images: dict[Path, float] = {}  # that checkpoints within an epoch have seen of it; each is read once
+        self._images: dict[Path, float] = {}  # progress of checkpoints within an epoch; each is read once
 
     @property
     def best(self) -> Path:
@@ -126,7 +126,7 @@ class RunFolder:
         current = [path for path in paths if _is_step(path) and _epoch_of(path) == epoch and not is_end]
         surplus = {*paths} - {newest, *ends[: self.keep], *current[: self.keep]}
         for path in surplus - self._kept_forever:
-            if not _peek_or_empty(path).get('config', {}).get('SAVE_KEEP'):  # older ones do not have the key
+            if not _peek_or_empty(path).get('config', {}).get('SAVE_KEEP'):  # older versions did not have the key
                 self._kept_forever.add(path)
         return sorted(surplus - self._kept_forever)
 

@@ -17,17 +17,17 @@ from typing import Any
 
 from utils import UserError, atomic_write, host_id, is_running, printable, remove_dead_temporaries
 
-# Seconds between the heartbeats of a holder, and without one after which it counts as dead where locks cannot tell.
+# Seconds between the heartbeats of a holder, and seconds without one after which a holder without locks counts as dead.
 HEARTBEAT = 5.0
 EXPIRY = 30.0
 
-# Seconds after which a process without locks makes sure that no other has taken the lease at the same time.
+# Seconds after which a process without locks checks whether another process has taken the lease at the same time.
 SETTLE = 1.0
 
-# What file systems without POSIX locks answer.
+# Errors of `lockf` on file systems without POSIX locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
-# What `run.lock` says of its holder.
+# Entries of `run.lock`, which describe its holder.
 _HOLDER = {'host': str, 'host_id': str, 'pid': int, 'since': str, 'token': str, 'is_lease': bool}
 
 

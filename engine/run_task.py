@@ -1,4 +1,4 @@
-"""A run of any task, from its start to its end: training with evaluation, or evaluation of a checkpoint."""
+"""The steps of a run of any task: training with evaluation, or evaluation of a checkpoint."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from engine.trainer import Trainer
 from engine.virtual_ranks import VirtualRanks, broadcast_weights, check_network, check_processes
 from trackers import check_trackers
 
-# Options of an optimizer that are not logged: parameter groups have values of their own
+# Options of an optimizer that are not logged: they differ between parameter groups
 _GROUP_OPTIONS = ('lr', 'weight_decay')
 
 
@@ -34,7 +34,7 @@ def run_task(task: Task, config: CfgNode, until: tuple[int, int] | None = None) 
     Args:
         task: the task.
         config: the config tree.
-        until: where training ends early; see `Trainer`.
+        until: epoch and update at which training ends early; see `Trainer`.
     """
     is_training_run = not config.EVAL_MODE
     with start_run(config, is_training_run, task.compiles(config)) as run:
@@ -86,7 +86,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[i
 
 
 def check_course(run: Run, task: Task, start: Start, batches: int | None = None) -> None:
-    """Refuse a new run whose settings do not take effect before it ends; one that resumes gets a warning.
+    """Refuse settings that would not take effect before the run ends; a run that resumes only gets a warning.
 
     Args:
         run: the run.
@@ -152,7 +152,7 @@ def build_trainer(
         phases: training batches of this rank, from `Task.phases`.
         eval_loader: evaluation shard of this rank.
         provenance: further entries of every checkpoint, from `describe_run`.
-        until: where training ends early; see `Trainer`.
+        until: epoch and update at which training ends early; see `Trainer`.
     """
     config = run.config
     if config.TRAIN.FROZEN_STAGES >= 0:

@@ -50,10 +50,10 @@ CONTINUE, EVALUATE = 'continue', 'evaluate'
 # Keys MODEL.PRETRAINED_<option> that a run's origin records
 _PRETRAINED_OPTIONS = ('weights', 'head', 'missing')
 
-# Keys of what the network sees and of what its logits mean, for which an evaluation with another value is an error too
+# Keys that change the network's input or the meaning of its logits: an evaluation with another value is an error
 _INPUT_KEYS = ('DATA.EXIF', 'DATA.MULTI_LABEL')
 
-# Keys, and starts of the names of keys, that change what an evaluation measures, of the same network on the same images
+# Keys, and prefixes of keys, that change what the evaluation of the same network on the same images measures
 _EVALUATION_KEYS = ('DATA.IMG_SIZE', 'DATA.INTERPOLATION', 'DATA.PIPELINE', 'INPUT.TEST_', 'INPUT.MAX_LONG', 'TEST.')
 
 
@@ -81,14 +81,14 @@ class Start(NamedTuple):
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether the weights are trained ones: from --pretrained, perhaps long ago, or to be evaluated."""
+        """Whether the weights were trained before: they are evaluated, or the run (or its origin) had --pretrained."""
         return self.kind == EVALUATE or is_pretrained(self.origin)
 
     def load_weights(self, run: Run, task: Task, network: nn.Module, classes: Sequence[str] = ()) -> None:
         """Load the checkpoint's weights into a network; the log says what was done.
 
         A run that resumes loads them unchanged. Otherwise they are fitted to the network's window and image size. With
-        PRETRAINED, the head may be initialized anew, the checkpoint may be of another task, and with
+        PRETRAINED, the head may be replaced by a new one, the checkpoint may be of another task, and with
         `MODEL.PRETRAINED_MISSING allow`, it may lack weights of the network and have others.
 
         Args:
@@ -143,9 +143,9 @@ def find_start(run: Run, tree: ConfigTree) -> Start:
     --resume, from --pretrained, or from scratch. A run that does not train loads the weights of --resume or
     --pretrained.
 
-    Weights of a network that computes something else, though they may load (see `changed_network`), are an error where
-    --resume names a checkpoint to evaluate or to time. With --pretrained, they are taken for the config's network, with
-    a warning that names the keys. Where a run resumes its training, see `resume_training`.
+    A checkpoint of a network that computes something else may load all the same (see `changed_network`). It is an error
+    if --resume names such a checkpoint to evaluate or to benchmark it. With --pretrained, its weights are loaded into
+    the config's network, with a warning that names the keys. For a run that resumes training, see `resume_training`.
 
     Args:
         run: the run.
@@ -220,7 +220,7 @@ def _check_evaluation(run: Run, path: str, checkpoint: Mapping[str, Any], tree: 
 
 
 def _warn_of_other_network(run: Run, path: str, checkpoint: Mapping[str, Any], tree: ConfigTree) -> None:
-    """Warn of weights of a network that computes something else; a head of other classes is told elsewhere."""
+    """Warn of weights from a network that computes something else; other classes are reported elsewhere."""
     changed = changed_network(run.config, checkpoint, tree, _INPUT_KEYS)
     changed = [key for key in changed if key.name != 'MODEL.NUM_CLASSES']
     if changed:

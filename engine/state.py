@@ -68,7 +68,7 @@ class TrainingState:
         epoch: current epoch, from 0.
         step: updates made in it.
         skipped: updates of the whole run that left the weights as they were.
-        skipped_in_a_row: how many of them the last update ends; not saved.
+        skipped_in_a_row: number of consecutive skipped updates, up to the last update; not saved.
         max_accuracy: best metric so far, in percent.
         stale_evaluations: evaluations since `max_accuracy` last rose.
         scores: last metrics of the `raw` weights and, if there are any, of the `ema` weights, in percent; and the
@@ -130,7 +130,7 @@ class TrainingState:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update; that of the head, where layers have rates of their own."""
+        """Learning rate of the next update; that of the head, if layers have different rates."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     @property
@@ -228,7 +228,7 @@ class TrainingState:
     def load_state_dict(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> list[str]:
         """Resume from a checkpoint, whose weights the network already has.
 
-        The schedule is a function of the config and the update alone, so a longer run, another batch size or another
+        The schedule is a function of only the config and the update, so a longer run, another batch size or another
         number of processes takes effect; its saved state is for other programs. Within an epoch, another batch size
         resumes after the last whole update.
 
@@ -267,7 +267,7 @@ class TrainingState:
             ) from error
 
     def _restore(self, checkpoint: dict[str, Any], rank: int, world_size: int) -> list[str]:
-        """`load_state_dict` of a checkpoint whose entries may be of any type; errors of any kind tell so."""
+        """Restore a checkpoint whose entries may have any type; wrong types raise errors of any kind."""
         notes = []
         self._load_optimizer(checkpoint['optimizer'])
         self.precision.load_state_dict(checkpoint.get('precision', checkpoint))  # published: Apex's, as `amp`
@@ -330,7 +330,7 @@ class TrainingState:
             ) from error
 
     def _check_optimizer_state(self, initial: dict[Tensor, dict[str, Any]]) -> None:
-        """Check what the optimizer itself finds out only in the next update.
+        """Check the optimizer's state, whose errors would otherwise only show in the next update.
 
         Each parameter's state is compared with that after a first update of a parameter of the same shape.
 

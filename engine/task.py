@@ -121,7 +121,7 @@ class Task(ABC):
 
     @abstractmethod
     def check_schedule(self, config: CfgNode, steps_per_epoch: int | None = None) -> None:
-        """Refuse a schedule that a new run does not get through.
+        """Refuse a schedule that would not take full effect within the run.
 
         Args:
             config: the config tree.

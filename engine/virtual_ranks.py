@@ -99,7 +99,7 @@ class VirtualRanks:
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Restore `random_states`; a generator of a device without a saved state keeps its own.
 
-        As with `set_random_states`, states that are none raise an error of some kind.
+        As with `set_random_states`, invalid states raise an error of any type.
         """
         self.random_states = [{**ours, **theirs} for ours, theirs in zip(self.random_states, states, strict=True)]
         for restored in self.random_states:

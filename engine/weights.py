@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in a network: which ones, whether the networks are the same, fitting and loading them."""
+"""Load a checkpoint's weights: choose raw or EMA weights, compare the networks, fit the weights to other shapes."""
 
 import re
 import shlex
@@ -116,7 +116,7 @@ def check_same_network(
 
 
 def options_before(changed: Iterable[ChangedKey]) -> str:
-    """Values of `--opts` with which keys are what they were before."""
+    """Format the former values of changed keys as arguments of `--opts`."""
     return ' '.join(f'{key.name} {shlex.quote(str(key.before))}' for key in changed)
 
 
@@ -156,7 +156,7 @@ def load_weights(
         path: the checkpoint's path, for messages.
         replaceable: regular expression that matches the start of the names of class-dependent weights: the network
             keeps its own where the checkpoint's have another shape.
-        is_replaced: the network keeps its own even where the shapes agree.
+        is_replaced: whether the network keeps its class-dependent weights even if the shapes agree.
         missing: `allow` loads the weights whose names both have, and leaves out the others; `error` refuses them, and
             `report` also names the flag that allows them.
 
@@ -201,13 +201,16 @@ def fit_weights(
     path: str | Path,
     fit: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], list[str]]] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights in a network's shapes, for a network of another window or image size, and what was done, for the log.
+    """Fit a checkpoint's weights to a network of another window or image size.
 
     Args:
         model: the network, not wrapped. Its method `fit_state_dict`, if any, does the work.
-        weights: of a checkpoint.
+        weights: weights of a checkpoint.
         path: the checkpoint's path, for messages.
         fit: does the work instead.
+
+    Returns:
+        The weights in the network's shapes, and a note on each kind of change, for the log.
 
     Raises:
         CheckpointError: they cannot be fitted.

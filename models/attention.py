@@ -118,7 +118,7 @@ class WindowAttention(nn.Module):
         self.use_msg_tokens = use_msg_tokens
         if use_msg_tokens:  # [:, 0]: from a patch to the MSG token; [:, 1]: from the MSG token to any token.
             self.rel_pos_msg = nn.Parameter(torch.empty(num_heads, 2, 1, 1))
-        # Part of published checkpoints. A buffer that is not would be undefined after `to_empty` and `load_state_dict`.
+        # Persistent: published checkpoints contain it, and otherwise it would be undefined after `to_empty`.
         self.register_buffer('relative_position_index', relative_position_index(window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)

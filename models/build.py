@@ -40,7 +40,7 @@ def classifier_options(config: 'CfgNode') -> dict[str, Any]:
 
 
 def maybe_compile(network: nn.Module, config: 'CfgNode', enabled: bool) -> nn.Module:
-    """The network under torch.compile, in `config.COMPILE_MODE`, if enabled: compiled at the first batch of a shape."""
+    """Compile a network if `enabled`, in `config.COMPILE_MODE`; compilation runs at the first batch of each shape."""
     return torch.compile(network, mode=config.COMPILE_MODE, dynamic=False) if enabled else network
 
 

@@ -101,7 +101,7 @@ def register_exchange(name: str) -> Callable[[type[Exchange]], type[Exchange]]:
             `Exchange`.
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{name!r} is no name for an exchange: write @register_exchange('my_exchange')")
+        raise ValueError(f"{name!r} is not a name for an exchange: write @register_exchange('my_exchange')")
 
     def register(exchange: type[Exchange]) -> type[Exchange]:
         if not (isinstance(exchange, type) and issubclass(exchange, Exchange)):

@@ -187,15 +187,15 @@ def register_flop_formulas() -> None:
     """Make PyTorch's `FlopCounterMode` count these layers, as it counts others: two operations per multiply-add."""
     from torch.utils.flop_counter import register_flop_formula  # slow to import
 
-    def of_linear(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    def linear_flops(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
         return 2 * x.numel() * weight[0]
 
-    def of_weight_gradient(grad: torch.Size, x: torch.Size, *args: Any, **kwargs: Any) -> int:
+    def weight_gradient_flops(grad: torch.Size, x: torch.Size, *args: Any, **kwargs: Any) -> int:
         return 2 * x.numel() * grad[1]
 
     with contextlib.suppress(RuntimeError):  # registered already
-        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(of_linear)
-        register_flop_formula(torch.ops.aten.mkldnn_linear_backward_weights)(of_weight_gradient)
+        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(linear_flops)
+        register_flop_formula(torch.ops.aten.mkldnn_linear_backward_weights)(weight_gradient_flops)
 
 
 if LIBRARY == 'onednn':

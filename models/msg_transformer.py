@@ -65,8 +65,8 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         use_checkpoint: recompute blocks in the backward pass, which trades time for memory.
         recompute_mlp: recompute only GELU in the backward pass: saves less memory than `use_checkpoint`, and is faster.
         global_pool: 'avg' averages the tokens before the head, '' does not pool.
-        use_msg_tokens: False builds windows without MSG tokens, and the head reads patches.
-        head_tokens: tokens that the head reads: 'msg' or 'patches'.
+        use_msg_tokens: False builds windows without MSG tokens; the classifier input is then the patch tokens.
+        head_tokens: classifier input: 'msg' for the MSG tokens, or 'patches' for the patch tokens.
 
     Raises:
         ValueError: channels do not divide, the lists differ in length, the image is smaller than a patch, or an
@@ -305,7 +305,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         """
         size = self.img_size if img_size is None else Size(*img_size)
         if size is None:
-            raise ValueError('the network was built for no size in particular: give img_size')
+            raise ValueError('the network was built without an image size: give img_size')
         grids = patch_grids(size, self.patch_embed.patch_size, len(self.layers))
         stages = sum(stage.flops(grid) for stage, grid in zip(self.layers, grids, strict=True))
         last_patches = grids[0].height * grids[0].width // 4 ** (len(self.layers) - 1)

@@ -147,7 +147,8 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 def _fit(weights: dict[str, torch.Tensor], model: MSGTransformer) -> dict[str, torch.Tensor]:
     """Fit the weights of a file to a network's shapes.
 
-    timm keeps a file's head where `pretrained_cfg` has as many classes as the network, so it gets the file's number.
+    timm loads the head only if `pretrained_cfg` and the network have the same number of classes. So the number of
+    classes in the file is written to `pretrained_cfg`.
     """
     if 'head.weight' in weights:
         model.pretrained_cfg['num_classes'] = len(weights['head.weight'])

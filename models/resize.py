@@ -47,7 +47,7 @@ def square_side(cells: int) -> int:
     """
     side = math.isqrt(cells)
     if side**2 != cells:
-        raise ValueError(f'{cells} cells are no square grid')
+        raise ValueError(f'{cells} cells do not form a square grid')
     return side
 
 

@@ -61,10 +61,10 @@ def crop(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def with_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A token grid (B, H, W, C) of this size.
+    """Return a token grid (B, H, W, C), declared to have the size `grid`.
 
-    Where sizes are symbolic, the tokens have got it on another way, such as the MSG tokens by merging; PyTorch cannot
-    prove that both are the same, and would add a guard.
+    A symbolic size may have been computed in two ways, such as the grid of MSG tokens by merging and from the patch
+    grid. PyTorch cannot prove that both are equal, and would add a guard.
     """
     return crop(x, grid) if is_symbolic(*grid) else x
 

@@ -57,8 +57,8 @@ def build_timm_network(config: 'CfgNode') -> nn.Module:
 def create_timm_network(key: str, value: str, config: 'CfgNode', options: dict[str, Any]) -> nn.Module:
     """Create a network of timm with the config's drop rates, `MODEL.TIMM_ARGS` and `TRAIN.USE_CHECKPOINT`.
 
-    Its weights are random. Nothing is downloaded and no file is read, whatever the config says: it may be that of a
-    checkpoint from elsewhere.
+    Its weights are random. Nothing is downloaded and no file is read, whatever the config says: the config may come
+    from an untrusted checkpoint.
 
     Args:
         key: the config key that names the network, for messages.
@@ -107,7 +107,7 @@ def check_timm_name(key: str, value: str) -> str:
 
 
 def _is_registered(name: str) -> bool:
-    """Whether timm itself has a network of a name, perhaps with a tag; a source such as `hf-hub:` is no part of it."""
+    """Whether timm has a network of this name, with or without a tag; names with a source (`hf-hub:`) are refused."""
     return bool(timm.is_model(name) and re.fullmatch(r'[\w.]+', name))
 
 
@@ -200,15 +200,15 @@ def parse_timm_args(
             raise ValueError(f'{key} has {name}: {reserved[name]}')
         try:
             arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two, of brackets without an end
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: thousands of open brackets
             arguments[name] = value
     return arguments
 
 
 def shaping_args(text: str) -> str:
-    """The pairs of `MODEL.TIMM_ARGS` that shape a network, of the config in a checkpoint; `RESERVED` ones are dropped.
+    """Keep the pairs of a checkpoint's `MODEL.TIMM_ARGS` that shape the network, and drop `RESERVED` ones.
 
-    Checkpoints of older versions may have `pretrained=True`, which has done its work, and a checkpoint from elsewhere
-    may have anything.
+    Checkpoints of older versions may have `pretrained=True`, which has no use here, and an untrusted checkpoint may
+    have anything.
     """
     return ' '.join(pair for pair in text.split() if pair.partition('=')[0] not in RESERVED)

@@ -162,9 +162,9 @@ def test_keys_are_added_with_their_checks():
 def test_names_of_parts_are_checked():
     registry = Registry('part', one=dict)
     for name in ('', 'a b', 'a,b', '[a]', 3, dict):  # the last: a decorator without parentheses
-        with pytest.raises(ValueError, match="is no name for a part: write @register_part\\('my_part'\\)"):
+        with pytest.raises(ValueError, match="is not a name for a part: write @register_part\\('my_part'\\)"):
             registry.register(name)
-        with pytest.raises(ValueError, match='is no name for an exchange: write @register_exchange'):
+        with pytest.raises(ValueError, match='is not a name for an exchange: write @register_exchange'):
             register_exchange(name)
     with pytest.raises(ValueError, match="the part 'one' is already builtins.dict"):
         registry.register('one')(list)

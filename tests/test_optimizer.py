@@ -174,5 +174,5 @@ def test_unknown_name_is_refused(tiny_config):
     config = tiny_config().clone()
     config.defrost()
     config.TRAIN.OPTIMIZER.NAME = 'adamx'
-    with pytest.raises(ValueError, match='timm has none of that name: did you mean adam'):
+    with pytest.raises(ValueError, match='timm has no optimizer of that name: did you mean adam'):
         build_optimizer(config, torch.nn.Linear(2, 2))

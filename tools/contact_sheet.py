@@ -12,7 +12,7 @@ MAX_IMAGES = 96
 
 
 class ContactSheet:
-    """Collects predictions on their way, and draws their images: at most `MAX_IMAGES`, a random but fixed choice.
+    """Draws the images of predictions: at most `MAX_IMAGES`, chosen at random but always the same.
 
     Args:
         count: number of predictions.
@@ -27,7 +27,7 @@ class ContactSheet:
         self.predictions: list[Prediction] = []
 
     def collect(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-        """The predictions as they are."""
+        """Yield the predictions unchanged, and keep those whose images are drawn."""
         for number, prediction in enumerate(predictions):
             if number in self.chosen and not prediction.error:
                 self.predictions.append(prediction)

@@ -1,4 +1,4 @@
-"""Differences to the bit between what a run has recorded and what its replay computes: checkpoints and metrics."""
+"""Compare checkpoints and metrics bit for bit: what a run has recorded with what its replay computes."""
 
 import contextlib
 import math
@@ -93,7 +93,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def place_of(record: Mapping[str, Any]) -> Place:
-    """Where in a run a record was written."""
+    """Epoch, and update within it, at which a record was written."""
     return record['epoch'], record.get('step', math.inf)
 
 

@@ -95,7 +95,7 @@ def build_extractor(network: nn.Module, stage: int | None = None, tokens: str | 
         raise UserError(f'--stage is {stage}: the network has {count} stages: write at most {count}')
     if tokens == 'msg':
         if not getattr(network, 'head_reads_msg', False):
-            raise UserError('--tokens is msg, but the head of this network reads no MSG tokens: write --tokens patches')
+            raise UserError('--tokens is msg, but MSG tokens are not the classifier input: write --tokens patches')
 
         def msg_tokens(images: Tensor) -> Tensor:
             features, _ = network.forward_intermediates(images, indices=[stage - 1], stop_early=True)

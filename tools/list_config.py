@@ -35,7 +35,7 @@ number. A key that a file gives twice is an error. In keys that are paths, `~` i
 A run writes all of its keys to `config.yaml`, and logs those that differ from the defaults. Settings that would not
 take effect before the run ends, such as a warm-up that is longer than the run, are errors.
 
-Modules that `--import` names can add keys, and names to keys such as `TRAIN.LOSS`: see [extending](extending.md).
+Modules of `--import` can add keys, and new values of keys such as `TRAIN.LOSS`: see [extending](extending.md).
 
 - [Classification](#classification): `main.py`, [config.py](../config.py)
 - [Detection](#detection): `detection/main.py`, [detection/config.py](../detection/config.py)

@@ -1,4 +1,4 @@
-"""Files that tools write: checked before the work, then replaced in one step after it, or written as results come."""
+"""Output files of tools: checked before the work, and written atomically after it, or as results come."""
 
 import io
 import re
@@ -32,7 +32,7 @@ def refuse_overwriting(outputs: Iterable[Path], checkpoint: str | None, images: 
     """Check that outputs differ from each other and from what is read.
 
     Raises:
-        OutputError: one does not.
+        OutputError: two files are the same.
     """
     outputs = list(outputs)
     if len({path.resolve() for path in outputs}) < len(outputs):

@@ -4,7 +4,7 @@
 
 SOURCE may have any format of docs/data.md: class folders, a CSV or Parquet file of labels, WebDataset tars, Swin's zip
 layout, a saved Hugging Face DatasetDict.
-An interrupted run goes on where it stopped; the same command on complete shards verifies their checksums.
+Run the same command again to resume an interrupted run; on complete shards, it verifies their checksums.
 """
 
 if __name__ == '__main__':

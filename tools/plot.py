@@ -47,7 +47,7 @@ class PlotError(UserError):
 
 
 class RunMetrics(NamedTuple):
-    """A run's records in order; the last one of what was trained again.
+    """A run's records in order; of updates and epochs that were trained again, only the last record.
 
     Attributes:
         name: of the run, among those of the figure.
@@ -60,7 +60,7 @@ class RunMetrics(NamedTuple):
     updates: list[dict[str, Any]]
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Epochs done and a metric then, where it is known."""
+        """Numbers of finished epochs and the values of a metric after them, where it is known."""
         points = [(record['epoch'] + 1, _number(record[key])) for record in self.epochs if key in record]
         return [x for x, _ in points], [y for _, y in points]
 
@@ -70,7 +70,7 @@ class RunMetrics(NamedTuple):
         return [key for key in (self.updates[0] if self.updates else ()) if key.startswith('loss_')]
 
     def training_loss(self, name: str = 'loss') -> tuple[np.ndarray, np.ndarray]:
-        """Epochs done, with fractions, and a loss of an update then, where it was finite."""
+        """Finished epochs, as fractions, and the loss of the update there, where it was finite."""
         updates, losses = (np.array([_number(record.get(key)) for record in self.updates]) for key in ('updates', name))
         ends = [0, *(record.get('updates', 0) for record in self.epochs)]
         epochs = [0, *(record['epoch'] + 1 for record in self.epochs)]
@@ -201,7 +201,7 @@ def plot(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
 
 
 def plot_losses(runs: Sequence[RunMetrics], smooth: float = 1.0) -> Figure:
-    """Draw each loss of detectors on axes of its own, and dotted the same loss of evaluation images, with TEST.LOSS.
+    """Draw each loss of detectors on separate axes; dotted lines are the same loss of evaluation images (TEST.LOSS).
 
     Args:
         runs: at least one.
@@ -241,7 +241,7 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def _name_runs(figure: Figure, labels: Sequence[str]) -> None:
-    """Say below a figure which colour is whose."""
+    """Draw a legend of the runs' colours below a figure."""
     handles = [Line2D([], [], color=color) for color in _colors(len(labels))]
     columns = _legend_columns(labels, figure.get_figwidth())
     legend = figure.legend(handles, [''] * len(labels), loc='outside lower center', ncols=columns)
@@ -258,7 +258,7 @@ def _colors(count: int) -> list:
 
 
 def _style_legend(axes: Axes, styles: dict[str, str]) -> None:
-    """Say what each style of line means."""
+    """Draw a legend of the line styles."""
     axes.legend([Line2D([], [], color=MUTED, linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 

@@ -56,7 +56,7 @@ def image_loader(
         predictor: their network.
         paths: the files.
         batch_size: images at a time.
-        workers: loader processes.
+        workers: DataLoader workers.
     """
     config = predictor.config
     return InferenceLoader(config, paths, EvalTransform(config), batch_size, workers)
@@ -97,7 +97,7 @@ def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Ite
 
 
 def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -> Iterator[Prediction]:
-    """The predictions, each printed on its way unless its image cannot be read."""
+    """Yield the predictions, and print each of them unless its image cannot be read."""
     for prediction in predictions:
         if not prediction.error:
             print_above_bar(text_line(prediction, class_names))
@@ -105,9 +105,9 @@ def print_lines(predictions: Iterable[Prediction], class_names: Sequence[str]) -
 
 
 def count_right(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-    """The predictions as they are; at the end, say on stderr how many have the class that the image's folder names.
+    """Yield the predictions; at the end, report on stderr how many are the class that names the image's folder.
 
-    Where the network flags images of unknown classes, say how many it has flagged, too.
+    If the network flags images of unknown classes, also report how many it has flagged.
     """
     right = labelled = flagged = judged = 0
     for prediction in predictions:
@@ -141,7 +141,7 @@ def parse_option() -> argparse.Namespace:
     if args.backend:
         name, file = args.backend
         if name not in BACKENDS:
-            parser.error(f'argument --backend: {name!r} is not one: write {" or ".join(BACKENDS)}, then the file')
+            parser.error(f'argument --backend: {name!r} is not a backend: write {" or ".join(BACKENDS)}, then the file')
         if args.cfg or args.pretrained_weights != 'auto':
             flag = '--cfg' if args.cfg else '--pretrained-weights'
             parser.error(f'{flag} is for checkpoints, and an exported file has its own: leave it out')
@@ -167,7 +167,7 @@ def load_network(args: argparse.Namespace) -> tuple[Predictor, list[Path]]:
 
 
 def prepare_outputs(args: argparse.Namespace) -> list[Path]:
-    """The files to write, after finding out before the work whether they can be.
+    """Check, before the work, that the output files can be written; returns the files.
 
     Raises:
         OutputError: one cannot.

@@ -54,7 +54,7 @@ _METRIC_KEYS = ('TEST.LOSS',)
 # Keys that may end a run early
 _ENDS = ('TRAIN.EPOCHS', 'TRAIN.PATIENCE')
 
-# Config of a replay. Name and tag of the run may come from anyone, and would become parts of a path
+# Config of a replay. The run's name and tag are untrusted, and would become parts of a path
 _REPLAY_OPTIONS = {
     'MODEL.NAME': 'replay',
     'TAG': 'replay',
@@ -112,7 +112,7 @@ def read_arguments() -> argparse.Namespace:
         '--data-path',
         type=home_path,
         metavar='DIR',
-        help="folder of the data, where it is not that of the run's config",
+        help="folder of the data, if it is not the one in the run's config",
     )
     add_options(parser, "config keys and values that override the run's, such as DATA.NUM_WORKERS 2")
     return parser.parse_args()
@@ -275,7 +275,7 @@ def recompute(stretch: Stretch, checkpoint: Mapping[str, Any], config: CfgNode) 
             if ends_earlier:
                 reason = f'{key}, so training ends earlier: leave {key.name} out of --opts'
         raise ReplayError(
-            f'training has not come by epoch {end[0]}, update {end[1]}, where {stretch.end} was saved: {reason}'
+            f'training has not reached epoch {end[0]}, update {end[1]}, where {stretch.end} was saved: {reason}'
         )
     return path
 

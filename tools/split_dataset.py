@@ -178,7 +178,7 @@ def main() -> None:
         type=non_negative_int,
         default=0,
         metavar='N',
-        help='loader processes; 0 reads in the main process (0)',
+        help='DataLoader workers; 0 reads in the main process (0)',
     )
     args = parser.parse_args()
     with exit_on_user_error():

@@ -153,7 +153,7 @@ def parse_option() -> argparse.Namespace:
     add('--keep', type=_percentage, default=90.0, metavar='P', help='percentage of known images not to flag (90)')
     add('--score', choices=tuple(SCORES), default='', help='the score (default: the one with the highest AUROC)')
     add('--output', type=home_path, metavar='FILE', help='copy of the weights to write, .safetensors')
-    add('--workers', type=non_negative_int, default=workers, metavar='N', help=f'loader processes ({workers})')
+    add('--workers', type=non_negative_int, default=workers, metavar='N', help=f'DataLoader workers ({workers})')
     return parser.parse_args()
 
 
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> tuple[int, int]:
             raise UserError('--output keeps the config of the weights: leave out --cfg and --opts')
     predictor = load_predictor(args, TASK)
     if predictor.config.DATA.MULTI_LABEL or len(predictor.class_names) < 2:
-        raise CheckpointError(f'{args.resume} does not choose between classes, so an image cannot be of none of them')
+        raise CheckpointError(f'{args.resume} is not a classifier of two or more classes, one per image: give another')
     known, unknown = find_images(args.known), find_images(args.unknown)
     others = without_known_classes(unknown, predictor.class_names)
     if len(others) < len(unknown):

@@ -1,6 +1,6 @@
 """A cache of checked annotation files: one of COCO's size takes long to check, and seconds to load again.
 
-The cache lies beside its annotation file and holds the SHA-256 hash of it, so it is never used for another content,
+The cache is next to its annotation file and holds the SHA-256 hash of it, so it is never used for another content,
 whatever the times of the files say. It is written atomically, so several processes may write it. It has arrays only and
 is read without unpickling; a checksum of each array, which `numpy.load` verifies, shows damage.
 """
@@ -21,7 +21,7 @@ from utils import atomic_write, first_line
 # Smaller files are read within a few seconds.
 MIN_CACHED_BYTES = 10_000_000
 
-# Changes with what is checked and stored: caches of other versions are written anew.
+# Changes with what is checked and stored: caches of other versions are replaced.
 _VERSION = 1
 
 # What zipfile and NumPy raise on a damaged file

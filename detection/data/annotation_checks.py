@@ -16,16 +16,16 @@ from data import DataError
 SLACK_PIXELS = 2
 SLACK_FRACTION = 0.1
 
-# What pycocotools needs memory for: pixels of the outline of one mask's polygons, 100 bytes each.
+# Maximum outline of one mask's polygons, in pixels, for each of which pycocotools needs 100 bytes of memory.
 MAX_OUTLINE = 5_000_000
 
-# Numbers beyond this are no pixels of an image, and some beyond it cannot be computed with.
+# Larger numbers cannot be pixel coordinates of an image, and may overflow.
 _MAX_NUMBER = 1e12
 _is_small = _MAX_NUMBER.__gt__
 _NUMBERS = {int, float}  # and not bool
 
 MIN_IOU = 0.5  # of a box and its mask's extent
-MAX_LOOSE = 0.01  # fraction of a file's boxes that may be worse
+MAX_LOOSE = 0.01  # maximum fraction of a file's boxes below MIN_IOU
 
 
 def check_box(annotation: dict[str, Any], label: str) -> None:

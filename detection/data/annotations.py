@@ -86,7 +86,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _release(content: mmap.mmap) -> None:
-    """Stop counting what has been read of a mapped file as memory of this process."""
+    """Let the system drop the pages of a mapped file that have been read from this process's memory."""
     if hasattr(mmap, 'MADV_DONTNEED'):
         content.madvise(mmap.MADV_DONTNEED)
 
@@ -219,9 +219,9 @@ class AnnotationReader:
         if self.without_mask and self.with_masks:
             if self.without_mask == self.count:
                 raise DataError(
-                    f'{self.path}: no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone'
+                    f'{self.path}: no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes only'
                 )
-            notes.append(f'{self.without_mask} of {self.count} annotations have no mask, and count for boxes alone')
+            notes.append(f'{self.without_mask} of {self.count} annotations have no mask, and count for boxes only')
         if self.without_area:
             notes.append(
                 f'{self.without_area} of them have polygons of fewer than three corners, such as '

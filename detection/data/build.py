@@ -81,13 +81,13 @@ def build_eval_loader(config: CfgNode, rank: int = 0, world_size: int = 1) -> Da
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """A list of images, which differ in size, and one of their targets."""
+    """Collate samples into a list of images, which differ in size, and a list of targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def split_files(config: CfgNode, split: str) -> SplitFiles:
-    """Where a split is.
+    """Paths of a split: its annotation file and its folder of images.
 
     Args:
         config: the config tree; `DATA` is read.
@@ -105,7 +105,7 @@ def split_files(config: CfgNode, split: str) -> SplitFiles:
 
 
 def with_classes_of_data(config: CfgNode, split: str | None = None) -> CfgNode:
-    """The config with the number of classes of its annotation file, where `MODEL.NUM_CLASSES` is None.
+    """Set `MODEL.NUM_CLASSES`, if it is None, to the number of classes in the annotation file; returns the config.
 
     Args:
         config: the config tree.

@@ -25,18 +25,18 @@ SAMPLED_HEADERS = 100
 
 
 class SplitFiles(NamedTuple):
-    """Where a split is: its annotation file and the folder of its images."""
+    """Paths of a split: its annotation file and its folder of images."""
 
     annotations: Path
     images: Path
 
 
 class Selection(NamedTuple):
-    """What of a split is taken.
+    """Which categories and images of a split are used.
 
     Attributes:
-        classes: names of categories; none takes all.
-        limit: number of images, a random but fixed choice; 0 takes all.
+        classes: names of the categories; empty for all.
+        limit: number of images, chosen at random but always the same; 0 for all.
         empty_images: train on images without objects too.
     """
 
@@ -53,8 +53,7 @@ class CocoDataset(Shareable, Dataset):
 
     A sample is an image (3, H, W) in [0, 1] and a target with `boxes` (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,)
     from 1, in the order of the categories, and `image_id`; with masks also `masks` (n, H, W) of 0 and 1 and `has_mask`
-    (n,). Crowd regions, and boxes whose
-    width or height within the image is less than a pixel, are left out.
+    (n,). Crowd regions, and boxes whose width or height within the image is less than a pixel, are left out.
 
     Args:
         root: folder of the data.
@@ -62,8 +61,8 @@ class CocoDataset(Shareable, Dataset):
         transform: takes and returns an image and its target; None for none.
         is_train: leave out images without objects, which training cannot use.
         with_masks: read masks too.
-        files: the split, where it is somewhere else.
-        selection: what of it is taken.
+        files: paths of the split, if they are not the default ones.
+        selection: which categories and images are used.
         copy_paste: probability that objects of another image of the dataset are pasted on a sample, after the transform
             of both; needs masks.
         upright: turn images as their EXIF orientation says, so that annotations are of the upright images; otherwise,
@@ -110,13 +109,13 @@ class CocoDataset(Shareable, Dataset):
     def _select(
         self, images: ImageTable, annotations: AnnotationTable, selection: Selection, notes: Sequence[str]
     ) -> None:
-        """Take what is asked for of a file.
+        """Select images and annotations of a file.
 
         Args:
-            images: of the file.
-            annotations: of the file.
-            selection: what is taken; categories have been chosen.
-            notes: on the file.
+            images: images of the file.
+            annotations: annotations of the file.
+            selection: which images are used; categories have been chosen already.
+            notes: notes on the file.
         """
         if selection.classes:
             is_chosen = np.isin(annotations.columns['category_id'], list(self._labels))
@@ -151,7 +150,7 @@ class CocoDataset(Shareable, Dataset):
             self.notes.append(f'{len(chosen)} of {len(usable)} images, a random but fixed choice')
 
     def _notes_on_absence(self) -> list[str]:
-        """Notes on images and categories without objects: they are easily a mistake, and no error."""
+        """Notes on images and categories without objects, which are allowed, but are often a mistake."""
         if not self._is_train:
             return [] if self.num_objects or not self.is_labelled else ['no objects: AP and AR are undefined']
         empty = int((np.diff(self._row_ends, prepend=0) == 0).sum())

@@ -26,7 +26,7 @@ def repeat_factors(dataset: CocoDataset, threshold: float) -> Tensor:
 
 
 def describe_repeats(factors: Tensor, samples: int) -> str:
-    """What repeat factors do to an epoch of this many samples, for the log."""
+    """Describe the effect of repeat factors on an epoch of this many samples, for the log."""
     repeated = int((factors > 1).sum())
     return (
         f'an epoch has {samples} samples of {len(factors)} images: {repeated} images are repeated, '

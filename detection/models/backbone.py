@@ -20,7 +20,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class Backbone(Protocol):
-    """What a detector needs of its backbone, a module.
+    """Interface of a detector's backbone, which is a module.
 
     Attributes:
         out_channels: channels of each feature map, finest first.
@@ -40,13 +40,13 @@ class Backbone(Protocol):
         """Parts of names of parameters without weight decay."""
 
     def fit_state_dict(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Weights of the same backbone with other windows in this one's shapes, and what was done, in words."""
+        """Fit weights of the same backbone with other window sizes; returns them and notes on what was done."""
 
     def fit_classifier(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """A classifier's weights under the names of this backbone, with its own new norms; and what was done."""
+        """Convert a classifier's weights to this backbone's names, with its own norms; returns them and notes."""
 
     def freeze_stages(self, count: int) -> None:
-        """Stop training the embedding and the first stages; -1 for nothing."""
+        """Freeze the embedding and the first `count` stages; -1 freezes nothing."""
 
 
 class MSGBackbone(MSGTransformer):
@@ -134,7 +134,7 @@ class TimmBackbone(nn.Module):
         own, notes = self.model.state_dict(), []
         if not own.keys() <= weights.keys():
             convert = getattr(sys.modules[type(self.model).__module__], 'checkpoint_filter_fn', None)
-            with contextlib.suppress(LookupError, AttributeError):  # unknown names, of which loading will tell
+            with contextlib.suppress(LookupError, AttributeError):  # unknown names, which loading will report
                 weights = convert(weights, self.model) if convert else weights
         head = re.compile(head_pattern(self.model))
         theirs = {name: x for name, x in weights.items() if not head.match(name)}
@@ -145,7 +145,7 @@ class TimmBackbone(nn.Module):
         return fitted | _out_norms(self), notes
 
     def freeze_stages(self, count: int) -> None:
-        """Stop training what comes before and in the first stages; optimizers and DDP are to be built afterwards.
+        """Freeze the stem and the first stages. Build optimizers and DDP afterwards.
 
         Args:
             count: 0 for the stem; n for the first n stages too; -1 for nothing.
@@ -170,7 +170,7 @@ class TimmBackbone(nn.Module):
         _keep_in_eval_mode(self, [module for module, parameters in parents if parameters and parameters <= frozen])
 
     def train(self, mode: bool = True) -> 'TimmBackbone':
-        """Switch to training mode, but for what is frozen, or to evaluation mode."""
+        """Switch to training mode, except for frozen modules, or to evaluation mode."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
@@ -192,7 +192,7 @@ def build_backbone(config: CfgNode) -> Backbone:
 
 
 def check_backbone(config: CfgNode) -> None:
-    """Refuse a backbone that cannot be built, or take images of any size, without its weights.
+    """Check, without allocating weights, that a backbone can be built and takes images of any size.
 
     Raises:
         ValueError: see `build_backbone`.
@@ -232,7 +232,7 @@ def _check_frozen_stages(backbone: Backbone, config: CfgNode) -> None:
 
 
 def freeze_batch_norms(backbone: Backbone) -> int:
-    """Keep the batch norms of a backbone as they are, and say how many there are."""
+    """Freeze the batch norms of a backbone, and return their number."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.requires_grad_(False)
@@ -263,5 +263,5 @@ def _features(config: CfgNode, options: dict[str, Any]) -> nn.Module:
 
 
 def _out_norms(backbone: Backbone) -> dict[str, Tensor]:
-    """The norms that a classifier does not have, as they are."""
+    """The backbone's weights of the norms that a classifier does not have."""
     return {name: x for name, x in backbone.state_dict().items() if name.startswith('out_norms.')}

@@ -39,9 +39,9 @@ class FeaturePyramid(nn.Module):
 class Detector(GeneralizedRCNN):
     """torchvision's `GeneralizedRCNN`, with what the optimizer and checkpoints need to know.
 
-    In training it takes images at their size and returns weighted losses by name; in evaluation it resizes them, and
-    returns `boxes`, `labels`, `scores` and, unless it finds boxes alone, `masks` of each image, in its own pixels. They
-    are boolean, (n, 1, H, W). `detect` keeps them within their boxes, which takes a fraction of the memory.
+    In training it takes images at their size and returns weighted losses by name. In evaluation it resizes images, and
+    returns `boxes`, `labels`, `scores` and, with mask heads, `masks` of each image, in the image's own pixels. Masks
+    are boolean, (n, 1, H, W); `detect` keeps them within their boxes, which takes a fraction of the memory.
 
     It takes the arguments of `GeneralizedRCNN`: `backbone`, `rpn`, `roi_heads` and `transform`.
     """
@@ -71,7 +71,7 @@ class Detector(GeneralizedRCNN):
             return super().forward(images)
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The losses of training by name, of a network in evaluation mode, which it keeps.
+        """Compute the training losses by name, for a network that is and stays in evaluation mode.
 
         Norms use their running statistics, which do not change, and no path is dropped. Anchors and RoIs are sampled
         with random numbers, as in training.
@@ -121,7 +121,7 @@ def build_detector(config: CfgNode) -> Detector:
 
     Raises:
         ValueError: an unknown type; see also `MSGTransformer`.
-        ConfigError: the number of classes is that of data, which are not there.
+        ConfigError: `MODEL.NUM_CLASSES` is None, and no annotation file has been read.
     """
     if config.MODEL.TYPE != 'cascade_rcnn':
         raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write cascade_rcnn')

@@ -59,7 +59,7 @@ class MaskHead(nn.Sequential):
     def forward(self, pooled: Tensor, labels: Tensor | None = None) -> Tensor:
         """Features (n, C, size, size) to logits (n, K, 2 size, 2 size), in fp32.
 
-        With labels, 1 to K, (n,): those of the RoI's label alone, (n, 1, 2 size, 2 size), which is less work.
+        With labels, 1 to K, (n,): only those of the RoI's label, (n, 1, 2 size, 2 size), which is less work.
         """
         if labels is None:
             return super().forward(pooled).float()

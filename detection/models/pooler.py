@@ -1,4 +1,4 @@
-"""Features of RoIs, from the level of the pyramid that suits their size."""
+"""RoIAlign: pool the features of RoIs from the pyramid level that suits their size."""
 
 from collections.abc import Sequence
 from math import log2

@@ -25,8 +25,14 @@ def main() -> None:
     add = parser.add_argument
     add_data_options(parser)
     add('--split', choices=('train', 'val'), default='train', help='split to draw (train)')
-    add('--augmented', action='store_true', help='draw what training makes of the images')
-    add('--count', type=positive_int, default=24, metavar='N', help='number of images, a random but fixed choice (24)')
+    add('--augmented', action='store_true', help='draw the images as training augments them')
+    add(
+        '--count',
+        type=positive_int,
+        default=24,
+        metavar='N',
+        help='number of images, chosen at random but always the same (24)',
+    )
     add('--seed', type=non_negative_int, default=0, metavar='N', help='seed of the augmentation (0)')
     add('--output', type=home_path, required=True, metavar='FILE', help='picture to write, .png or .jpg')
     args = parser.parse_args()

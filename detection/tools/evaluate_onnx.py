@@ -1,4 +1,4 @@
-"""Evaluate a detector in an ONNX file on a dataset, perhaps next to the checkpoint that it was made from.
+"""Evaluate a detector in an ONNX file on a dataset and, on request, the checkpoint that it was exported from.
 
     python -m detection.tools.evaluate_onnx detector.onnx --data-path <coco>
     python -m detection.tools.evaluate_onnx detector.onnx --data-path <coco> --resume ckpt.pth
@@ -89,7 +89,7 @@ def check_classes(config: CfgNode, classes: Sequence[str], file: Path) -> None:
             f'dataset with the classes of the file'
         )
     for change in compare_classes(names, {'classes': classes}):
-        text = f'{annotations} has {change} than {file}: metrics mean nothing unless they stand for the same things'
+        text = f'{annotations} has {change} than {file}: metrics mean nothing unless classes stand for the same things'
         print(printable(f'warning: {text}'), file=sys.stderr)
 
 

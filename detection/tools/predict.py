@@ -65,8 +65,8 @@ examples:
   python -m detection.tools.predict --resume ckpt_best.pth --json found.json 'photos/**/*.jpg' --opts TEST.FLIP True
   python -m detection.tools.predict --backend onnxruntime detector.onnx --output drawn photos
 
-exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but for images or videos that cannot be read, 130
-interrupted: --csv, --json and the drawn video hold what was found until then
+exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but some images or videos could not be read, 130
+interrupted: --csv, --json and the drawn video have the results so far
 """
 
 
@@ -92,10 +92,10 @@ def output_paths(paths: list[Path], videos: list[Path], output: Path) -> dict[Pa
 
 
 class Results:
-    """What becomes of detections: lines on standard output, drawings, CSV and JSON.
+    """Writes detections: lines on standard output, CSV and JSON.
 
-    A context manager: rows of CSV are written as they come, and the JSON file when the context ends, for whatever
-    reason, with what there is by then.
+    A context manager: rows of CSV are written as they come, and the JSON file when the context ends, also after an
+    error, with the detections so far.
 
     Args:
         class_names: of the network.
@@ -239,7 +239,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     if args.backend and args.backend[0] != BACKEND:
-        parser.error(f'argument --backend: {args.backend[0]!r} is not one: write {BACKEND}, then the file')
+        parser.error(f'argument --backend: {args.backend[0]!r} is not a backend: write {BACKEND}, then the file')
     if args.backend and (args.cfg or args.pretrained_weights != 'auto'):
         flag = '--cfg' if args.cfg else '--pretrained-weights'
         parser.error(f'{flag} is for checkpoints, and an exported file has its own: leave it out')
@@ -250,7 +250,7 @@ def main() -> None:
             import_av()  # before the work
         detector = ImageDetector(load_network(args), args.batch_size)
         if args.overlap is not None and not detector.config.TEST.TILES:
-            raise ConfigError('--overlap is that of tiles: add --tiles SIZE, such as --tiles 512')
+            raise ConfigError('--overlap is the overlap of tiles: add --tiles SIZE, such as --tiles 512')
         unreadable, count = run(args, detector)
         if args.output:
             print(printable(args.output))

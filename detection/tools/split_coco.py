@@ -1,4 +1,4 @@
-"""Split an annotation file in COCO's format into one to train on and one to validate on; images stay where they are.
+"""Split an annotation file in COCO's format into a training and a validation file; images stay where they are.
 
     python -m detection.tools.split_coco annotations/instances.json --val 0.1 --output annotations/split
 

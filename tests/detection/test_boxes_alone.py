@@ -91,7 +91,7 @@ def test_objects_without_mask_train_boxes_alone(tmp_path, coco):
     count = remove_masks(coco, 'train', every=2)
     dataset = CocoDataset(coco, 'train', is_train=True)
     missing = -(-count // 2)
-    assert f'{missing} of {count} annotations have no mask, and count for boxes alone' in dataset.notes
+    assert f'{missing} of {count} annotations have no mask, and count for boxes only' in dataset.notes
     targets = [dataset[i][1] for i in range(len(dataset))]
     assert sum(int((~target['has_mask']).sum()) for target in targets) == missing
     for target in targets:

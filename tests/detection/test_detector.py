@@ -379,7 +379,7 @@ def test_a_detector_and_the_program_use_tiles(checkpoint, coco, monkeypatch, cap
     predict('--tiles', 32, '--overlap', 0.5)
     scores = [line.split('\t')[2] for line in capsys.readouterr().out.splitlines()]
     assert scores == [f'{score:.3f}' for score in tiled.scores.tolist()]
-    with pytest.raises(SystemExit, match='error: --overlap is that of tiles: add --tiles SIZE'):
+    with pytest.raises(SystemExit, match='error: --overlap is the overlap of tiles: add --tiles SIZE'):
         predict('--overlap', 0.5)
 
     for arguments, message in (

@@ -41,7 +41,7 @@ def test_resumes_bit_for_bit_from_every_update(tiny_config, steady, options):
     assert {path.name for path in folder_of(whole).glob('ckpt_epoch_*')} == {*inside, *ends}
     starts = [*inside[::2], *ends[:2]] if not options else [inside[0], inside[-1], ends[0]]
     for number, name in enumerate(starts):
-        workers = '2' if number == 2 else '0'  # the number of loader processes does not matter either
+        workers = '2' if number == 2 else '0'  # the number of DataLoader workers does not matter either
         start = str(folder_of(whole) / name)
         config = tiny_config(TAG=name, MODEL__RESUME=start, DATA__NUM_WORKERS=workers, **steady, **options)
         program.main(config)

@@ -51,7 +51,7 @@ def test_copy_of_the_first_signal_is_ignored_and_a_second_exits_at_once(monkeypa
         wait_for(lambda: 'stopping' in capfd.readouterr().err)
         now[0] += 0.1  # srun and torchrun both forward it
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGCHLD)  # a loader process has ended
+        os.kill(os.getpid(), signal.SIGCHLD)  # a DataLoader worker has ended
         time.sleep(0.1)
         assert exits == []
         now[0] += 1

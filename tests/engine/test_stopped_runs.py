@@ -22,7 +22,7 @@ def test_signals_finish_the_update_save_and_exit(folder, uninterrupted):
         # That workers outlive all three signals, test_workers shows.
         run = SpawnedRun(folder, 'signals', options=f'DATA.NUM_WORKERS {2 if number == signal.SIGINT else 0}')
         assert run.wait_for(lambda run=run, epoch=3 * stops: f'Train: [{epoch}/12]' in run.log())
-        os.killpg(run.process.pid, number)  # like launchers: the loader processes get it too
+        os.killpg(run.process.pid, number)  # like launchers: the DataLoader workers get it too
         assert run.wait(30) == EXIT_STOPPED, run.output.read_text()
         assert f'{number.name}: stopping after this update' in run.output.read_text()
         assert run.log().count('stopped by a signal: start again to resume from') == stops

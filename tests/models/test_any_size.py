@@ -115,7 +115,7 @@ def test_stages_that_do_not_exist_are_refused(indices):
 
 def test_flops_need_a_size():
     model = MSGTransformer(**SMALL, img_size=None)
-    with pytest.raises(ValueError, match='built for no size in particular: give img_size'):
+    with pytest.raises(ValueError, match='built without an image size: give img_size'):
         model.flops()
     assert model.flops((224, 224)) == MSGTransformer(**SMALL).flops()
 

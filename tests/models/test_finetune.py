@@ -34,7 +34,7 @@ def test_another_network_is_left_for_loading_to_refuse():
     assert notes == []
     with pytest.raises(RuntimeError, match='size mismatch for layers.0.blocks.0.attn.relative_position_bias_table'):
         MSGTransformer(**NARROW).load_state_dict(fitted)
-    with pytest.raises(ValueError, match='168 cells are no square grid'):
+    with pytest.raises(ValueError, match='168 cells do not form a square grid'):
         MSGTransformer(**NARROW).fit_state_dict(
             {'layers.0.blocks.0.attn.relative_position_bias_table': torch.zeros(168, 1)}
         )

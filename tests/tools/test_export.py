@@ -469,7 +469,7 @@ def test_images_of_other_folders_are_not_scored(classifier, labelled_images, tmp
     folders = tmp_path / 'images' / 'train', tmp_path / 'images' / 'val'
     calibration, (paths, labels) = quantization.find_int8_images(network, *folders, limit=None)
     assert (len(calibration), len(paths), labels.tolist()) == (24, 8, [0] * 4 + [2] * 4)
-    assert f'{folders[1]}: 4 images left out: no class has their folder' in capsys.readouterr().err
+    assert f'{folders[1]}: 4 images left out: their folders are not named after classes' in capsys.readouterr().err
     assert len(quantization.find_int8_images(network, *folders, limit=5).labelled.labels) == 5
 
 
@@ -550,7 +550,7 @@ def test_mistakes(classifier, tmp_path, monkeypatch, flags, message):
 def test_a_backbone_needs_a_size(tmp_path, export):
     config = tiny_detector()
     save(tmp_path / 'a.pth', build_detector(config), config)
-    with pytest.raises(SystemExit, match='has no size of its own: give --size, or --always-pad'):
+    with pytest.raises(SystemExit, match='has no default size: give --size, or --always-pad'):
         export('onnx', 'a.onnx')
 
 

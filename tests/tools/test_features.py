@@ -155,7 +155,7 @@ def test_patches_without_msg_tokens_and_missing_pyarrow(tiny_config, image_tree,
     arguments = ['-m', 'tools.features', image_tree / 'val', '--resume', path]
     done = run_here(*arguments, '--tokens', 'msg', '--output', tmp_path / 'f.npz')
     assert done.returncode == 1
-    assert done.stderr.endswith('the head of this network reads no MSG tokens: write --tokens patches\n')
+    assert done.stderr.endswith('MSG tokens are not the classifier input: write --tokens patches\n')
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     with pytest.raises(program.OutputError, match=r'needs pyarrow: pip install pyarrow, or write .npz'):
         program.check_output(tmp_path / 'f.parquet')

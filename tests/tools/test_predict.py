@@ -289,7 +289,7 @@ def test_names_need_not_be_unicode(call, image_tree, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_reader_of_the_lines_may_stop(call, image_tree, tmp_path):
-    """In a process of its own, with loader processes, into a pipe that nobody reads any more."""
+    """In a process of its own, with DataLoader workers, into a pipe that nobody reads any more."""
     reader, writer = os.pipe()
     os.close(reader)
     flags = ['--resume', tmp_path / 'w.pth', '--opts', 'DEVICE', 'cpu', '--workers', '2', '--batch-size', '2']
@@ -456,7 +456,7 @@ def test_files_that_no_runtime_loads(tiny_config, image_tree, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ('flags', 'code', 'message'),
     [
-        (['--backend', 'tflite', 'w.onnx'], 2, "argument --backend: 'tflite' is not one: write onnxruntime or"),
+        (['--backend', 'tflite', 'w.onnx'], 2, "argument --backend: 'tflite' is not a backend: write onnxruntime or"),
         (['--backend', 'onnxruntime'], 2, 'argument --backend: expected 2 arguments'),
         (['--backend', 'onnxruntime', 'w.onnx', '--resume', 'w.pth'], 2, 'not allowed with argument'),
         (['--backend', 'onnxruntime', 'w.onnx', '--cfg', 'x.yaml'], 2, '--cfg is for checkpoints, and an exported'),

@@ -207,7 +207,7 @@ def test_stretches(run, copy):
         (['{run}', '--opts', 'HASH_FREQ'], '--opts takes pairs'),
         (
             ['{run}', '--to', 'ckpt_epoch_0_step_4.pth', '--opts', 'DATA.BATCH_SIZE', '8'],
-            'training has not come by epoch 0, update 4, where ckpt_epoch_0_step_4.pth was saved',
+            'training has not reached epoch 0, update 4, where ckpt_epoch_0_step_4.pth was saved',
         ),
         (['{processes}'], 'torchrun --nproc_per_node 2 -m tools.replay {processes}'),
         (['{imports}'], 'the run had --import my_module.py: add it'),

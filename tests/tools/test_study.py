@@ -196,7 +196,7 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, digits):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (1, 'stopped: the same command goes on from here\n')
+    assert (process.returncode, errors) == (1, 'stopped: run the same command again to resume\n')
     done = metrics.read_text().count('"kind": "epoch"')
     assert 2 < done < 60
     code, out, errors = study(*flags)

@@ -34,7 +34,7 @@ EXAMPLES = 12  # pictures offered
 
 
 def import_gradio() -> ModuleType:
-    """Gradio, which is slow to import and only the page needs; it must not report to its makers.
+    """Import Gradio without its usage reports; it is slow to import, and only the page needs it.
 
     Raises:
         UserError: it is not installed.
@@ -48,10 +48,10 @@ def import_gradio() -> ModuleType:
 
 
 def check_port(host: str, port: int) -> None:
-    """Check that a server can listen, before the seconds of loading.
+    """Check that a server can listen on the port, before the network is loaded, which takes seconds.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot listen there.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -83,7 +83,7 @@ def host_names(host: str, others: Sequence[str] = ()) -> list[str]:
 
 
 def avoid_proxies(hosts: Sequence[str]) -> None:
-    """Let Gradio, which asks its own page whether it is up, ask without a proxy of the environment."""
+    """Let Gradio's check that its page is up bypass the proxies of the environment."""
     names = [host for host in hosts if not host.startswith('[')]  # which httpx does not understand
     for variable in ('no_proxy', 'NO_PROXY'):
         os.environ[variable] = ','.join(filter(None, [os.environ.get(variable), *names]))

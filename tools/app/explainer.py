@@ -1,4 +1,4 @@
-"""Answers to what the page asks: classes, overlays and what they say, without Gradio."""
+"""Classify an uploaded image, and draw and describe an overlay for the web page, without Gradio."""
 
 import re
 from pathlib import Path
@@ -36,9 +36,9 @@ KINDS = {  # the kinds of overlays, by their names in the page
     'Influence on the patches': 'patches',
 }
 NOTES = {
-    'gradcam': 'Brightest where patches speak most for **{class_}**.',
-    'rollout': 'Brightest where most of what the classifier reads comes from: {peak:.1f} times the mean.',
-    'attention': 'Brightest where the MSG token of each window attends most: {peak:.1f} times an even spread.',
+    'gradcam': 'Brightest: the patches that support **{class_}** most.',
+    'rollout': 'Brightest: the patches that contribute most to the classifier input, up to {peak:.1f} times the mean.',
+    'attention': 'Brightest: what the MSG token of each window attends to most, up to {peak:.1f} times an even spread.',
     'msg': 'Share of each window in the influence on the MSG token of the outlined window. Grey: none at all.',
     'patches': 'Share of each window in the influence on the patches of the outlined window. Grey: none at all.',
 }
@@ -63,7 +63,7 @@ class Reply(NamedTuple):
 
 
 class Explainer:
-    """Answers the page's questions; holds nothing of the person who asks.
+    """Classifies and explains images for the page; keeps no state between requests.
 
     Args:
         predictor: the network.
@@ -130,7 +130,7 @@ class Explainer:
             overlay = influence_overlay(model, stages, stage, block, window, kind)
         note = NOTES[kind].format(class_=as_markdown(class_), peak=float(overlay.values.max()))
         if kind == 'gradcam' and not overlay.values.any():
-            note = f'No patch of this stage speaks for **{as_markdown(class_)}**.'
+            note = f'No patch of this stage supports **{as_markdown(class_)}**.'
         if kind in ('msg', 'patches'):
             reach = int((overlay.values > 0).sum())
             note += f' After stage {stage + 1}, block {block + 1}, **{reach} of {rows * columns} windows** have one.'
@@ -151,7 +151,7 @@ def read_upload(path: Path) -> bytes:
     """Content of an uploaded image, which must not be a large file.
 
     Raises:
-        DataError: it is, or it cannot be read.
+        DataError: the file is too large, or cannot be read.
     """
     data = read_file(path)
     if len(data) > MAX_BYTES:

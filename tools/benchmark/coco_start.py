@@ -88,7 +88,11 @@ def main() -> None:
     parser.add_argument('--ranks', type=positive_int, default=1, metavar='N', help='processes that train (1)')
     parser.add_argument('--workers', type=positive_int, default=2, metavar='N', help='workers of each rank (2)')
     parser.add_argument(
-        '--images', type=non_negative_int, default=0, metavar='N', help='images of the pass; 0 takes all (0)'
+        '--images',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='images whose annotations the workers read; 0 takes all (0)',
     )
     parser.add_argument('--opts', nargs='+', default=[], metavar='KEY VALUE', help='other settings of the detector')
     args = parser.parse_args()

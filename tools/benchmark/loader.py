@@ -39,7 +39,7 @@ from utils import home_path, positive_int
 CONFIG = 'configs/msg_tiny_p4_win7_224.yaml'
 PIPELINES = ('published', 'fast')
 BATCH = 32
-REPEATS = 8  # of the dataset in an epoch of loader processes
+REPEATS = 8  # of the dataset in an epoch of DataLoader workers
 CPU = torch.device('cpu')
 
 # By pipeline and setting, a function that loads images and returns how many
@@ -118,7 +118,7 @@ def run_stage(stage: Callable[[Any], Any], inputs: list[Any]) -> list[Any]:
 
 
 def worker_cases(configs: Mapping[str, CfgNode], samples: Samples, workers: int) -> Cases:
-    """Cases of the loaders with one and with several loader processes, which live until the end.
+    """Cases of the loaders with one and with several DataLoader workers, which live until the end.
 
     Unlike the cases of this process, they leave to the device what `Preprocess` does.
     """

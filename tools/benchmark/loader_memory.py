@@ -123,7 +123,12 @@ def main() -> None:
     )
     parser.add_argument('--ranks', type=positive_int, default=1, metavar='N', help='processes that train (1)')
     parser.add_argument('--workers', type=positive_int, default=8, help='workers of each rank (8)')
-    parser.add_argument('--samples', type=positive_int, default=IMAGENET_SAMPLES, help="default: ImageNet-1K's")
+    parser.add_argument(
+        '--samples',
+        type=positive_int,
+        default=IMAGENET_SAMPLES,
+        help='number of samples (default: as many as ImageNet-1K)',
+    )
     args = parser.parse_args()
     print('| ranks | workers per rank | list, s | workers, s | per worker, core s | memory (PSS), MB |')
     print('|---|---|---|---|---|---|', flush=True)

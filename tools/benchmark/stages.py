@@ -1,6 +1,6 @@
 """Time inference of an MSG-Transformer's embedding, stages and head separately, and of the whole network.
 
-The last stage computes what the head reads, as in inference: its MSG tokens, unless the config says otherwise.
+As in inference, the last stage computes only the classifier input: its MSG tokens, unless the config says otherwise.
 """
 
 import argparse

@@ -26,7 +26,7 @@ BATCHES = 8
 def log_throughput(task: Task, config: CfgNode) -> None:
     """Log images/s of a task's network in inference and, where there are data, of its training step and its loader.
 
-    Every process of the run does the same, as in training, and logs images/s of its own.
+    Every process of the run does the same, as in training, and logs its own images/s.
 
     Args:
         task: the task.
@@ -111,7 +111,7 @@ def log_training(run: Run, trainer: Trainer) -> None:
     slower = 'the loader' if loaded < trained else 'the network'
     run.logger.info(
         f'training {trained:.1f} images/s, loader {loaded:.1f} images/s with {workers} process(es), per rank: '
-        f'{slower} bounds the run; {needed} loader process(es) on cores of their own feed the network'
+        f'{slower} bounds the run; {needed} loader process(es) on separate cores feed the network'
     )
 
 

@@ -1,4 +1,4 @@
-"""Timing of callables: seconds per call over several rounds, alone or interleaved, and their quartiles."""
+"""Time callables, one at a time or interleaved: seconds per call over several rounds, and their quartiles."""
 
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Time of a hash of the weights, which a run records every HASH_FREQ updates, and of an update on random images.
+"""Time a hash of the weights, which a run records every HASH_FREQ updates, and an update on random images.
 
 python -m tools.benchmark.weights_hash configs/study_nano_p2_win7_56.yaml configs/msg_tiny_p4_win7_224.yaml
 """

@@ -38,7 +38,7 @@ def main() -> None:
     add = parser.add_argument
     add('--output', type=home_path, required=True, metavar='DIR', help='folder for the figures, as <figure>.<format>')
     add('--figures', nargs='+', choices=FIGURES, default=[*FIGURES], help='figures to draw (default: all)')
-    add('--formats', nargs='+', choices=('svg', 'pdf', 'png'), default=['svg'], help='of the files (default: svg)')
+    add('--formats', nargs='+', choices=('svg', 'pdf', 'png'), default=['svg'], help='file formats (default: svg)')
     args = parser.parse_args()
     with exit_on_user_error():
         for name, suffix in product(args.figures, args.formats):

@@ -1,4 +1,4 @@
-"""The charts of docs, drawn from the results that are stored beside them."""
+"""The charts of docs, drawn from the results that are stored next to them."""
 
 import json
 from pathlib import Path

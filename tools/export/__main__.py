@@ -117,7 +117,7 @@ def add_int8_flags(parser: argparse.ArgumentParser) -> None:
     images = f'folder of training images that set the ranges of values; {quantization.CALIBRATION_IMAGES} are chosen'
     add('--calibrate', type=home_path, metavar='FOLDER', help=images)
     add('--labelled', type=home_path, metavar='FOLDER', help=LABELLED_HELP)
-    add('--limit', type=positive_int, metavar='N', help='score only N of them, a random but fixed choice')
+    add('--limit', type=positive_int, metavar='N', help='score only N of them, chosen at random but always the same')
     add(
         '--max-drop',
         type=non_negative_float,

@@ -1,4 +1,4 @@
-"""The proof of an exported file: its outputs against eager ones on real images, and its latency."""
+"""Check an exported file: compare its outputs with eager execution on real images, and measure its latency."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, cycle, islice
@@ -67,7 +67,7 @@ def check_sizes(network: Network, asked: Sequence[Size], any_size: bool) -> list
         return list(dict.fromkeys(chain(asked, own, fitting, corners)))
     sizes = list(dict.fromkeys(asked or own))
     if not sizes:
-        raise ExportError("a detector's backbone has no size of its own: give --size, or --always-pad for all sizes")
+        raise ExportError("a detector's backbone has no default size: give --size, or --always-pad for all sizes")
     if len(sizes) > 1:
         raise ExportError(f'{len(sizes)} sizes: export one file for each, or one for all with --always-pad')
     return sizes

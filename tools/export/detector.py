@@ -1,4 +1,4 @@
-"""`tools.export --detector`: a whole detector as an ONNX file, and the proof that it finds the same objects."""
+"""Export a whole detector to ONNX (`tools.export --detector`), and check that the file finds the same objects."""
 
 import argparse
 import sys

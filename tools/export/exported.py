@@ -74,7 +74,7 @@ def load_exported(backend: str, path: Path, opts: Sequence[str] = ()) -> Predict
 
     Args:
         backend: key of `BACKENDS`.
-        path: the file, with FILE.json and, of OpenVINO, the .bin file beside it.
+        path: the file, with FILE.json and, of OpenVINO, the .bin file next to it.
         opts: keys and values that override those of the config in FILE.json, but those of the network.
 
     Raises:

@@ -20,7 +20,7 @@ from utils import exit_on_user_error
 
 
 def quantize(source: Path, target: Path, images: np.ndarray) -> None:
-    """Quantize an OpenVINO file to int8, after training.
+    """Quantize an OpenVINO file to int8 (post-training quantization).
 
     Products with weights are quantized. Those of attention, of activations with activations, are not: quantized, they
     took more time and accuracy.

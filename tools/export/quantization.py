@@ -1,4 +1,4 @@
-"""Files in int8: quantization after training, and the proof that it costs little accuracy and makes the file faster."""
+"""Post-training quantization to int8, and the check that it costs little accuracy and makes the file faster."""
 
 import logging
 import sys
@@ -76,7 +76,9 @@ def find_int8_images(network: Network, calibrate: Path, labelled: Path | None, l
     """
     if network.is_detector or not network.class_names:
         kind = "a detector's backbone" if network.is_detector else 'a network without classes'
-        raise ExportError(f'--int8 is kept by its top-1 accuracy, which {kind} does not have: leave out --int8')
+        raise ExportError(
+            f'an int8 file is checked by its top-1 accuracy, which {kind} does not have: leave out --int8'
+        )
     available = find_images([calibrate])
     if labelled is None:
         calibration = choose_images(available, min(CALIBRATION_IMAGES, max(1, len(available) // 2)))
@@ -93,7 +95,9 @@ def find_int8_images(network: Network, calibrate: Path, labelled: Path | None, l
         raise ExportError(f'{folder} has no images to score in folders with names of classes ({names}, ...): {advice}')
     if len(paths) < len(images):
         others = len(images) - len(paths)
-        print(printable(f'{folder}: {others} images left out: no class has their folder'), file=sys.stderr)
+        print(
+            printable(f'{folder}: {others} images left out: their folders are not named after classes'), file=sys.stderr
+        )
     paths = choose_images(paths, limit)
     both = {path.resolve() for path in calibration} & {path.resolve() for path in paths}
     if both:
@@ -128,7 +132,7 @@ def calibration_inputs(network: Network, paths: Sequence[Path]) -> list[np.ndarr
 def quantize_onnx(source: Path, target: Path, images: Sequence[np.ndarray]) -> None:
     """Quantize an ONNX file to int8 with onnxruntime, statically, in the form of QDQ.
 
-    Matrix products with weights and convolutions are quantized, each output channel of the weights by itself.
+    Matrix products with weights and convolutions are quantized, with a scale for each output channel of the weights.
 
     Args:
         source: the file in fp32.

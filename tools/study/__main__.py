@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        '--data-path', type=home_path, metavar='DIR', help='dataset to train and evaluate on, as of main.py'
+        '--data-path', type=home_path, metavar='DIR', help='dataset to train and evaluate on, as for main.py'
     )
     source.add_argument(
         '--results', type=home_path, metavar='FILE', help='print the table of a study.json; train nothing'
@@ -189,7 +189,7 @@ def main() -> None:
         try:
             train(study, StudyRuns(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
         except KeyboardInterrupt:
-            sys.exit('stopped: the same command goes on from here')
+            sys.exit('stopped: run the same command again to resume')
         print('\n' + (output / 'study.md').read_text(encoding='utf-8'))
 
 

@@ -17,15 +17,15 @@ class Part(NamedTuple):
     """The embedding, a stage, the head, or all of them.
 
     Attributes:
-        name: of the part.
-        patches: the patch grid; None where the part has no tokens of its own, as for what follows.
+        name: name of the part.
+        patches: the patch grid; None, like the attributes below, where the part has none.
         windows: the window grid, which is also that of the MSG tokens.
         window: window size, in patches.
         region: size of a shuffle region, in windows; 1 where nothing is exchanged.
-        channels: of a token that goes into the blocks, or of what the head reads.
+        channels: channels of a token that enters the blocks, or of the classifier input.
         heads: attention heads.
-        blocks: number of them.
-        parameters: number of them.
+        blocks: number of blocks.
+        parameters: number of parameters.
         flops: multiply-adds for one image.
         has_msg: whether its windows have MSG tokens.
     """

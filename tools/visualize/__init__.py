@@ -1,1 +1,1 @@
-"""What a network attends to, which windows inform which, and where it sees a class: `python -m tools.visualize`."""
+"""Draw attention, influence between windows, attention rollout and Grad-CAM: `python -m tools.visualize`."""

@@ -1,4 +1,4 @@
-"""Draw what a trained network attends to, which windows inform which, and where it sees a class.
+"""Draw what a trained network attends to, how windows influence each other, and which patches support a class.
 
     python -m tools.visualize --resume <checkpoint> --output pictures <images>
 

@@ -153,7 +153,7 @@ def score_images(
         steps: see `deletion_score`.
 
     Returns:
-        The scores by name of the map, (images,), and how many images cannot be read; they are told on stderr.
+        The scores by name of the map, (images,), and how many images cannot be read; they are named on stderr.
     """
     generator, scores, unreadable = torch.Generator().manual_seed(0), defaultdict(list), 0
     for path in tqdm(images, unit='image', disable=None):

@@ -52,7 +52,7 @@ def trace_blocks(model: MSGTransformer, image: Tensor) -> list[StageTrace]:
         image: (1, in_chans, height, width); any size of at least one patch.
 
     Returns:
-        The stages. Where the forward pass computes MSG tokens alone, in the last block, all tokens are here.
+        The stages. All tokens are here, also in the last block, where a forward pass may compute only MSG tokens.
     """
     patches, msg = model.embed(image.detach().requires_grad_())
     stages = []
@@ -140,7 +140,7 @@ def window_influence(
     source: int = 0,
     probes: int = 4,
 ) -> Tensor:
-    """How much a window's tokens, after a block, depend on each window that enters a stage.
+    """Measure how much a window's tokens, after a block, depend on each window that enters a stage.
 
     The measure is the Frobenius norm of the Jacobian: of the chosen tokens with respect to all tokens of a source
     window. It is estimated by backpropagating random signs, always the same ones: the mean square of what arrives is
@@ -150,10 +150,10 @@ def window_influence(
 
     Args:
         stages: from `trace_blocks`.
-        stage: the chosen window's.
-        block: of this stage.
-        window: row and column in this stage's window grid.
-        tokens: of the chosen window: 'patches' or 'msg'.
+        stage: stage of the chosen window.
+        block: block of this stage, after which the tokens are taken.
+        window: row and column of the chosen window in this stage's window grid.
+        tokens: which tokens of the chosen window: 'patches' or 'msg'.
         source: the stage whose entering windows are compared, at most `stage`.
         probes: backward passes.
 
@@ -178,10 +178,10 @@ def window_influence(
 
 @torch.enable_grad()
 def grad_cam(model: MSGTransformer, stages: Sequence[StageTrace], class_index: int, stage: int = -1) -> Tensor:
-    """Where a stage's patches speak for a class: Grad-CAM (Selvaraju et al., arXiv:1610.02391).
+    """Grad-CAM (Selvaraju et al., arXiv:1610.02391): how much each patch of a stage supports a class.
 
-    The feature map is that of the patches that enter the stage's last block. The patches that leave the last stage's
-    last block would not do: where the head reads MSG tokens alone, their gradient is zero.
+    The feature map consists of the patches that enter the stage's last block. The patches that leave the last stage
+    cannot be used: if the classifier input is the MSG tokens, their gradient is zero.
 
     Args:
         model: the network, with classes.
@@ -190,8 +190,8 @@ def grad_cam(model: MSGTransformer, stages: Sequence[StageTrace], class_index: i
         stage: of the feature map.
 
     Returns:
-        (H, W), >= 0: channels weighted by the mean of their gradient over the patches, summed, without what speaks
-        against the class.
+        (H, W), >= 0: channels weighted by the mean of their gradient over the patches, summed; negative sums, which are
+        evidence against the class, are set to 0.
 
     Raises:
         ValueError: the network has no classes.

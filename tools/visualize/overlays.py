@@ -19,7 +19,7 @@ from tools.visualize.explain import StageTrace, grad_cam, msg_attention, window_
 from tools.visualize.rollout import class_rollout
 
 CHOSEN = '#00e5ff'  # outline of the chosen window: no colour map here has this colour
-MIN_SHARE = 1e-3  # smallest share of influence with a colour of its own
+MIN_SHARE = 1e-3  # smallest share of influence that is coloured
 TOKEN_NAMES = {'patches': 'patches', 'msg': 'MSG token'}
 
 
@@ -83,7 +83,7 @@ def influence_overlay(
 
 
 def gradcam_overlay(model: MSGTransformer, stages: Sequence[StageTrace], class_index: int, stage: int) -> Overlay:
-    """Grad-CAM of a stage, relative to its maximum; zero everywhere where nothing speaks for the class."""
+    """Grad-CAM of a stage, relative to its maximum; all zero if no patch supports the class."""
     values = _array(grad_cam(model, stages, class_index, stage))
     values = values / max(values.max(), np.finfo(np.float32).tiny)
     cell = _patch(model, stage)

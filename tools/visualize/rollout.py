@@ -1,9 +1,9 @@
-"""Attention rollout: which patches the tokens that the classifier reads are mixed from.
+"""Attention rollout: how much each patch contributes to the classifier input.
 
 Rollout (Abnar and Zuidema, arXiv:2005.00928) replaces every step of the network by a matrix of weights between tokens:
 entry (t, u) is the share of new token t that comes from old token u, and rows sum to 1. The product of all matrices
-leads from the classifier to the patches. It tells where information can come from and how much attention it gets on its
-way. It is the same for every class.
+leads from the classifier to the patches. It shows where information can come from, and how much attention it gets on
+its way. It is the same for every class.
 
 | step | share of the new token |
 |---|---|

@@ -15,12 +15,12 @@ from detection.tools.convert_dataset.source import Item, Source, find_image, sho
 # The split that a word in the name of an annotation file stands for.
 _SPLIT_WORDS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 
-# Keys of COCO's files of other tasks, which stand beside those of objects.
+# Keys of COCO's files of other tasks, which are in the same folder as those of objects.
 _OTHER_FILES = ('captions_*', 'person_keypoints_*', 'stuff_*', 'panoptic_*', 'image_info_*')
 
 
 def read_roboflow(folder: Path) -> Source:
-    """Read `<split>/_annotations.coco.json` with its images beside it; splits are train, valid and test.
+    """Read `<split>/_annotations.coco.json` with its images next to it; splits are train, valid and test.
 
     Raises:
         DataError: a file cannot be read.
@@ -38,7 +38,7 @@ def read_roboflow(folder: Path) -> Source:
 def read_coco(path: Path) -> Source:
     """Read an annotation file, or a folder with one for each split, such as `annotations/instances_val.json`.
 
-    Images are beside the file, or in the folder, `images/`, or a folder of the split's name. A single file has the
+    Images are next to the file, or in the folder, `images/`, or a folder of the split's name. A single file has the
     training images.
 
     Raises:

@@ -25,7 +25,7 @@ _LARGER_ENCODINGS = {'gb2312': 'gb18030', 'gbk': 'gb18030', 'shift_jis': 'cp932'
 def read_voc(folder: Path) -> Source:
     """Read `Annotations/*.xml` with `JPEGImages/`, split by the lists in `ImageSets/Main` where these are.
 
-    Without these lists, XML files beside their images are read, of folders `train` and `valid` or `val` if there are.
+    Without these lists, XML files next to their images are read, of folders `train` and `valid` or `val` if there are.
     Boxes are of pixels counted from 1. Difficult objects become crowd regions: they are neither trained nor counted.
 
     Raises:
@@ -51,7 +51,7 @@ def read_voc(folder: Path) -> Source:
 
 
 def find_xml_files(folder: Path) -> dict[str, list[Path]]:
-    """The XML files of a folder: of `Annotations/`, of `train/`, `valid/` and `test/`, or beside its images."""
+    """The XML files of a folder: of `Annotations/`, of `train/`, `valid/` and `test/`, or next to its images."""
     annotations = _annotation_folder(folder)
     if annotations:
         return {'train': sorted(annotations.rglob('*.xml'))}
@@ -141,7 +141,7 @@ class _ImageIndex:
         self._stems: dict[Path, dict[str, list[Path]]] = {}
 
     def find(self, name: str, beside: Path) -> Path | None:
-        """The image of this name in the folders of images or beside an XML file.
+        """The image of this name in the folders of images or next to an XML file.
 
         Raises:
             DataError: several images have the stem.
@@ -199,7 +199,7 @@ class _Reader:
         if image is None:
             image = self.images.find(path.stem, path)
             if image is None:
-                folders = ' nor '.join(map(str, [*self.images.folders, 'beside it']))
+                folders = ' nor '.join(map(str, [*self.images.folders, 'next to it']))
                 raise DataError(f'{path}: image {given or path.stem} is neither in {folders}: add it')
             if given:
                 self._count('images are found by the name of the XML file, not by <filename>', path)

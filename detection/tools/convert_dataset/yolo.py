@@ -17,7 +17,7 @@ _SPLIT_NAMES = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'tes
 
 _NO_VALUE = ('', '~', 'null', 'Null', 'NULL', 'None')  # of a key of data.yaml that is not set
 
-# Text files beside labels that are none.
+# Text files next to labels that are not labels.
 _NO_LABELS = ('classes.txt', 'train.txt', 'val.txt', 'valid.txt', 'test.txt')
 
 
@@ -42,7 +42,7 @@ class Description(NamedTuple):
 def read_yolo(path: Path, polygons: bool = False) -> Source:
     """Read the images that a `data.yaml`, or Darknet's `obj.names` or `classes.txt`, describes, and their labels.
 
-    Labels are in `labels` where images are in `images`, or else beside them. A line is a class and a box (centre and
+    Labels are in `labels` where images are in `images`, or else next to them. A line is a class and a box (centre and
     size) or the corners of a polygon, relative to the image's size. Keypoints after a box are left out, where the file
     has their `kpt_shape`.
 
@@ -328,7 +328,7 @@ class _Labels:
         folders = {path.parent for path in self.used}
         unused = sorted({x for folder in folders for x in folder.glob('*.txt') if x.name not in _NO_LABELS} - self.used)
         if unused:
-            notes.append(f'{len(unused)} text files beside the labels belong to no image: {shown(unused)}')
+            notes.append(f'{len(unused)} text files next to the labels belong to no image: {shown(unused)}')
         return notes
 
 

@@ -67,7 +67,7 @@ def test_polygons_without_area_count_for_their_boxes_alone(coco):
     assert ['segmentation' in x for x in tree['annotations']] == [False, False, False, True]
     assert [x['area'] for x in tree['annotations']] == [100] * 4
     assert tree['notes'] == [
-        '3 of 4 annotations have no mask, and count for boxes alone',
+        '3 of 4 annotations have no mask, and count for boxes only',
         f'3 of them have polygons of fewer than three corners, such as {annotation_file(coco)}: annotation 1, of 0.png',
     ]
 
@@ -142,7 +142,7 @@ def test_invalid_sections_are_named(coco, sections, message):
         ({'bbox': [1, 2, -3, 4]}, r'annotation 41, of 0.png, has the box \[1, 2, -3, 4\]: write \[x, y, width'),
         ({'bbox': [1, 2, 3]}, r'has the box \[1, 2, 3\]'),
         ({'bbox': [float('nan'), 2, 3, 4]}, r'has the box \[nan'),
-        ({'segmentation': []}, 'no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes alone'),
+        ({'segmentation': []}, 'no annotation has a mask: write --opts MODEL.MASK.ENABLED False for boxes only'),
         ({'segmentation': None}, 'no annotation has a mask'),
         ({'segmentation': [[1, 2, 3, 4]]}, 'no annotation has a mask'),
         (

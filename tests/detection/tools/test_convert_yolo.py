@@ -93,7 +93,7 @@ def test_labels_are_counted_and_must_be_there(tmp_path):
     notes = read_yolo(folder).notes
     assert 'train: 3 of 4 images have a label file; the others count as images without objects' in notes
     assert 'train and val share 4 images' in notes
-    assert any(note.startswith('1 text files beside the labels belong to no image: ') for note in notes)
+    assert any(note.startswith('1 text files next to the labels belong to no image: ') for note in notes)
     shutil.move(folder / 'labels', folder / 'annotations')
     with pytest.raises(DataError, match=r'4 images of train, and none has a label file, such as .*labels/0.txt: put'):
         read_yolo(folder)

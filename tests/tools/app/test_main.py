@@ -144,7 +144,7 @@ def test_page_in_a_browser(served, tmp_path):
         page.goto(address)
         upload, overlay = page.locator('input[type=file]'), page.locator('img[src*="image.png"]')
         upload.set_input_files(examples / 'class_0' / '0.png')
-        page.get_by_text(re.compile('Brightest where patches|No patch of this stage')).wait_for()
+        page.get_by_text(re.compile('Brightest: the patches|No patch of this stage')).wait_for()
         label = page.get_by_test_id('label-output-value').inner_text()
         assert label in ('cat', 'dog', 'eel')
         assert page.get_by_text(re.compile(r'^\d+%$')).count() == 3
@@ -178,7 +178,7 @@ def test_page_in_a_browser(served, tmp_path):
             other.goto(address)
             other.locator('input[type=file]').set_input_files(examples / f'class_{number}' / '1.png')
         for other in pages:
-            other.get_by_text(re.compile('Brightest where patches|No patch of this stage')).wait_for()
+            other.get_by_text(re.compile('Brightest: the patches|No patch of this stage')).wait_for()
         browser.close()
     assert not errors
     assert not [url for url in requests if not url.startswith((address, 'data:', 'blob:'))]
