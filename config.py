@@ -672,7 +672,7 @@ def _check(config: CfgNode) -> None:
     if train.WARMUP_EPOCHS >= train.EPOCHS:
         raise ConfigError(
             f'TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} must be less than TRAIN.EPOCHS {train.EPOCHS}: '
-            f'write both for a short run'
+            f'for a short run, give both, such as --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0'
         )
     several = 'ACCUMULATION_STEPS' if train.ACCUMULATION_STEPS > 1 else 'VIRTUAL_RANKS' if train.VIRTUAL_RANKS else ''
     if several and train.COMPILE and config.COMPILE_MODE != 'default':

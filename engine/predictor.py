@@ -86,7 +86,9 @@ def add_network_flags(
 
         def file_of(name: str) -> str:
             if name not in stored:
-                raise argparse.ArgumentTypeError(f'no weights {name}: write one of {", ".join(stored)}')
+                raise argparse.ArgumentTypeError(
+                    f'no weights {name}: write one of {", ".join(stored)}, or --resume for a file'
+                )
             return str(stored[name])
 
         names = ', '.join(stored)

@@ -37,7 +37,7 @@ def choose_weights(checkpoint: dict[str, Any], path: str | Path, choice: str = '
     if 'model_ema' not in checkpoint:
         if choice == 'ema':
             raise CheckpointError(f'{path} holds no EMA weights: write --pretrained-weights raw')
-        return checkpoint['model'], 'the only weights'
+        return checkpoint['model'], 'no EMA weights'
     scores = checkpoint.get('scores') or {}
     raw, ema = scores.get('raw'), scores.get('ema')
     is_scored = raw is not None and ema is not None

@@ -236,7 +236,7 @@ def test_better_of_raw_and_ema_weights_is_chosen(scores, choice, expected):
 def test_choice_without_ema_weights():
     checkpoint = {'model': {'x': 'raw'}, 'scores': {'raw': 16.5}}
     for choice in ('auto', 'raw'):
-        assert choose_weights(checkpoint, 'a.pth', choice) == (checkpoint['model'], 'the only weights')
+        assert choose_weights(checkpoint, 'a.pth', choice) == (checkpoint['model'], 'no EMA weights')
     with pytest.raises(CheckpointError, match='a.pth holds no EMA weights: write --pretrained-weights raw'):
         choose_weights(checkpoint, 'a.pth', 'ema')
 

@@ -27,7 +27,7 @@ from utils import exit_on_user_error, home_path, positive_int, report_write_erro
 WIDTH, HEIGHT = 640, 480
 CLASSES = 80
 POINTS = 22  # of a polygon
-OBJECTS_PER_IMAGE = 7.29  # 860,000 / 118,000
+OBJECTS_PER_IMAGE = 860 / 118
 
 
 def write_coco_names(output: Path, images: int, val_images: int) -> None:
