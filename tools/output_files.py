@@ -107,6 +107,7 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
 
     SVG and PDF files have no date, no version and no random names, so that the same figure gives the same file. A PDF
     has TrueType fonts, which publishers ask for; an SVG has texts as outlines, which look the same on every machine.
+    Once a figure was saved as SVG or PDF, its layout stays as it is.
 
     Raises:
         OutputError: it cannot be written.
@@ -116,6 +117,8 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     left_out = {'pdf': ('CreationDate', 'Creator', 'Producer'), 'svg': ('Date', 'Creator')}.get(suffix, ())
     metadata = dict.fromkeys(left_out) or None
     settings = {'pdf.fonttype': 42, 'svg.fonttype': 'path', 'svg.hashsalt': 'msg'}
+    if left_out:
+        _freeze_layout(figure)
     try:
         with matplotlib.rc_context(settings):
             atomic_write(path, lambda file: write(figure, file, format=suffix, dpi=dpi, metadata=metadata))
@@ -123,11 +126,25 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
 
 
+def _freeze_layout(figure: Figure) -> None:
+    """Lay out a figure for the last time, and round the positions of its axes.
+
+    Matplotlib's constrained layout adds numbers in the order of memory addresses, so that the last digits of positions
+    differ between processes, and with them the files.
+    """
+    if figure.get_layout_engine() is None:
+        return
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')
+    for axes in figure.axes:
+        axes.set_position([round(value, 9) for value in axes.get_position(original=True).bounds])
+
+
 def _save_svg(figure: Figure, file: BinaryIO, **options: Any) -> None:
     """Write a figure as SVG, with its names numbered.
 
-    Matplotlib makes names from hashes of positions. The constrained layout adds numbers in the order of memory
-    addresses, so that the last digits of positions, which no picture shows, differ between processes.
+    Matplotlib makes names from hashes of positions, whose last digits differ between processes in figures with
+    subfigures: see `_freeze_layout`.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, **options)
