@@ -467,7 +467,10 @@ _C.TRAIN.CLASS_WEIGHTS = Key(
     '1/n; sqrt, proportional to 1/sqrt(n)',
     choices=('none', 'balanced', 'sqrt'),
 )
-_C.TRAIN.COMPILE = Key(False, 'Train with torch.compile: faster after minutes of compilation')
+_C.TRAIN.COMPILE = Key(
+    False,
+    'Train with torch.compile: minutes of compilation at the start; on CPUs not always faster (docs/performance.md)',
+)
 
 _C.TRAIN.LR_SCHEDULER = KeyGroup()
 _C.TRAIN.LR_SCHEDULER.NAME = Key(

@@ -256,7 +256,9 @@ def load_config(cfg_file: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def get_config(args: Namespace) -> CfgNode:
-    """Load the config of a command line: like `load_config`, with flags that override it; see `main.parse_option`.
+    """Load the config of a command line: like `load_config`, with flags that override it.
+
+    See `detection.main.parse_option`.
 
     Raises:
         ConfigError: a file, key or value that cannot work.

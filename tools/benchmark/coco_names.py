@@ -59,9 +59,7 @@ def annotation_text(images: int, rng: np.random.Generator) -> Iterator[str]:
         images: number of images.
         rng: source of the objects.
     """
-    records = [
-        {'id': x, 'file_name': f'{x:012d}.jpg', 'width': WIDTH, 'height': HEIGHT, 'license': 1} for x in range(images)
-    ]
+    records = [{'id': x, 'file_name': f'{x:012d}.jpg', 'width': WIDTH, 'height': HEIGHT} for x in range(images)]
     classes = [{'id': x + 1, 'name': f'class {x + 1}', 'supercategory': 'none'} for x in range(CLASSES)]
     yield json.dumps({'images': records, 'categories': classes}).removesuffix('}') + ', "annotations": ['
     for number in range(round(images * OBJECTS_PER_IMAGE)):
