@@ -4,6 +4,7 @@ import os
 import pickle
 import platform
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,9 @@ _SPECIAL_STEPS = 0xFFFFFFF0
 
 # Timeout of collectives, for a process that does not answer; docs/launching.md states it.
 TIMEOUT = timedelta(minutes=30)
+
+# Many times what Gloo's threads need, in case the processors are busy; see `_leave_process_group`.
+_SECONDS_TO_FREE_TENSORS = 0.1
 
 Result = TypeVar('Result')
 
@@ -260,11 +264,13 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
 def _leave_process_group() -> None:
     """Destroy the process group; every process calls this at the same point.
 
-    Gloo's threads need the GIL to free the tensors of the last collective. DDP's destructor frees the group, for which
-    it waits for these threads, without releasing the GIL (https://github.com/pytorch/pytorch/issues/56297). The barrier
-    releases it, so the threads are done before.
+    Gloo's threads need the GIL to free the tensors of the last collectives. DDP's destructor frees the group, for which
+    it waits for these threads, without releasing the GIL (https://github.com/pytorch/pytorch/issues/56297). So this
+    process would wait for ever if a thread still had a tensor to free. After the barrier, all collectives have ended,
+    and `sleep` releases the GIL while the threads free their tensors, which takes them less than a millisecond.
     """
     dist.barrier()
+    time.sleep(_SECONDS_TO_FREE_TENSORS)
     dist.destroy_process_group()
 
 

@@ -27,6 +27,7 @@ from engine.distributed import (
 )
 from engine.signals import Stopped
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import TORCHRUN as TORCHRUN_COMMAND
 from tests.helpers.processes import main_error, start
 from utils import UserError
 
@@ -307,6 +308,35 @@ def test_ddp_does_not_warn_of_strides(tmp_path):
         assert caught == []
     finally:
         torch.distributed.destroy_process_group()
+
+
+# The network is freed at once after the process group is left. Before Gloo's threads were given time to free their
+# tensors, one of about thirty such ends waited for ever.
+ENDS = """
+import faulthandler
+import os
+
+import torch
+
+from engine import distributed, signals
+
+faulthandler.dump_traceback_later(100, exit=True)
+for repetition in range(100):
+    os.environ['TORCHELASTIC_RESTART_COUNT'] = str(repetition)  # connects by other keys of torchrun's store
+    with distributed.start_process('cpu', 0) as process:
+        network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        for update in range(2):
+            network(torch.ones(2, 4)).sum().backward()
+            signals.StopRequest().agreed()
+    del network
+"""
+
+
+@pytest.mark.slow
+def test_a_network_is_freed_after_the_process_group(tmp_path):
+    (tmp_path / 'ends.py').write_text(ENDS)
+    done = start(*TORCHRUN_COMMAND, '2', tmp_path / 'ends.py', variables={'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
 
 def test_collectives_of_one_process():
