@@ -61,7 +61,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[i
     """Train until the last epoch or until `until`, with evaluations every `EVAL_FREQ` epochs."""
     if start.kind == SCRATCH and run.config.TRAIN.FROZEN_STAGES >= 0:
         raise ConfigError('TRAIN.FROZEN_STAGES freezes trained weights: give them with --pretrained')
-    check_course(run, task, start)
+    check_run_length(run, task, start)
     on_main_process(lambda: check_trackers(run.config))
     log_config(run, task)
     run = run._replace(teacher=task.build_teacher(run))
@@ -69,7 +69,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[i
     train_loader, eval_loader = task.build_loaders(run.config, run.process.rank, run.process.world_size)
     phases = task.phases(run.config, train_loader)
     for first_epoch, config, loader in phases:
-        check_course(run._replace(config=config), task, start, run.batches_per_rank(loader))
+        check_run_length(run._replace(config=config), task, start, run.batches_per_rank(loader))
         if len(phases) > 1:
             run.logger.info(
                 f'from epoch {first_epoch} on: images of {config.DATA.IMG_SIZE} px, {config.DATA.BATCH_SIZE} per '
@@ -85,7 +85,7 @@ def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[i
     trainer.fit()
 
 
-def check_course(run: Run, task: Task, start: Start, batches: int | None = None) -> None:
+def check_run_length(run: Run, task: Task, start: Start, batches: int | None = None) -> None:
     """Refuse settings that would not take effect before the run ends; a run that resumes only gets a warning.
 
     Args:

@@ -295,7 +295,7 @@ def write_int8(
     print(f'scoring {len(int8_images.labelled.paths)} images, and timing', file=sys.stderr)
     timed = make_batch(network, images, Size.of(network.config.DATA.IMG_SIZE), max(quantization.LATENCY_BATCHES))
     runners = {'int8': run_int8, 'unquantized': run}
-    report = quantization.prove(network, runners, int8_images.labelled, timed, args.max_drop, args.rounds)
+    report = quantization.score_and_time(network, runners, int8_images.labelled, timed, args.max_drop, args.rounds)
     for old, new in zip(files_of(file), files_of(target), strict=True):
         new.replace(old)
     return run_int8, {'calibration_images': len(inputs)} | report

@@ -261,7 +261,7 @@ def check_gain(scores: Scores, latencies: Mapping[int, Latency], max_drop: float
         raise ExportError(f'the int8 file is not kept: {"; ".join(problems)}')
 
 
-def prove(
+def score_and_time(
     network: Network,
     runners: Mapping[str, Runner],
     labelled: LabelledImages,

@@ -9,7 +9,7 @@ import detection.main
 import main as program
 from config import TREE
 from engine.config_tree import ConfigError
-from engine.run_task import check_course
+from engine.run_task import check_run_length
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.runs import build_run, log_of
 
@@ -17,7 +17,7 @@ NEW, RESUMED = SimpleNamespace(resumes=False), SimpleNamespace(resumes=True)
 
 
 def check(config, batches=None, start=NEW, task=program.TASK):
-    return check_course(build_run(config), task, start, batches)
+    return check_run_length(build_run(config), task, start, batches)
 
 
 def check_detector(*options, batches=None, start=NEW):
