@@ -63,6 +63,7 @@ PROGRAMS = {
     'Networks and checkpoints': ('tools.summary', 'tools.convert_checkpoint', 'tools.export'),
     'Experiments and benchmarks': (
         'tools.study',
+        'tools.few_images',
         'tools.benchmark',
         'tools.benchmark networks',
         'tools.benchmark runtimes',
