@@ -1,5 +1,6 @@
 """How fast a device multiplies and adds: plain matmuls, by each library that could compute them."""
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,10 +15,11 @@ from tools.benchmark.timing import time_interleaved
 
 PYTORCH, ONEDNN = 'PyTorch', 'oneDNN'
 ROUNDS = 5  # to choose the library
+MAX_ROWS = 2**16  # of the left matrix: without a limit, matrices of large images would take gigabytes
 
 
 class MatmulReference:
-    """One plain matmul.
+    """A plain matmul, repeated where a single one would need more than `MAX_ROWS` rows.
 
     Args:
         precision: precision of the matrices.
@@ -28,16 +30,20 @@ class MatmulReference:
 
     def __init__(self, precision: str, device: torch.device, multiply_adds: int, library: str = PYTORCH):
         size = min(4096 if device.type == 'cuda' else 1024, max(1, round(multiply_adds ** (1 / 3))))
-        rows = max(1, round(multiply_adds / size**2))
-        self.precision, self.multiply_adds, self.library = precision, rows * size**2, library
+        rows = multiply_adds / size**2
+        self.repeats = math.ceil(rows / MAX_ROWS)
+        rows = max(1, round(rows / self.repeats))
+        self.precision, self.multiply_adds, self.library = precision, self.repeats * rows * size**2, library
         self.left = torch.randn(rows, size, device=device, dtype=PRECISIONS[precision])
         self.right = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        """Multiply once: left right^T."""
+        """Multiply: left right^T."""
         with tf32(self.precision == 'tf32'), OneDNNLinear() if self.library == ONEDNN else nullcontext():
-            return F.linear(self.left, self.right)
+            for _ in range(self.repeats):
+                product = F.linear(self.left, self.right)
+        return product
 
 
 class Peak(NamedTuple):

@@ -13,6 +13,16 @@ def test_matmul_is_as_square_as_its_size_allows(multiply_adds, side):
     assert matmul.right.shape == (side, side)
 
 
+def test_a_large_matmul_is_a_repeated_smaller_one(monkeypatch):
+    monkeypatch.setattr(rates, 'MAX_ROWS', 500)
+    matmul = MatmulReference('fp32', CPU, 1200 * 1024**2)
+    assert (matmul.repeats, matmul.left.shape) == (3, (400, 1024))
+    assert matmul.multiply_adds == 1200 * 1024**2
+    with torch.profiler.profile(acc_events=True) as profile:
+        matmul()
+    assert {event.key: event.count for event in profile.key_averages()}['aten::linear'] == 3
+
+
 @pytest.mark.parametrize(('precision', 'library'), [('fp32', PYTORCH), ('fp32', ONEDNN), ('bf16', PYTORCH)])
 def test_matmul_multiplies_by_its_library(precision, library):
     matmul = MatmulReference(precision, CPU, 10 * 1024**2, library)
