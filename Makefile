@@ -171,7 +171,7 @@ rehearsal: $(OUTPUT)/names/made
 	$(PY) -m tools.rehearsal --output $(OUTPUT)/rehearsal --processes 4 1 2 --kills 30 --slurm $(REQUEUES) -- \
 		main.py --cfg configs/rehearsal_imagenet.yaml --data-path $(OUTPUT)/names
 
-# A quarter of an hour on two cores.
+# About 40 minutes on two cores.
 growth: $(VENV)/installed
 	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 1 2 --batches 1 --sizes 224 448 672 896 1120 1344 \
 		--rounds 3 --output $(OUTPUT)/growth_size

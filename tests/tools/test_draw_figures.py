@@ -19,7 +19,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import error_line, run_here
 from tools.draw_figures.__main__ import FIGURES
 from tools.draw_figures.architecture import CONFIG
-from tools.draw_figures.charts import read_growth
+from tools.draw_figures.charts import LABELS, read_growth
 from tools.draw_figures.exchanges import token_shares
 
 DOCS = ROOT / 'docs'
@@ -114,15 +114,14 @@ def test_architecture_shows_the_numbers_of_the_network():
 
 def test_growth_chart_has_the_numbers_of_the_tables():
     page = (DOCS / 'performance_tables.md').read_text()
-    rows = re.findall(r'^\| (MSG-[TSB])(?:, (\d) threads?)?(, peak memory, MB)? \| (.*) \|$', page, re.MULTILINE)
+    rows = re.findall(r'^\| (MSG-[TSB]|Swin-T)(?:, (\d) threads?)?(, peak memory, MB)? \| (.*) \|$', page, re.MULTILINE)
     rows = [(*row[:3], [float(cell) for cell in row[3].split(' | ')]) for row in rows if '(' not in row[3]]
     sizes, batches = read_growth('sizes'), read_growth('batches')
-    assert len(rows) == 15
+    assert len(rows) == 20
     for name, threads, is_memory, values in rows:
-        config = f'msg_{ {"T": "tiny", "S": "small", "B": "base"}[name[-1]] }_p4_win7_224'
-        stored = [result for result in (sizes if len(values) == 6 else batches) if result.name == config]
-        stored = [result for result in stored if not threads or result.setting.threads == int(threads)]
-        assert len(stored) >= len(values)
+        stored = [result for result in (sizes if len(values) == 6 else batches) if LABELS[result.name] == name]
+        stored = [result for result in stored if result.setting.threads == int(threads or 2)]
+        assert len(stored) == len(values)
         for result in stored:
             value = values[[224, 448, 672, 896, 1120, 1344].index(result.setting.size)] if len(values) == 6 else None
             value = value or values[[1, 4, 16, 64].index(result.setting.batch)]

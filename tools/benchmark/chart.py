@@ -94,8 +94,7 @@ def _draw_panel(
 ) -> None:
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for result, value in sorted(zip(results, values, strict=True), key=lambda pair: pair[0].pixels):
-        if not np.isnan(value):
-            curves.setdefault((result.name, result.setting.variant), []).append((result.pixels, value))
+        curves.setdefault((result.name, result.setting.variant), []).append((result.pixels, value))
     names = list(dict.fromkeys(result.name for result in results))
     networks = list(dict.fromkeys(map(without_form, names)))
     ends: dict[str, tuple[float, str]] = {}

@@ -45,10 +45,10 @@ def draw_growth() -> Figure:
 
 
 def read_growth(key: str) -> list[Result]:
-    """Read the results of growth.json over 'sizes' or 'batches'; the time is NaN where it was not measured."""
+    """Read the results of growth.json over 'sizes' or 'batches'."""
     results = []
     for row in json.loads((DOCS / 'growth.json').read_text(encoding='utf-8'))[key]:
         setting = Setting('inference', 'fp32', 'eager', row['batch'], row['size'], row['threads'])
-        seconds = float('nan') if row['seconds'] is None else row['seconds']
-        results.append(Result(row['name'], setting, [seconds], pixels=setting.pixels, memory=row['memory_MB'] * 2**20))
+        memory = row['memory_MB'] * 2**20
+        results.append(Result(row['name'], setting, [row['seconds']], pixels=setting.pixels, memory=memory))
     return results
