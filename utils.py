@@ -19,7 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
+import PIL
+import simplejpeg
 import timm
 import torch
 import torchvision
@@ -303,6 +306,10 @@ def environment(device: torch.device) -> dict[str, str]:
         'torch': str(torch.__version__),  # a `TorchVersion`, which would not be plain data in a checkpoint
         'torchvision': str(torchvision.__version__),
         'timm': timm.__version__,
+        'numpy': np.__version__,
+        'opencv': cv2.__version__,
+        'pillow': PIL.__version__,
+        'simplejpeg': simplejpeg.__version__,
         'cuda': str(torch.version.cuda),
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
         'cpu': torch.backends.cpu.get_cpu_capability(),

@@ -20,7 +20,8 @@ Origin = Mapping[str, Any]
 SCRATCH, PRETRAINED, RESUME = 'scratch', 'pretrained', 'resume'
 
 # Entries of the environment, as checkpoints record it, that affect bit-exact resuming.
-ENVIRONMENT = ('torch', 'torchvision', 'timm', 'cuda', 'device', 'cpu', 'threads', 'world_size', 'precision')
+_LIBRARIES = ('torch', 'torchvision', 'timm', 'numpy', 'opencv', 'pillow', 'simplejpeg')
+ENVIRONMENT = (*_LIBRARIES, 'cuda', 'device', 'cpu', 'threads', 'world_size', 'precision')
 
 
 class ExperimentError(UserError):

@@ -392,6 +392,9 @@ def test_another_environment_is_listed(tiny_config, options):
     assert 'the run resumes not bit for bit: threads was 1 and is 2\n' in log_of(config)
     stored = load_checkpoint(folder_of(config) / 'ckpt_epoch_1.pth')['environment']
     assert stored.keys() >= {'torch', 'threads', 'device', 'world_size', 'precision'}
+    edit_all(folder_of(config), environment=stored | {'opencv': '4.12.0'})  # decodes and resizes images
+    program.main(config)
+    assert f'not bit for bit: opencv was 4.12.0 and is {cv2.__version__}\n' in log_of(config)
     edit_all(folder_of(config), environment=None, data=None)  # of an older version
     program.main(config)
     message = (
