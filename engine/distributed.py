@@ -264,10 +264,11 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
 def _leave_process_group() -> None:
     """Destroy the process group; every process calls this at the same point.
 
-    Gloo's threads need the GIL to free the tensors of the last collectives. DDP's destructor frees the group, for which
-    it waits for these threads, without releasing the GIL (https://github.com/pytorch/pytorch/issues/56297). So this
-    process would wait for ever if a thread still had a tensor to free. After the barrier, all collectives have ended,
-    and `sleep` releases the GIL while the threads free their tensors, which takes them less than a millisecond.
+    Avoids a deadlock: Gloo's threads need the GIL to free the tensors of the last collectives. DDP's destructor frees
+    the group and, to do so, waits for these threads without releasing the GIL
+    (https://github.com/pytorch/pytorch/issues/56297). If a thread still had a tensor to free, this process would wait
+    forever. After the barrier, all collectives have ended. Then `sleep` releases the GIL, and the threads need less
+    than a millisecond to free their tensors.
     """
     dist.barrier()
     time.sleep(_SECONDS_TO_FREE_TENSORS)

@@ -1,19 +1,20 @@
-"""Compare ways to use a small network with few images of new classes: from scratch, fine-tuned, or frozen.
+"""Compare training from scratch, fine-tuning and frozen features on few images of new classes.
 
     python -m tools.few_images --data-path <imagenette> --jobs 2
     python -m tools.few_images --results docs/few_images.json
 
-A network is pretrained on half of the dataset's classes. The others are new: of each, only 5 to 200 training images are
-used, in these ways:
+A small network is pretrained on half of the dataset's classes. The other classes are new, and are learned from only 5
+to 200 training images each, in one of these ways:
 
 - scratch: the network is trained from random weights;
-- finetune: all weights are trained, from those of the pretrained network;
-- linear: a linear classifier on features of the pretrained network;
-- knn: nearest neighbours of these features.
+- finetune: all weights are trained, starting from the pretrained weights;
+- linear: a linear classifier is trained on features of the frozen pretrained network;
+- knn: a k-nearest-neighbour classifier uses the same features.
 
-Learning rates and numbers of neighbours are chosen on 100 held-out training images of each new class, with a subset
-that is not reported. The validation images are used for the report only. Every result is written to
-`<output>/few_images.json` as it comes, and the same command goes on from there. Design and answers: docs/small_data.md.
+The learning rate and the number of neighbours are chosen on 100 held-out training images of each new class, with an
+extra subset whose accuracy is not reported. The validation images only give the reported accuracy. Every result is
+written to `<output>/few_images.json` at once: run the same command again to resume. Design and results:
+docs/small_data.md.
 """
 
 if __name__ == '__main__':
@@ -43,6 +44,7 @@ from text_files import read_json
 from tools.features import build_extractor, features_of_split, knn_accuracy, linear_accuracy
 from tools.output_files import prepare_output, write_text
 from tools.plot import read_run
+from tools.study.statistics import Difference, paired_difference
 from utils import UserError, environment, exit_on_user_error, home_path, positive_int
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +60,9 @@ WAYS = {
 COUNTS = (5, 20, 50, 200)  # training images of each new class
 SEEDS = (0, 1, 2)  # of subsets and of runs
 TUNING_SEED = 100
-HELD_OUT = 100  # images of each new class, to choose the settings below on
+HELD_OUT = 100  # training images of each new class on which the settings below are chosen
 
-# What is chosen: the peak learning rate at a batch of 16, or the number of neighbours
+# Settings to choose from: the peak learning rate at a batch of 16, or the number of neighbours
 SETTINGS = {
     'scratch': (2.5e-4, 5e-4, 1e-3, 2e-3),
     'finetune': (2.5e-4, 5e-4, 1e-3, 2e-3),
@@ -68,7 +70,7 @@ SETTINGS = {
     'knn': (1, 3, 5, 10, 20),
 }
 BATCH = 16
-EPOCHS, UPDATES = 30, 500  # of training: at least so many of both
+EPOCHS, UPDATES = 30, 500  # a run trains for at least this many epochs, and at least this many updates
 
 
 class FewImagesError(UserError):
@@ -81,8 +83,9 @@ class Trial(NamedTuple):
     Attributes:
         way: a key of `WAYS`.
         count: training images of each new class.
-        seed: of the subset and the run; `TUNING_SEED` is scored on the held-out images, others on validation images.
-        setting: of `SETTINGS`.
+        seed: seed of the subset and of the run. With `TUNING_SEED`, the trial is scored on the held-out images, and
+            with other seeds on the validation images.
+        setting: one of `SETTINGS[way]`.
     """
 
     way: str
@@ -96,19 +99,25 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser('python -m tools.few_images', description=__doc__.splitlines()[0])
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--data-path', type=home_path, metavar='DIR', help='class folders in train/ and val/')
-    source.add_argument('--results', type=home_path, metavar='FILE', help='print the table of a few_images.json')
-    add('--jobs', type=positive_int, default=1, metavar='N', help='runs at a time, with a thread each (1)')
+    source.add_argument('--data-path', type=home_path, metavar='DIR', help='dataset with train/ and val/')
+    source.add_argument('--results', type=home_path, metavar='FILE', help='only print the table of a few_images.json')
+    add('--jobs', type=positive_int, default=1, metavar='N', help='trials at a time; a training run has one thread (1)')
     add('--epochs', type=positive_int, default=40, metavar='N', help='epochs of pretraining (40)')
     add('--counts', nargs='+', type=positive_int, default=COUNTS, metavar='N', help='images per class (5 20 50 200)')
-    add('--output', type=home_path, default=Path('output/few_images'), metavar='DIR', help='(output/few_images)')
+    add(
+        '--output',
+        type=home_path,
+        default=Path('output/few_images'),
+        metavar='DIR',
+        help='folder of the runs and of few_images.json (output/few_images)',
+    )
     return parser.parse_args()
 
 
 def make_subset(data_path: Path, folder: Path, count: int, seed: int) -> Path:
-    """Make a dataset of `count` training images of each new class, as links.
+    """Make a dataset with `count` training images of each new class, as symbolic links.
 
-    Its evaluation images are the validation images, or the held-out ones with `TUNING_SEED`.
+    Its evaluation images are the validation images or, with `TUNING_SEED`, the held-out training images.
 
     Returns:
         The folder of the dataset.
@@ -120,11 +129,16 @@ def make_subset(data_path: Path, folder: Path, count: int, seed: int) -> Path:
     shutil.rmtree(subset, ignore_errors=True)
     for number, name in enumerate(classes_of(data_path)[1]):
         files = sorted((data_path / 'train' / name).iterdir())
-        if len(files) < HELD_OUT + count:
-            raise FewImagesError(f'{data_path}/train/{name} has {len(files)} images: {HELD_OUT + count} are needed')
+        if len(files) < HELD_OUT + 2 * count:
+            raise FewImagesError(
+                f'{data_path}/train/{name} has {len(files)} images, and {HELD_OUT + 2 * count} are needed: '
+                f'write smaller --counts'
+            )
         files = np.random.default_rng(number).permutation(files)
         held_out, others = files[:HELD_OUT], files[HELD_OUT:]
-        chosen = np.random.default_rng([number, seed]).choice(others, count, replace=False)
+        for_tuning, for_report = others[: len(others) // 2], others[len(others) // 2 :]
+        pool = for_tuning if seed == TUNING_SEED else for_report
+        chosen = np.random.default_rng([number, seed]).choice(pool, count, replace=False)
         scored = held_out if seed == TUNING_SEED else sorted((data_path / 'val' / name).iterdir())
         for split, images in (('train', chosen), ('val', scored)):
             link_images(subset / split / name, images)
@@ -139,7 +153,7 @@ def link_images(folder: Path, images: Sequence[Path]) -> None:
 
 
 def classes_of(data_path: Path) -> tuple[list[str], list[str]]:
-    """Names of the known and of the new classes: every second one is new.
+    """Split the class names, sorted, into known classes (the first, third, ...) and new classes (the second, ...).
 
     Raises:
         FewImagesError: there are fewer than four classes.
@@ -151,7 +165,7 @@ def classes_of(data_path: Path) -> tuple[list[str], list[str]]:
 
 
 def train(cfg: Path, data_path: Path, output: Path, options: dict[str, Any]) -> Path:
-    """Train a network through main.py, unless it has been trained; its folder.
+    """Train a network with main.py, unless its last checkpoint exists, and return the folder of the run.
 
     Raises:
         FewImagesError: the run failed.
@@ -169,7 +183,7 @@ def train(cfg: Path, data_path: Path, output: Path, options: dict[str, Any]) -> 
 
 
 def pretrain(data_path: Path, output: Path, epochs: int) -> Path:
-    """Pretrain a network on the known classes; the checkpoint of its last epoch."""
+    """Pretrain a network on the known classes, and return the path of its last checkpoint."""
     known, _ = classes_of(data_path)
     if not (output / 'known').exists():
         for split in ('train', 'val'):
@@ -183,7 +197,7 @@ def pretrain(data_path: Path, output: Path, epochs: int) -> Path:
 
 
 def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
-    """Config keys of a run with this peak learning rate, a tenth of warm-up, and one evaluation."""
+    """Config keys for a peak learning rate, warm-up in the first tenth of the epochs, and one evaluation at the end."""
     base = lr * 512 / batch  # main.py scales it back
     return {
         'TRAIN.EPOCHS': epochs, 'TRAIN.WARMUP_EPOCHS': epochs // 10, 'EVAL_FREQ': epochs, 'SAVE_FREQ': epochs,
@@ -195,7 +209,7 @@ def score(trial: Trial, subset: Path, pretrained: Path, output: Path) -> float:
     """Top-1 accuracy of a trial in percent, on the evaluation images of its subset."""
     if trial.way in ('linear', 'knn'):
         flags = Namespace(resume=str(pretrained), cfg=None, stored=(), pretrained_weights='raw')
-        flags.opts = ['DATA.DATA_PATH', str(subset), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0']
+        flags.opts = ['DATA.DATA_PATH', str(subset), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0', 'TEST.CROP', 'False']
         predictor = load_predictor(flags, TASK, log=lambda note: None)
         parts = [features_of_split(predictor, build_extractor(predictor.model), split) for split in ('train', 'val')]
         return 100 * (linear_accuracy(*parts) if trial.way == 'linear' else knn_accuracy(*parts, trial.setting))
@@ -213,10 +227,10 @@ def score(trial: Trial, subset: Path, pretrained: Path, output: Path) -> float:
 
 
 class Results:
-    """The results of trials in a few_images.json, which is written after each.
+    """Results of trials, stored in a few_images.json that is written after every trial.
 
     Args:
-        path: of the file; results that it has are kept.
+        path: path of the file; the results in an existing file are kept.
     """
 
     def __init__(self, path: Path):
@@ -228,7 +242,7 @@ class Results:
         return next((x['top1'] for x in self.content['trials'] if _trial(x) == trial), None)
 
     def best_setting(self, way: str, count: int) -> float | int | None:
-        """The setting with the best accuracy on held-out images; of equal ones, the first."""
+        """The setting with the best accuracy on the held-out images; the first of several that are equally good."""
         trials = [Trial(way, count, TUNING_SEED, setting) for setting in SETTINGS[way] if fits(way, count, setting)]
         return max(trials, key=self.find).setting
 
@@ -250,7 +264,7 @@ def _trial(entry: dict[str, Any]) -> Trial:
 
 
 def fits(way: str, count: int, setting: float | int | None) -> bool:
-    """Whether a setting makes sense: no more neighbours than images of a class."""
+    """Whether a setting can be used: `knn` has at most as many neighbours as there are images of a class."""
     return way != 'knn' or setting <= count
 
 
@@ -258,7 +272,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a `few_images.json`.
 
     Raises:
-        FewImagesError: it is none.
+        FewImagesError: the file is not a `few_images.json`.
     """
     results = read_json(path, str(path), FewImagesError, 'give the few_images.json of this tool')
     try:
@@ -269,21 +283,43 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Write Markdown: a row for each number of images, with the accuracy of each way over the seeds."""
-    reported = [(_trial(x), x['top1']) for x in results['trials'] if x['seed'] != TUNING_SEED]
+    """Write Markdown tables: the accuracy of each way, and its difference from fine-tuning, by number of images."""
+    accuracies: dict[int, dict[str, dict[int, float]]] = {}
+    for trial, top1 in ((_trial(x), x['top1']) for x in results['trials']):
+        if trial.seed != TUNING_SEED:
+            accuracies.setdefault(trial.count, {}).setdefault(trial.way, {})[trial.seed] = top1
+    others = [way for way in WAYS if way != 'finetune']
     lines = [f'| images per class | {" | ".join(WAYS.values())} |', f'|---:|{"---:|" * len(WAYS)}']
-    for count in sorted({trial.count for trial, _ in reported}):
-        cells = []
-        for way in WAYS:
-            values = [top1 for trial, top1 in reported if (trial.way, trial.count) == (way, count)]
-            spread = f' ± {stdev(values):.1f}' if len(values) > 1 else ''
-            cells.append(f'{mean(values):.1f}{spread}' if values else '')
+    for count, ways in sorted(accuracies.items()):
+        lines.append(f'| {count} | {" | ".join(_mean_and_spread([*ways.get(way, {}).values()]) for way in WAYS)} |')
+    lines += ['', f'| images per class | fine-tuned, against {" | against ".join(WAYS[way] for way in others)} |']
+    lines.append(f'|---:|{"---:|" * len(others)}')
+    for count, ways in sorted(accuracies.items()):
+        tuned = ways.get('finetune', {})
+        cells = [_difference(paired_difference(tuned, ways.get(way, {}))) for way in others]
         lines.append(f'| {count} | {" | ".join(cells)} |')
     if 'environment' in results:
         known = results['environment']
-        lines += ['', f'Top-1, %, mean ± sd over {len({trial.seed for trial, _ in reported})} seeds; processor '
-                  f'{known["processor"]}; torch {known["torch"]}; revision {known["revision"][:7]}.']  # fmt: skip
+        facts = [
+            "Top-1 in percent, mean ± standard deviation over the seeds; differences with 95 % intervals by Student's t"
+        ]
+        facts += [f'processor {known["processor"]}', f'torch {known["torch"]}', f'revision {known["revision"][:7]}']
+        lines += ['', '; '.join(facts) + '.']
     return '\n'.join(lines)
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ''
+    return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ''
+    return f'{difference.mean:+.1f}' + (
+        ' ({:+.1f} to {:+.1f})'.format(*difference.student) if difference.student else ''
+    )
 
 
 def run_all(args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ def test_subsets_share_no_image_with_what_they_are_scored_on(ten_digits, tmp_pat
         assert {path.name for path in (subset / 'train').iterdir()} == set('13579')
         assert [len(list(path.iterdir())) for path in (subset / 'train').iterdir()] == [20] * 5
         assert not names(subset / 'train') & held_out
+        assert subset is tuning or not names(subset / 'train') & names(tuning / 'train')
     assert len(held_out) == 5 * few_images.HELD_OUT
     assert names(reported[0] / 'train') != names(reported[1] / 'train')
     assert names(reported[0] / 'val') == {
@@ -42,7 +43,7 @@ def test_subsets_share_no_image_with_what_they_are_scored_on(ten_digits, tmp_pat
 
 
 def test_too_few_images_or_classes_are_refused(ten_digits, digits, tmp_path):  # noqa: F811
-    with pytest.raises(FewImagesError, match=r'train/1 has \d+ images: 200 are needed'):
+    with pytest.raises(FewImagesError, match=r'train/1 has \d+ images, and 300 are needed'):
         make_subset(ten_digits, tmp_path, 100, 0)
     with pytest.raises(FewImagesError, match='train has 2 class folders: give a dataset of four or more'):
         make_subset(digits, tmp_path, 5, 0)
@@ -67,6 +68,10 @@ def test_table_has_means_over_the_reported_seeds(tmp_path):
         results.add(Trial('linear', 20, seed, None), accuracy)
     done = run_here('-m', 'tools.few_images', '--results', tmp_path / 'few_images.json')
     assert done.stdout.splitlines()[2] == '| 20 |  |  | 62.0 ± 2.0 |  |'
+    for seed, accuracy in enumerate((64.0, 67.0, 70.0)):
+        results.add(Trial('finetune', 20, seed, 1e-3), accuracy)
+    done = run_here('-m', 'tools.few_images', '--results', tmp_path / 'few_images.json')
+    assert done.stdout.splitlines()[6] == '| 20 |  | +5.0 (+2.5 to +7.5) |  |'  # 4, 5 and 6 points
     (tmp_path / 'other.json').write_text('[1]')
     line = error_line('-m', 'tools.few_images', '--results', tmp_path / 'other.json')
     assert line.endswith('holds no results of tools.few_images')

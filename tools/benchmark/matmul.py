@@ -15,17 +15,17 @@ from tools.benchmark.timing import time_interleaved
 
 PYTORCH, ONEDNN = 'PyTorch', 'oneDNN'
 ROUNDS = 5  # to choose the library
-MAX_ROWS = 2**16  # of the left matrix: without a limit, matrices of large images would take gigabytes
+MAX_ROWS = 2**16  # of the left matrix; without a limit, the reference for large images would take gigabytes of memory
 
 
 class MatmulReference:
-    """A plain matmul, repeated where a single one would need more than `MAX_ROWS` rows.
+    """A plain matmul, or several smaller matmuls where the left matrix would have more than `MAX_ROWS` rows.
 
     Args:
         precision: precision of the matrices.
         device: device to run on.
-        multiply_adds: approximate number; the attribute has the exact one.
-        library: what computes it: `PYTORCH` for PyTorch's own choice, or `ONEDNN`.
+        multiply_adds: approximate number of multiply-adds; the attribute of this name has the exact number.
+        library: library that computes the matmul: `PYTORCH` for PyTorch's own choice, or `ONEDNN`.
     """
 
     def __init__(self, precision: str, device: torch.device, multiply_adds: int, library: str = PYTORCH):
