@@ -106,6 +106,26 @@ def test_the_teacher_sees_the_images_in_its_size_and_normalisation(build):
     assert torch.equal(network.images, images)  # of the student's form by default
 
 
+class Convolutions(nn.Module):
+    """A teacher with convolutions in two and in three dimensions; only the first kind has channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.plane, self.space = nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, (1, 3, 3))
+
+    def forward(self, images):
+        return self.space(self.plane(images).unsqueeze(1)).mean(dim=(1, 3, 4))[:, :3]
+
+
+def test_a_teacher_with_convolutions(build):
+    network = Convolutions()
+    images = torch.randn(2, 3, 28, 28)
+    expected = network(images)
+    run = build(network)
+    assert network.plane.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(run.teacher(images), expected)
+
+
 def test_classes_are_found_by_name(build):
     wordnet = ['n03888257', 'n01440764']
     teacher = build(DISTILL__TEACHER='timm:msg_transformer_nano').teacher
