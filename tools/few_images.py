@@ -1,7 +1,7 @@
 """Compare training from scratch, fine-tuning and frozen features on few images of new classes.
 
     python -m tools.few_images --data-path <imagenette> --jobs 2
-    python -m tools.few_images --results docs/few_images.json
+    python -m tools.few_images --results output/few_images/few_images.json
 
 A small network is pretrained on half of the dataset's classes. The other classes are new, and are learned from only 5
 to 200 training images each, in one of these ways:
@@ -12,9 +12,8 @@ to 200 training images each, in one of these ways:
 - knn: a k-nearest-neighbour classifier uses the same features.
 
 The learning rate and the number of neighbours are chosen on 100 held-out training images of each new class, with an
-extra subset whose accuracy is not reported. The validation images only give the reported accuracy. Every result is
-written to `<output>/few_images.json` at once: run the same command again to resume. Design and results:
-docs/small_data.md.
+extra subset whose accuracy is not reported. The validation images only give the reported accuracy. To resume, run the
+same command again. Design and results: docs/small_data.md.
 """
 
 if __name__ == '__main__':
@@ -26,31 +25,36 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 
+from data.formats import open_samples
+from data.samples import Samples
+from engine.experiment import describe_samples
 from engine.predictor import load_predictor
 from main import TASK
 from text_files import read_json
-from tools.features import build_extractor, features_of_split, knn_accuracy, linear_accuracy
+from tools.features import Features, build_extractor, features_of_split, knn_accuracy, linear_accuracy
 from tools.output_files import prepare_output, write_text
-from tools.plot import read_run
+from tools.study.plan import Study, Variant
+from tools.study.runs import StudyRuns, finished_run
 from tools.study.statistics import Difference, paired_difference
-from utils import UserError, environment, exit_on_user_error, home_path, positive_int
+from utils import UserError, exit_on_user_error, git_revision, home_path, positive_int, processor_name
 
 ROOT = Path(__file__).parent.parent
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
 
+SPLITS = ('train', 'val')
 WAYS = {
     'scratch': 'from scratch',
     'finetune': 'fine-tuned',
@@ -74,7 +78,7 @@ EPOCHS, UPDATES = 30, 500  # a run trains for at least this many epochs, and at 
 
 
 class FewImagesError(UserError):
-    """A run failed, or the data or results cannot be used."""
+    """The data or results cannot be used."""
 
 
 class Trial(NamedTuple):
@@ -100,8 +104,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--data-path', type=home_path, metavar='DIR', help='dataset with train/ and val/')
-    source.add_argument('--results', type=home_path, metavar='FILE', help='only print the table of a few_images.json')
-    add('--jobs', type=positive_int, default=1, metavar='N', help='trials at a time; a training run has one thread (1)')
+    source.add_argument('--results', type=home_path, metavar='FILE', help='only print the tables of a few_images.json')
+    add('--jobs', type=positive_int, default=1, metavar='N', help='training runs at a time; they share the cores (1)')
     add('--epochs', type=positive_int, default=40, metavar='N', help='epochs of pretraining (40)')
     add('--counts', nargs='+', type=positive_int, default=COUNTS, metavar='N', help='images per class (5 20 50 200)')
     add(
@@ -114,86 +118,143 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_subset(data_path: Path, folder: Path, count: int, seed: int) -> Path:
-    """Make a dataset with `count` training images of each new class, as symbolic links.
+def link_dataset(folder: Path, parts: Mapping[str, tuple[Samples, Sequence[int]]]) -> Path:
+    """Make a dataset of links to images; one that is there already and has the same links is kept.
 
-    Its evaluation images are the validation images or, with `TUNING_SEED`, the held-out training images.
+    Args:
+        folder: of the dataset.
+        parts: a dataset's split, and indices of images in it, by name of the new split.
 
     Returns:
-        The folder of the dataset.
-
-    Raises:
-        FewImagesError: a class has too few images.
+        The folder.
     """
-    subset = folder / f'images_{count}_seed_{seed}'
-    shutil.rmtree(subset, ignore_errors=True)
-    for number, name in enumerate(classes_of(data_path)[1]):
-        files = sorted((data_path / 'train' / name).iterdir())
-        if len(files) < HELD_OUT + 2 * count:
-            raise FewImagesError(
-                f'{data_path}/train/{name} has {len(files)} images, and {HELD_OUT + 2 * count} are needed: '
-                f'write smaller --counts'
-            )
-        files = np.random.default_rng(number).permutation(files)
-        held_out, others = files[:HELD_OUT], files[HELD_OUT:]
-        for_tuning, for_report = others[: len(others) // 2], others[len(others) // 2 :]
-        pool = for_tuning if seed == TUNING_SEED else for_report
-        chosen = np.random.default_rng([number, seed]).choice(pool, count, replace=False)
-        scored = held_out if seed == TUNING_SEED else sorted((data_path / 'val' / name).iterdir())
-        for split, images in (('train', chosen), ('val', scored)):
-            link_images(subset / split / name, images)
-    return subset
-
-
-def link_images(folder: Path, images: Sequence[Path]) -> None:
-    """Fill a new folder with links to images."""
-    folder.mkdir(parents=True)
-    for image in images:
-        (folder / image.name).symlink_to(image.resolve())
-
-
-def classes_of(data_path: Path) -> tuple[list[str], list[str]]:
-    """Split the class names, sorted, into known classes (the first, third, ...) and new classes (the second, ...).
-
-    Raises:
-        FewImagesError: there are fewer than four classes.
-    """
-    names = sorted(path.name for path in (data_path / 'train').glob('*') if path.is_dir())
-    if len(names) < 4:
-        raise FewImagesError(f'{data_path}/train has {len(names)} class folders: give a dataset of four or more')
-    return names[::2], names[1::2]
-
-
-def train(cfg: Path, data_path: Path, output: Path, options: dict[str, Any]) -> Path:
-    """Train a network with main.py, unless its last checkpoint exists, and return the folder of the run.
-
-    Raises:
-        FewImagesError: the run failed.
-    """
-    folder = output / options['MODEL.NAME'] / options['TAG']
-    command = [sys.executable, 'main.py', '--cfg', str(cfg), '--data-path', str(data_path.resolve())]
-    command += ['--output', str(output.resolve()), '--opts']
-    command += [str(text) for item in options.items() for text in item]
-    if not (folder / f'ckpt_epoch_{options["TRAIN.EPOCHS"] - 1}.pth').exists():
-        variables = os.environ | {'OMP_NUM_THREADS': '1'}
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, errors='replace')
-        if done.returncode:
-            raise FewImagesError(f'{folder.name} failed: {(done.stderr.strip().splitlines() or ["no message"])[-1]}')
+    links = {}
+    for split, (samples, indices) in parts.items():
+        for index in indices:
+            path = Path(samples.describe(index)).resolve()
+            links[f'{split}/{samples.classes[samples.targets[index]]}/{index:06d}_{path.name}'] = str(path)
+    found = {str(link.relative_to(folder)): os.readlink(link) for link in folder.glob('*/*/*')}
+    if found != links:
+        part = folder.with_name(f'{folder.name}.part')
+        shutil.rmtree(part, ignore_errors=True)
+        for link, path in links.items():
+            (part / link).parent.mkdir(parents=True, exist_ok=True)
+            (part / link).symlink_to(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     return folder
 
 
-def pretrain(data_path: Path, output: Path, epochs: int) -> Path:
-    """Pretrain a network on the known classes, and return the path of its last checkpoint."""
-    known, _ = classes_of(data_path)
-    if not (output / 'known').exists():
-        for split in ('train', 'val'):
-            for name in known:
-                link_images(output / 'known' / split / name, sorted((data_path / split / name).iterdir()))
-    options = {
-        'MODEL.NAME': 'pretrained', 'TAG': 'seed0', 'SEED': 0, 'MODEL.NUM_CLASSES': len(known), 'AMP_OPT_LEVEL': 'O1',
-        **schedule(epochs, 1e-3, 64), 'SAVE_STEPS': 50,
-    }  # fmt: skip
-    return train(PRETRAINING, output / 'known', output, options) / f'ckpt_epoch_{epochs - 1}.pth'
+def describe_dataset(folder: Path) -> dict[str, Any]:
+    """Number and hash of the images' names, by split, as checkpoints record them."""
+    return {split: describe_samples(open_samples('imagenet', folder, split).sample_names()) for split in SPLITS}
+
+
+class Experiment:
+    """The datasets and runs of the comparison, all in one folder.
+
+    Args:
+        data_path: dataset with class folders; its first, third, ... classes are known, and the others are new.
+        output: folder.
+        epochs: epochs of pretraining.
+        jobs: training runs at a time.
+
+    Attributes:
+        data: number and hash of the images' names, by split.
+
+    Raises:
+        UserError: the dataset cannot be used.
+    """
+
+    def __init__(self, data_path: Path, output: Path, epochs: int, jobs: int):
+        self.output, self.epochs, self.jobs = output, epochs, jobs
+        self.train, self.val = (open_samples('imagenet', data_path, split) for split in SPLITS)
+        if len(self.train.classes) < 4:
+            raise FewImagesError(f'{data_path} has {len(self.train.classes)} classes: give a dataset of four or more')
+        self.data = describe_dataset(data_path)
+        self.studies: list[StudyRuns] = []
+
+    def of_classes(self, samples: Samples, first: int) -> np.ndarray:
+        """Indices of a split's images of the known classes (`first` 0), or of the new classes (1)."""
+        return np.flatnonzero(samples.targets % 2 == first)
+
+    def known(self) -> Path:
+        """Make the dataset of the known classes."""
+        splits = {'train': self.train, 'val': self.val}
+        return link_dataset(self.output / 'data/known', {x: (y, self.of_classes(y, 0)) for x, y in splits.items()})
+
+    def subset(self, count: int, seed: int) -> Path:
+        """Make a dataset with `count` training images of each new class.
+
+        Its evaluation images are the validation images or, with `TUNING_SEED`, the held-out training images.
+
+        Raises:
+            FewImagesError: a class has too few images.
+        """
+        chosen, held_out = [], []
+        for number in range(1, len(self.train.classes), 2):
+            indices = np.flatnonzero(self.train.targets == number)
+            if len(indices) < HELD_OUT + 2 * count:
+                raise FewImagesError(
+                    f'class {self.train.classes[number]} has {len(indices)} training images, and '
+                    f'{HELD_OUT + 2 * count} are needed: write smaller --counts'
+                )
+            indices = np.random.default_rng(number).permutation(indices)
+            held_out += indices[:HELD_OUT].tolist()
+            for_tuning, for_report = np.array_split(indices[HELD_OUT:], 2)
+            pool = for_tuning if seed == TUNING_SEED else for_report
+            chosen += np.random.default_rng([number, seed]).choice(pool, count, replace=False).tolist()
+        scored = (self.train, held_out) if seed == TUNING_SEED else (self.val, self.of_classes(self.val, 1))
+        folder = self.output / 'data' / f'images_{count}_seed_{seed}'
+        return link_dataset(folder, {'train': (self.train, chosen), 'val': scored})
+
+    def run(self, name: str, cfg: Path, data: Path, seed: int, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Train a network from where its run stands; its result, or None if all runs were stopped.
+
+        Raises:
+            UserError: it failed, or its folder holds a run with other settings or data.
+        """
+        study = Study(
+            name='few_images',
+            cfg_file=cfg,
+            reference=name,
+            seeds=[seed],
+            variants={name: Variant(name, options)},
+            comparisons=[],
+            further_references=[],
+            task=TASK,
+        )
+        done = finished_run(study, self.output, name, seed)
+        if done is not None:
+            if done['data'] != describe_dataset(data):
+                raise FewImagesError(f'{self.output} has runs on other data: write another --output')
+            return done
+        runs = StudyRuns(study, data, self.output, [], self.jobs)
+        self.studies.append(runs)
+        return runs.train(name, seed)
+
+    def stop(self) -> None:
+        """Let all running runs save and end."""
+        for runs in self.studies:
+            runs.stop()
+
+    def pretrain(self) -> Path:
+        """Pretrain a network on the known classes, and return the path of its last checkpoint."""
+        classes = len(self.train.classes[::2])
+        options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 1e-3, 64)}
+        self.run('pretrained', PRETRAINING, self.known(), 0, options)
+        return self.output / 'pretrained/seed0' / f'ckpt_epoch_{self.epochs - 1}.pth'
+
+    def train_network(self, trial: Trial, data: Path, pretrained: Path) -> float | None:
+        """Top-1 accuracy in percent of a network that is trained on a subset; None if all runs were stopped."""
+        classes = len(self.train.classes[1::2])
+        batch = min(BATCH, classes * trial.count)
+        epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
+        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch)}
+        options |= {'MODEL.PRETRAINED': pretrained.resolve()} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
+        name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
+        run = self.run(name, FINETUNING, data, trial.seed, options)
+        return None if run is None else run['epochs'][-1]['acc1']
 
 
 def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
@@ -202,92 +263,97 @@ def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
     return {
         'TRAIN.EPOCHS': epochs, 'TRAIN.WARMUP_EPOCHS': epochs // 10, 'EVAL_FREQ': epochs, 'SAVE_FREQ': epochs,
         'TRAIN.BASE_LR': base, 'TRAIN.WARMUP_LR': base / 100, 'TRAIN.MIN_LR': base / 100, 'DATA.BATCH_SIZE': batch,
+        'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu',
     }  # fmt: skip
 
 
-def score(trial: Trial, subset: Path, pretrained: Path, output: Path) -> float:
-    """Top-1 accuracy of a trial in percent, on the evaluation images of its subset."""
-    if trial.way in ('linear', 'knn'):
-        flags = Namespace(resume=str(pretrained), cfg=None, stored=(), pretrained_weights='raw')
-        flags.opts = ['DATA.DATA_PATH', str(subset), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0', 'TEST.CROP', 'False']
-        predictor = load_predictor(flags, TASK, log=lambda note: None)
-        parts = [features_of_split(predictor, build_extractor(predictor.model), split) for split in ('train', 'val')]
-        return 100 * (linear_accuracy(*parts) if trial.way == 'linear' else knn_accuracy(*parts, trial.setting))
-    classes = len(list((subset / 'train').iterdir()))
-    batch = min(BATCH, classes * trial.count)
-    epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
-    options = {
-        'MODEL.NAME': f'{trial.way}_{trial.count}', 'TAG': f'seed{trial.seed}_{trial.setting}', 'SEED': trial.seed,
-        'MODEL.NUM_CLASSES': classes, 'AMP_OPT_LEVEL': 'O1', 'DATA.EXIF': False,
-        **schedule(epochs, trial.setting, batch),
-    }  # fmt: skip
-    options |= {'MODEL.PRETRAINED': pretrained} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
-    folder = train(FINETUNING, subset, output, options)
-    return read_run(folder, folder.name).epochs[-1]['acc1']
+def frozen_features(data: Path, pretrained: Path) -> list[Features]:
+    """Features of a subset's training and evaluation images, by the pretrained network."""
+    flags = Namespace(resume=str(pretrained), cfg=None, stored=(), pretrained_weights='raw')
+    flags.opts = ['DATA.DATA_PATH', str(data), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0', 'TEST.CROP', 'False']
+    predictor = load_predictor(flags, TASK, log=lambda note: None)
+    return [features_of_split(predictor, build_extractor(predictor.model), split) for split in ('train', 'val')]
 
 
-class Results:
-    """Results of trials, stored in a few_images.json that is written after every trial.
+def choices(way: str, count: int) -> list[float | int | None]:
+    """Settings to choose from: `knn` has at most as many neighbours as there are images of a class."""
+    return [setting for setting in SETTINGS[way] if way != 'knn' or setting <= count]
 
-    Args:
-        path: path of the file; the results in an existing file are kept.
+
+def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
+    """Pretrain, choose the settings, and score every way with every number of images and every seed.
+
+    Returns:
+        The content of few_images.json, which is written after each result.
     """
+    path = experiment.output / 'few_images.json'
+    results = {'data': experiment.data, 'processor': processor_name(), 'revision': git_revision(ROOT), 'trials': []}
+    subsets = {(n, seed): experiment.subset(n, seed) for n in counts for seed in (TUNING_SEED, *SEEDS)}
+    pretrained = experiment.pretrain()
+    accuracies: dict[Trial, float] = {}
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.content = read_results(path) if path.exists() else {'trials': []}
-
-    def find(self, trial: Trial) -> float | None:
-        """Accuracy of a trial, if it is known."""
-        return next((x['top1'] for x in self.content['trials'] if _trial(x) == trial), None)
-
-    def best_setting(self, way: str, count: int) -> float | int | None:
-        """The setting with the best accuracy on the held-out images; the first of several that are equally good."""
-        trials = [Trial(way, count, TUNING_SEED, setting) for setting in SETTINGS[way] if fits(way, count, setting)]
-        return max(trials, key=self.find).setting
-
-    def add(self, trial: Trial, accuracy: float) -> None:
-        """Add a result and write the file."""
-        self.content['environment'] = environment(torch.device('cpu'))
-        self.content['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3)})
-        self.content['trials'].sort(
-            key=lambda x: (list(WAYS).index(x['way']), x['count'], x['seed'], x['setting'] or 0)
-        )
-        trials = ',\n  '.join(map(json.dumps, self.content['trials']))
-        head = json.dumps(self.content['environment'])
-        write_text(self.path, ['{\n "environment": ', head, ',\n "trials": [\n  ', trials, '\n ]\n}\n'])
+    def add(trial: Trial, accuracy: float) -> None:
+        accuracies[trial] = accuracy
+        results['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3)})
+        write_results(results, path)
         print(f'{trial.way}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
 
+    def score_all(trials: Sequence[Trial]) -> None:
+        with ThreadPoolExecutor(experiment.jobs) as pool:
+            networks = {
+                pool.submit(experiment.train_network, trial, subsets[trial.count, trial.seed], pretrained): trial
+                for trial in trials
+                if trial.way in ('scratch', 'finetune')
+            }
+            try:
+                for future in as_completed(networks):
+                    if (accuracy := future.result()) is not None:
+                        add(networks[future], accuracy)
+            finally:
+                for future in networks:
+                    future.cancel()
+                experiment.stop()
+        for trial in trials:
+            if trial.way not in ('scratch', 'finetune'):
+                way = linear_accuracy if trial.way == 'linear' else partial(knn_accuracy, neighbours=trial.setting)
+                add(trial, 100 * way(*features[trial.count, trial.seed]))
 
-def _trial(entry: dict[str, Any]) -> Trial:
-    return Trial(*(entry[name] for name in Trial._fields))
+    features = {key: frozen_features(data, pretrained) for key, data in subsets.items()}
+    pairs = [(way, count) for count in counts for way in WAYS]
+    score_all([Trial(*x, TUNING_SEED, setting) for x in pairs for setting in choices(*x)])
+    tuning = {x: [Trial(*x, TUNING_SEED, setting) for setting in choices(*x)] for x in pairs}
+    best = {x: max(trials, key=accuracies.get).setting for x, trials in tuning.items()}
+    score_all([Trial(*x, seed, best[x]) for x in pairs for seed in SEEDS])
+    return results
 
 
-def fits(way: str, count: int, setting: float | int | None) -> bool:
-    """Whether a setting can be used: `knn` has at most as many neighbours as there are images of a class."""
-    return way != 'knn' or setting <= count
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write a few_images.json, with a line for each trial."""
+    head = json.dumps({key: value for key, value in results.items() if key != 'trials'}, indent=1).removesuffix('\n}')
+    trials = ',\n  '.join(map(json.dumps, results['trials']))
+    write_text(path, [head, ',\n "trials": [\n  ', trials, '\n ]\n}\n'])
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a `few_images.json`.
+    """Read a few_images.json.
 
     Raises:
-        FewImagesError: the file is not a `few_images.json`.
+        FewImagesError: the file is not a few_images.json.
     """
     results = read_json(path, str(path), FewImagesError, 'give the few_images.json of this tool')
     try:
-        table(results)
+        tables(results)
     except (KeyError, TypeError) as error:
         raise FewImagesError(f'{path} holds no results of tools.few_images') from error
     return results
 
 
-def table(results: dict[str, Any]) -> str:
+def tables(results: dict[str, Any]) -> str:
     """Write Markdown tables: the accuracy of each way, and its difference from fine-tuning, by number of images."""
     accuracies: dict[int, dict[str, dict[int, float]]] = {}
-    for trial, top1 in ((_trial(x), x['top1']) for x in results['trials']):
-        if trial.seed != TUNING_SEED:
-            accuracies.setdefault(trial.count, {}).setdefault(trial.way, {})[trial.seed] = top1
+    for x in results['trials']:
+        if x['seed'] != TUNING_SEED:
+            accuracies.setdefault(x['count'], {}).setdefault(x['way'], {})[x['seed']] = x['top1']
     others = [way for way in WAYS if way != 'finetune']
     lines = [f'| images per class | {" | ".join(WAYS.values())} |', f'|---:|{"---:|" * len(WAYS)}']
     for count, ways in sorted(accuracies.items()):
@@ -298,14 +364,12 @@ def table(results: dict[str, Any]) -> str:
         tuned = ways.get('finetune', {})
         cells = [_difference(paired_difference(tuned, ways.get(way, {}))) for way in others]
         lines.append(f'| {count} | {" | ".join(cells)} |')
-    if 'environment' in results:
-        known = results['environment']
-        facts = [
-            "Top-1 in percent, mean ± standard deviation over the seeds; differences with 95 % intervals by Student's t"
-        ]
-        facts += [f'processor {known["processor"]}', f'torch {known["torch"]}', f'revision {known["revision"][:7]}']
-        lines += ['', '; '.join(facts) + '.']
-    return '\n'.join(lines)
+    facts = [
+        f'Dataset of {results["data"]["train"]["images"]:,} and {results["data"]["val"]["images"]:,} images',
+        "top-1 in percent, mean ± standard deviation over the seeds; differences with 95 % intervals by Student's t",
+        f'processor {results["processor"]}; revision {results["revision"]}',
+    ]
+    return '\n'.join([*lines, '', f'{"; ".join(facts)}.'])
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -322,40 +386,26 @@ def _difference(difference: Difference | None) -> str:
     )
 
 
-def run_all(args: argparse.Namespace) -> None:
-    """Pretrain, choose the settings, and score every way with every number of images and every seed."""
-    data, output = args.data_path, args.output
-    prepare_output(output / 'few_images.json')
-    results, pretrained = Results(output / 'few_images.json'), pretrain(data, output, args.epochs)
-
-    def do(trial: Trial) -> tuple[Trial, float]:
-        return trial, score(trial, subsets[trial.count, trial.seed], pretrained, output)
-
-    def do_all(trials: Sequence[Trial]) -> None:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(do, trial) for trial in trials if results.find(trial) is None]
-            try:
-                for future in as_completed(futures):
-                    results.add(*future.result())
-            finally:
-                for future in futures:
-                    future.cancel()
-
-    subsets = {(n, seed): make_subset(data, output, n, seed) for n in args.counts for seed in (TUNING_SEED, *SEEDS)}
-    pairs = [(way, count) for count in args.counts for way in WAYS]
-    do_all([Trial(*x, TUNING_SEED, setting) for x in pairs for setting in SETTINGS[x[0]] if fits(*x, setting)])
-    do_all([Trial(*x, seed, results.best_setting(*x)) for x in pairs for seed in SEEDS])
-    print(f'\n{table(results.content)}')
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Read the command line; train and score, or print results."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, _stop)
     with exit_on_user_error():
         if args.results:
-            print(table(read_results(args.results)))
-        else:
-            run_all(args)
+            print(tables(read_results(args.results)))
+            return
+        prepare_output(args.output / 'few_images.json')
+        experiment = Experiment(args.data_path, args.output, args.epochs, args.jobs)
+        try:
+            results = compare(experiment, list(dict.fromkeys(args.counts)))
+        except KeyboardInterrupt:
+            experiment.stop()
+            sys.exit('stopped: run the same command again to resume')
+        print(f'\n{tables(results)}')
 
 
 if __name__ == '__main__':
