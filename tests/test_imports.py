@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from graphlib import TopologicalSorter
 
 import pytest
@@ -208,7 +209,8 @@ os.kill(os.getpid(), signal.SIGINT)
 @pytest.mark.parametrize(('imported', 'code', 'err'), [(False, -signal.SIGINT, ''), (True, 130, 'interrupted\n')])
 def test_interrupts_before_and_after_the_imports(imported, code, err):
     command = [sys.executable, '-c', INTERRUPTED.format(imported=imported)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background ignore interrupts
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=listen)
     assert (done.returncode, done.stdout, done.stderr) == (code, '', err)
 
 
