@@ -64,6 +64,7 @@ PROGRAMS = {
     'Experiments and benchmarks': (
         'tools.study',
         'tools.few_images',
+        'tools.speedrun',
         'tools.benchmark',
         'tools.benchmark networks',
         'tools.benchmark runtimes',

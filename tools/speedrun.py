@@ -1,0 +1,185 @@
+"""Time to accuracy: train networks from nothing to 80 % on Imagenette with two CPU cores, and time them.
+
+    python -m tools.speedrun --data-path <imagenette>
+    python -m tools.speedrun --results output/speedrun/speedrun.json
+
+The rules:
+
+1. The data are the 9,469 training photographs of Imagenette at 112 px, as docs/reproducing.md makes them. Nothing else
+   is used: no pretrained weights, no teacher, no other images.
+2. A network has one recipe, a variant of configs/studies/speedrun.yaml, which is trained with the seeds 0 to 4. All
+   five count: the recipe passes if their mean top-1 on the 3,925 validation photographs is at least 80 %.
+3. The time is the wall time of the whole command, on two cores with a process and a thread each: the start of Python,
+   its imports, opening the data, training, saving, and one evaluation at the end, of one view of each photograph.
+4. A recipe may be developed on the validation photographs. So its accuracy is a little optimistic, for every network.
+
+There is no record yet: the recipe in the study file is a first guess.
+"""
+
+if __name__ == '__main__':
+    import startup
+
+    startup.before_imports()
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from text_files import read_json
+from tools.output_files import prepare_output, write_text
+from tools.study.plan import Study, read_study
+from tools.study.runs import ROOT, finished_run
+from utils import UserError, exit_on_user_error, home_path, non_negative_int
+
+STUDY = ROOT / 'configs/studies/speedrun.yaml'
+GOAL = 80  # % top-1, the mean of the seeds
+PROCESSES = 2
+EPILOG = """examples:
+  python -m tools.speedrun --data-path imagenette
+  python -m tools.speedrun --data-path imagenette --networks msg --seeds 0
+  python -m tools.speedrun --results output/speedrun/speedrun.json
+"""
+
+
+class SpeedrunError(UserError):
+    """A run failed, or results cannot be read."""
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        'python -m tools.speedrun',
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('--data-path', type=home_path, metavar='DIR', help='Imagenette at 112 px')
+    source.add_argument('--results', type=home_path, metavar='FILE', help='print the table of a speedrun.json')
+    add('--networks', nargs='+', metavar='NAME', help='networks to train (default: all of the study file)')
+    add(
+        '--seeds', nargs='+', type=non_negative_int, metavar='N', help='seeds to train (default: all of the study file)'
+    )
+    add('--study', type=home_path, default=STUDY, metavar='FILE', help='recipes (configs/studies/speedrun.yaml)')
+    add(
+        '--output',
+        type=home_path,
+        default=Path('output/speedrun'),
+        metavar='DIR',
+        help='folder of the runs and of speedrun.json, which later commands add to (output/speedrun)',
+    )
+    return parser.parse_args()
+
+
+def train(study: Study, network: str, seed: int, data_path: Path, output: Path) -> dict[str, Any]:
+    """Train one network with one seed, from nothing.
+
+    Returns:
+        Its result, see `tools.study.runs.finished_run`, and `seconds`, the wall time of the command.
+
+    Raises:
+        SpeedrunError: it failed.
+    """
+    shutil.rmtree(output / network / f'seed{seed}', ignore_errors=True)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(PROCESSES)]
+    command = [sys.executable, *launcher, 'main.py', '--cfg', str(study.cfg_file.resolve())]
+    command += ['--data-path', str(data_path.resolve()), '--output', str(output.resolve())]
+    command += ['--opts', *study.options(network, seed)]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors='replace')
+    seconds = time.monotonic() - start
+    run = None if done.returncode else finished_run(study, output, network, seed)
+    if run is None:
+        errors = [x.removeprefix('error: ') for x in done.stderr.splitlines() if x.startswith('error: ')]
+        raise SpeedrunError(f'{network}, seed {seed} failed: {errors[0] if errors else done.stderr[-2000:]}')
+    return run | {'seconds': round(seconds, 1)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write a Markdown table of the networks, and the hardware."""
+    lines = [
+        '| network | parameters | multiply-adds | epochs | top-1 by seed, % | mean ± sd | minutes, mean (range) |',
+        '|---|---:|---:|---:|---|---:|---:|',
+    ]
+    for network, label in results['labels'].items():
+        runs = [run for run in results['runs'] if run['variant'] == network]
+        if not runs:
+            continue
+        accuracies, minutes = [_accuracy(run) for run in runs], [run['seconds'] / 60 for run in runs]
+        by_seed = ', '.join(f'{x:.1f}' for x in accuracies)
+        spread = f' ± {stdev(accuracies):.1f}' if len(runs) > 1 else ''
+        lines.append(
+            f'| {label} | {runs[0]["parameters"]:,} | {runs[0]["multiply_adds"] / 1e6:.0f}M | '
+            f'{len(runs[0]["epochs"])} | {by_seed} | {mean(accuracies):.1f}{spread} | '
+            f'**{mean(minutes):.1f}** ({min(minutes):.1f} to {max(minutes):.1f}) |'
+        )
+    environments = [run['environment'] for run in results['runs']]
+    for key in ('processor', 'cpu', 'torch', 'revision'):
+        lines += ['', f'{key}: {", ".join(sorted({environment[key] for environment in environments}))}']
+    return '\n'.join(lines)
+
+
+def _accuracy(run: dict[str, Any]) -> float:
+    """Top-1 after the last epoch, of the EMA weights if there are any."""
+    return run['epochs'][-1].get('ema_acc1', run['epochs'][-1]['acc1'])
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a `speedrun.json`.
+
+    Raises:
+        SpeedrunError: it is none.
+    """
+    results = read_json(path, str(path), SpeedrunError, 'give the speedrun.json of a speedrun')
+    try:
+        table(results)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SpeedrunError(f'{path} holds no results of a speedrun') from error
+    return results
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write a `speedrun.json`, with a line for each run."""
+    runs = ',\n  '.join(json.dumps(run) for run in results['runs'])
+    write_text(path, ['{\n "labels": ', json.dumps(results['labels']), ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
+
+
+def run_all(study: Study, networks: Sequence[str], seeds: Sequence[int], data_path: Path, output: Path) -> None:
+    """Train what `speedrun.json` does not have yet, seed by seed, and add each run to it."""
+    path = output / 'speedrun.json'
+    prepare_output(path)
+    results = read_results(path) if path.exists() else {'runs': []}
+    results['labels'] = {name: variant.label for name, variant in study.variants.items()}
+    for seed in seeds:
+        for network in networks:
+            if any((run['variant'], run['seed']) == (network, seed) for run in results['runs']):
+                continue
+            run = train(study, network, seed, data_path, output)
+            results['runs'] = sorted([*results['runs'], run], key=lambda run: (run['variant'], run['seed']))
+            write_results(results, path)
+            print(f'{network}, seed {seed}: {_accuracy(run):.2f} % in {run["seconds"] / 60:.1f} minutes', flush=True)
+    print(f'\n{table(results)}')
+
+
+def main() -> None:
+    """Read the command line; train and time, or print results."""
+    args = parse_args()
+    with exit_on_user_error():
+        if args.results:
+            print(table(read_results(args.results)))
+            return
+        study = read_study(args.study)
+        seeds = args.seeds or study.seeds
+        run_all(study, study.select_variants(args.networks), seeds, args.data_path, args.output)
+
+
+if __name__ == '__main__':
+    main()
