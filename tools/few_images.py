@@ -22,18 +22,14 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import json
 import os
 import shutil
-import signal
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,13 +40,12 @@ from engine.predictor import load_predictor
 from main import TASK
 from text_files import read_json
 from tools.features import Features, build_extractor, features_of_split, knn_accuracy, linear_accuracy
-from tools.output_files import prepare_output, write_text
+from tools.output_files import prepare_output, write_records
 from tools.study.plan import Study, Variant
-from tools.study.runs import StudyRuns, finished_run
-from tools.study.statistics import Difference, paired_difference
+from tools.study.runs import ROOT, StudyRuns, finished_run, stoppable
+from tools.study.statistics import Difference, mean_and_deviation, metric_curve, paired_difference
 from utils import UserError, exit_on_user_error, git_revision, home_path, positive_int, processor_name
 
-ROOT = Path(__file__).parent.parent
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
 
@@ -145,9 +140,18 @@ def link_dataset(folder: Path, parts: Mapping[str, tuple[Samples, Sequence[int]]
     return folder
 
 
-def describe_dataset(folder: Path) -> dict[str, Any]:
+def open_splits(folder: Path) -> list[Samples]:
+    """Open the training and the validation images of a dataset.
+
+    Raises:
+        DataError: the dataset cannot be used.
+    """
+    return [open_samples('imagenet', folder, split) for split in SPLITS]
+
+
+def describe_splits(splits: Sequence[Samples]) -> dict[str, Any]:
     """Number and hash of the images' names, by split, as checkpoints record them."""
-    return {split: describe_samples(open_samples('imagenet', folder, split).sample_names()) for split in SPLITS}
+    return {name: describe_samples(samples.sample_names()) for name, samples in zip(SPLITS, splits, strict=True)}
 
 
 class Experiment:
@@ -168,10 +172,10 @@ class Experiment:
 
     def __init__(self, data_path: Path, output: Path, epochs: int, jobs: int):
         self.output, self.epochs, self.jobs = output, epochs, jobs
-        self.train, self.val = (open_samples('imagenet', data_path, split) for split in SPLITS)
+        self.train, self.val = open_splits(data_path)
         if len(self.train.classes) < 4:
             raise FewImagesError(f'{data_path} has {len(self.train.classes)} classes: give a dataset of four or more')
-        self.data = describe_dataset(data_path)
+        self.data = describe_splits([self.train, self.val])
         self.studies: list[StudyRuns] = []
 
     def of_classes(self, samples: Samples, first: int) -> np.ndarray:
@@ -226,12 +230,16 @@ class Experiment:
         )
         done = finished_run(study, self.output, name, seed)
         if done is not None:
-            if done['data'] != describe_dataset(data):
+            if done['data'] != describe_splits(open_splits(data)):
                 raise FewImagesError(f'{self.output} has runs on other data: write another --output')
             return done
         runs = StudyRuns(study, data, self.output, [], self.jobs)
         self.studies.append(runs)
-        return runs.train(name, seed)
+        try:
+            return runs.train(name, seed)
+        except KeyboardInterrupt:  # in the main thread, during pretraining
+            runs.stop()
+            raise
 
     def stop(self) -> None:
         """Let all running runs save and end."""
@@ -254,7 +262,7 @@ class Experiment:
         options |= {'MODEL.PRETRAINED': pretrained.resolve()} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
         name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
         run = self.run(name, FINETUNING, data, trial.seed, options)
-        return None if run is None else run['epochs'][-1]['acc1']
+        return None if run is None else metric_curve(run, 'acc1')[-1]
 
 
 def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
@@ -295,7 +303,7 @@ def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
     def add(trial: Trial, accuracy: float) -> None:
         accuracies[trial] = accuracy
         results['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3)})
-        write_results(results, path)
+        write_records(path, results, 'trials')
         print(f'{trial.way}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
 
     def score_all(trials: Sequence[Trial]) -> None:
@@ -327,13 +335,6 @@ def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
     return results
 
 
-def write_results(results: dict[str, Any], path: Path) -> None:
-    """Write a few_images.json, with a line for each trial."""
-    head = json.dumps({key: value for key, value in results.items() if key != 'trials'}, indent=1).removesuffix('\n}')
-    trials = ',\n  '.join(map(json.dumps, results['trials']))
-    write_text(path, [head, ',\n "trials": [\n  ', trials, '\n ]\n}\n'])
-
-
 def read_results(path: Path) -> dict[str, Any]:
     """Read a few_images.json.
 
@@ -357,7 +358,7 @@ def tables(results: dict[str, Any]) -> str:
     others = [way for way in WAYS if way != 'finetune']
     lines = [f'| images per class | {" | ".join(WAYS.values())} |', f'|---:|{"---:|" * len(WAYS)}']
     for count, ways in sorted(accuracies.items()):
-        lines.append(f'| {count} | {" | ".join(_mean_and_spread([*ways.get(way, {}).values()]) for way in WAYS)} |')
+        lines.append(f'| {count} | {" | ".join(mean_and_deviation(ways.get(way, {}).values()) for way in WAYS)} |')
     lines += ['', f'| images per class | fine-tuned, against {" | against ".join(WAYS[way] for way in others)} |']
     lines.append(f'|---:|{"---:|" * len(others)}')
     for count, ways in sorted(accuracies.items()):
@@ -372,39 +373,24 @@ def tables(results: dict[str, Any]) -> str:
     return '\n'.join([*lines, '', f'{"; ".join(facts)}.'])
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    if not values:
-        return ''
-    return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
-
-
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return ''
-    return f'{difference.mean:+.1f}' + (
-        ' ({:+.1f} to {:+.1f})'.format(*difference.student) if difference.student else ''
-    )
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+    interval = ' ({:+.1f} to {:+.1f})'.format(*difference.student) if difference.student else ''
+    return f'{difference.mean:+.1f}{interval}'
 
 
 def main() -> None:
     """Read the command line; train and score, or print results."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, _stop)
     with exit_on_user_error():
         if args.results:
             print(tables(read_results(args.results)))
             return
         prepare_output(args.output / 'few_images.json')
         experiment = Experiment(args.data_path, args.output, args.epochs, args.jobs)
-        try:
+        with stoppable():
             results = compare(experiment, list(dict.fromkeys(args.counts)))
-        except KeyboardInterrupt:
-            experiment.stop()
-            sys.exit('stopped: run the same command again to resume')
         print(f'\n{tables(results)}')
 
 

@@ -1,8 +1,9 @@
 """Output files of tools: checked before the work, and written atomically after it, or as results come."""
 
 import io
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -75,6 +76,16 @@ def write_text(path: Path, parts: Iterable[str]) -> None:
         raise
     except OSError as error:
         raise OutputError(f'{path}: {error.strerror}: write to another folder, or make room') from error
+
+
+def write_records(path: Path, content: Mapping[str, Any], key: str) -> None:
+    """Write JSON whose list `key` comes last, with a line for each of its items.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    head = json.dumps({name: value for name, value in content.items() if name != key}, indent=1).removesuffix('\n}')
+    write_text(path, [head, f',\n "{key}": [\n  ', ',\n  '.join(map(json.dumps, content[key])), '\n ]\n}\n'])
 
 
 def stream_text(path: Path, parts: Iterable[str], end: str = '') -> None:

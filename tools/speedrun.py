@@ -22,24 +22,22 @@ if __name__ == '__main__':
     startup.before_imports()
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from text_files import read_json
-from tools.output_files import prepare_output, write_text
+from tools.output_files import prepare_output, write_records
+from tools.rehearsal.launch import Launch
 from tools.study.plan import Study, read_study
-from tools.study.runs import ROOT, finished_run
+from tools.study.runs import ROOT, finished_run, stoppable
+from tools.study.statistics import mean_and_deviation, metric_curve
 from utils import UserError, exit_on_user_error, home_path, non_negative_int
 
 STUDY = ROOT / 'configs/studies/speedrun.yaml'
-GOAL = 80  # % top-1, the mean of the seeds
 PROCESSES = 2
 EPILOG = """examples:
   python -m tools.speedrun --data-path imagenette
@@ -89,17 +87,24 @@ def train(study: Study, network: str, seed: int, data_path: Path, output: Path) 
         SpeedrunError: it failed.
     """
     shutil.rmtree(output / network / f'seed{seed}', ignore_errors=True)
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(PROCESSES)]
-    command = [sys.executable, *launcher, 'main.py', '--cfg', str(study.cfg_file.resolve())]
+    command = ['main.py', '--cfg', str(study.cfg_file.resolve())]
     command += ['--data-path', str(data_path.resolve()), '--output', str(output.resolve())]
     command += ['--opts', *study.options(network, seed)]
+    printed = output / 'printed.txt'
+    printed.unlink(missing_ok=True)
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors='replace')
+    launch = Launch(command, PROCESSES, printed)
+    try:
+        code = launch.wait()
+    except KeyboardInterrupt:
+        launch.kill()
+        raise
     seconds = time.monotonic() - start
-    run = None if done.returncode else finished_run(study, output, network, seed)
+    run = None if code else finished_run(study, output, network, seed)
     if run is None:
-        errors = [x.removeprefix('error: ') for x in done.stderr.splitlines() if x.startswith('error: ')]
-        raise SpeedrunError(f'{network}, seed {seed} failed: {errors[0] if errors else done.stderr[-2000:]}')
+        text = printed.read_text(encoding='utf-8', errors='replace')
+        errors = [x.removeprefix('error: ') for x in text.splitlines() if x.startswith('error: ')]
+        raise SpeedrunError(f'{network}, seed {seed} failed: {errors[0] if errors else text[-2000:]}')
     return run | {'seconds': round(seconds, 1)}
 
 
@@ -115,10 +120,9 @@ def table(results: dict[str, Any]) -> str:
             continue
         accuracies, minutes = [_accuracy(run) for run in runs], [run['seconds'] / 60 for run in runs]
         by_seed = ', '.join(f'{x:.1f}' for x in accuracies)
-        spread = f' ± {stdev(accuracies):.1f}' if len(runs) > 1 else ''
         lines.append(
             f'| {label} | {runs[0]["parameters"]:,} | {runs[0]["multiply_adds"] / 1e6:.0f}M | '
-            f'{len(runs[0]["epochs"])} | {by_seed} | {mean(accuracies):.1f}{spread} | '
+            f'{len(runs[0]["epochs"])} | {by_seed} | {mean_and_deviation(accuracies)} | '
             f'**{mean(minutes):.1f}** ({min(minutes):.1f} to {max(minutes):.1f}) |'
         )
     environments = [run['environment'] for run in results['runs']]
@@ -128,8 +132,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _accuracy(run: dict[str, Any]) -> float:
-    """Top-1 after the last epoch, of the EMA weights if there are any."""
-    return run['epochs'][-1].get('ema_acc1', run['epochs'][-1]['acc1'])
+    """Top-1 after the last epoch, in percent."""
+    return metric_curve(run, 'acc1')[-1]
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -146,12 +150,6 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def write_results(results: dict[str, Any], path: Path) -> None:
-    """Write a `speedrun.json`, with a line for each run."""
-    runs = ',\n  '.join(json.dumps(run) for run in results['runs'])
-    write_text(path, ['{\n "labels": ', json.dumps(results['labels']), ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
-
-
 def run_all(study: Study, networks: Sequence[str], seeds: Sequence[int], data_path: Path, output: Path) -> None:
     """Train what `speedrun.json` does not have yet, seed by seed, and add each run to it."""
     path = output / 'speedrun.json'
@@ -164,7 +162,7 @@ def run_all(study: Study, networks: Sequence[str], seeds: Sequence[int], data_pa
                 continue
             run = train(study, network, seed, data_path, output)
             results['runs'] = sorted([*results['runs'], run], key=lambda run: (run['variant'], run['seed']))
-            write_results(results, path)
+            write_records(path, results, 'runs')
             print(f'{network}, seed {seed}: {_accuracy(run):.2f} % in {run["seconds"] / 60:.1f} minutes', flush=True)
     print(f'\n{table(results)}')
 
@@ -178,7 +176,8 @@ def main() -> None:
             return
         study = read_study(args.study)
         seeds = args.seeds or study.seeds
-        run_all(study, study.select_variants(args.networks), seeds, args.data_path, args.output)
+        with stoppable():
+            run_all(study, study.select_variants(args.networks), seeds, args.data_path, args.output)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """`tools.few_images`: subsets, the choice of settings, and the whole experiment in small."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,7 +10,7 @@ from engine.experiment import PRETRAINED, SCRATCH
 from tests.helpers.paths import TINY
 from tests.helpers.processes import error_line, run_here
 from tools import few_images
-from tools.few_images import HELD_OUT, TUNING_SEED, Experiment, FewImagesError, compare, tables, write_results
+from tools.few_images import HELD_OUT, TUNING_SEED, Experiment, FewImagesError, compare, tables
 from tools.make_digits import make_digits
 from tools.study.plan import StudyError
 
@@ -73,7 +74,8 @@ def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
     trials.append({'way': 'linear', 'count': 20, 'seed': TUNING_SEED, 'setting': None, 'top1': 0})
     data = {'train': {'images': 1437}, 'val': {'images': 360}}
     path = tmp_path / 'few_images.json'
-    write_results({'data': data, 'processor': 'AMD', 'revision': 'abc (modified)', 'trials': trials}, path)
+    content = {'data': data, 'processor': 'AMD', 'revision': 'abc (modified)', 'trials': trials}
+    path.write_text(json.dumps(content))
     lines = run_here('-m', 'tools.few_images', '--results', path).stdout.splitlines()
     assert lines[2] == '| 20 |  | 67.0 ± 3.0 | 62.0 ± 2.0 |  |'
     assert lines[6] == '| 20 |  | +5.0 (+2.5 to +7.5) |  |'  # of 4, 5 and 6 points
@@ -88,6 +90,7 @@ def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
 def test_the_experiment_in_small(digits, tmp_path, monkeypatch, capsys):
     for name, value in {'PRETRAINING': TINY, 'FINETUNING': TINY, 'EPOCHS': 1, 'UPDATES': 2, 'SEEDS': (0, 1)}.items():
         monkeypatch.setattr(few_images, name, value)
+    digits = shutil.copytree(digits, tmp_path / 'digits')
     settings = {'scratch': (1e-3,), 'finetune': (1e-3, 1e-2), 'linear': (None,), 'knn': (1, 3, 5)}
     monkeypatch.setattr(few_images, 'SETTINGS', settings)
     output = tmp_path / 'out'

@@ -52,11 +52,7 @@ def start_study(*arguments, **options):
 
 def study(*arguments):
     """The exit code, output and errors of a study in this process, whose runs have their own processes."""
-    handler = signal.getsignal(signal.SIGTERM)  # the program sets another one
-    try:
-        done = run_here('-m', 'tools.study', *arguments)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    done = run_here('-m', 'tools.study', *arguments)
     return done.returncode, done.stdout, done.stderr
 
 

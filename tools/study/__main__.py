@@ -16,12 +16,10 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from engine.config_tree import add_options
 from text_files import read_json
@@ -29,7 +27,7 @@ from tools.output_files import prepare_figure, prepare_output, save_figure
 from tools.study.chart import MAX_WIDTH, MIN_WIDTH, TWO_COLUMNS, chart
 from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import DPI, table, write_results
-from tools.study.runs import StudyRuns, collect, finished_run
+from tools.study.runs import StudyRuns, collect, finished_run, stoppable
 from tools.study.statistics import metric_curve
 from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int
 
@@ -163,14 +161,9 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Read the command line; train and report, or print and draw results."""
     args = parse_args()
-    signal.signal(signal.SIGTERM, _stop)
     with exit_on_user_error():
         if args.results:
             results = read_results(args.results)
@@ -186,10 +179,8 @@ def main() -> None:
             study.config(variant, seeds[0], args.opts)  # all can work, before any is trained
         output = args.output or Path('output/studies') / study.name
         prepare_output(output / 'study.json')
-        try:
+        with stoppable():
             train(study, StudyRuns(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
-        except KeyboardInterrupt:
-            sys.exit('stopped: run the same command again to resume')
         print('\n' + (output / 'study.md').read_text(encoding='utf-8'))
 
 

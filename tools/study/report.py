@@ -1,18 +1,17 @@
 """Results of a study: Markdown tables and files."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.output_files import save_figure, write_text
+from tools.output_files import save_figure, write_records, write_text
 from tools.study.chart import chart
 from tools.study.statistics import (
     Difference,
     DunnettDifference,
     compare_pairs,
     compare_with_references,
+    mean_and_deviation,
     summarise,
 )
 
@@ -26,10 +25,8 @@ def write_results(results: dict[str, Any], output: Path) -> None:
         results: see `tools.study.runs.collect`.
         output: folder.
     """
-    head = json.dumps({key: value for key, value in results.items() if key != 'runs'}, indent=1).removesuffix('\n}')
-    runs = ',\n  '.join(json.dumps(run) for run in results['runs'])
-    write_text(output / 'study.json', [head, ',\n "runs": [\n  ', runs, '\n ]\n}\n'])
-    if runs:
+    write_records(output / 'study.json', results, 'runs')
+    if results['runs']:
         write_text(output / 'study.md', [table(results), '\n'])
         for suffix in ('svg', 'pdf'):
             save_figure(chart(results), output / f'study.{suffix}', DPI)
@@ -49,11 +46,10 @@ def table(results: dict[str, Any]) -> str:
     ]
     for s in summaries:
         seeds = ', '.join(f'{s.values[seed]:.1f}' for seed in sorted(s.values))
-        spread = '' if math.isnan(s.deviation) else f' ± {s.deviation:.1f}'
         difference = '' if s.difference is None else _with_intervals(s.difference)
         lines.append(
-            f'| {s.label} | {s.parameters:,} | {s.multiply_adds / 1e6:.1f}M | {seeds} | {s.mean:.1f}{spread} | '
-            f'{difference} |'
+            f'| {s.label} | {s.parameters:,} | {s.multiply_adds / 1e6:.1f}M | {seeds} | '
+            f'{mean_and_deviation(s.values.values())} | {difference} |'
         )
     compared = compare_pairs(results)
     if compared:

@@ -1,15 +1,17 @@
 """Runs of a study: trained by the task's program, in folders `<output>/<variant>/seed<n>`, and collected from there."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -84,6 +86,22 @@ class StudyRuns:
             process.terminate()
         for process in list(self.processes):
             process.wait()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Context in which SIGTERM and Ctrl-C end the program with a line that says how to resume."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit('stopped: run the same command again to resume')
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finished_run(

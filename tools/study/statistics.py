@@ -1,7 +1,7 @@
 """A metric of variants over seeds: mean, standard deviation, and differences with intervals, paired and by Dunnett."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -71,8 +71,22 @@ class Summary(NamedTuple):
     @property
     def deviation(self) -> float:
         """Sample standard deviation of the metric; NaN for one seed."""
-        values = [*self.values.values()]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
+        return sample_deviation(self.values.values())
+
+
+def sample_deviation(values: Iterable[float]) -> float:
+    """Sample standard deviation; NaN for fewer than two values."""
+    values = [*values]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float('nan')
+
+
+def mean_and_deviation(values: Iterable[float]) -> str:
+    """Format a mean and, where it is known, the sample standard deviation, such as `64.2 ± 0.1`; '' of no values."""
+    values = [*values]
+    if not values:
+        return ''
+    deviation = sample_deviation(values)
+    return f'{np.mean(values):.1f}' + ('' if math.isnan(deviation) else f' ± {deviation:.1f}')
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
