@@ -20,7 +20,8 @@ from data.transforms import TRANSFORMS
 from engine.config_keys import Key, KeyGroup
 from engine.config_tree import ConfigError, ConfigTree, get
 from models.build import check_network
-from models.msg_transformer import EMBED_TYPES, HEAD_TOKENS, MERGE_TYPES
+from models.layers import EMBED_TYPES, MERGE_TYPES
+from models.msg_transformer import HEAD_TOKENS
 from models.timm_networks import PREFIX as TIMM
 from models.timm_networks import check_sizes, check_timm_name, shaping_args
 from optimizer import ADAMW_BETAS, ADAMW_EPS, check_optimizer, optimizers_with
@@ -254,7 +255,10 @@ def shared_keys(task: str) -> KeyGroup:
         True, 'Give every window a MSG token; without, the classifier input is the patch tokens', affects='network'
     )
     c.MODEL.MSG.EMBED_TYPE = Key(
-        'patch', 'Patch embedding: patch (v1) or overlap (v2)', choices=EMBED_TYPES, affects='network'
+        'patch',
+        'Patch embedding: patch (v1), overlap (v2), or conv: 3 x 3 convolutions (docs/network.md)',
+        choices=tuple(EMBED_TYPES),
+        affects='network',
     )
     c.MODEL.MSG.MERGE_TYPE = Key(
         'patch', 'Patch merging: patch (v1) or overlap (v2)', choices=tuple(MERGE_TYPES), affects='network'

@@ -232,7 +232,7 @@ _C.MODEL.MASK.CONVS = Key(
 _C.MODEL.MASK.UPSAMPLED = Key(256, 'Channels after the deconvolution', min=1, affects='network')
 
 _C.TRAIN.FROZEN_BATCH_NORM = Key(
-    True, 'Freeze the batch norms of a pretrained timm backbone; without pretrained weights, they are trained'
+    True, 'Freeze the batch norms of a pretrained backbone; without pretrained weights, they are trained'
 )
 _C.TRAIN.WARMUP_STEPS = Key(500, 'Updates of linear warm-up', min=0)
 _C.TRAIN.WARMUP_FACTOR = Key(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .exchange import stage_exchanges
+from .layers import conv_stem_channels
 from .msg_transformer import MSGTransformer
 from .pyramid import Size, plan_pyramid
 from .timm_networks import PREFIX, build_timm_network, check_timm_network
@@ -101,6 +102,8 @@ def check_msg_network(config: 'CfgNode', img_size: int | None, key: str = 'MODEL
         raise ValueError(f'MODEL.TIMM_ARGS is for networks of timm: write {key} timm:<name>, or no arguments')
     msg = config.MODEL.MSG
     try:
+        if msg.EMBED_TYPE == 'conv':
+            conv_stem_channels(msg.PATCH_SIZE, msg.EMBED_DIM)
         exchanges = stage_exchanges(msg.MANIP_TYPE, len(msg.DEPTHS))
         plan_pyramid(
             None if img_size is None else Size(img_size, img_size),

@@ -5,15 +5,18 @@ window, C channels.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .linear import apply_linear
 from .pyramid import ceil_div
-from .symbolic import is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
+from .symbolic import contiguous_copy, is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -105,13 +108,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: the images are smaller than one patch.
         """
-        height, width = images.shape[-2:]
-        p = self.patch_size
-        if height < p or width < p:
-            raise ValueError(f'images of {height} x {width} pixels are smaller than one patch of {p} x {p}')
-        if not is_known_multiple((height, width), p):
-            images = F.pad(images, (0, padding_to_multiple(width, p), 0, padding_to_multiple(height, p)))
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+        return self.norm(self.proj(pad_to_patches(images, self.patch_size)).permute(0, 2, 3, 1))
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Multiply-adds for a patch grid (H, W), by the authors' formula."""
@@ -120,6 +117,85 @@ class PatchEmbed(nn.Module):
         if not isinstance(self.norm, nn.Identity):
             flops += tokens * self.proj.out_channels
         return flops
+
+
+class ConvStem(nn.Module):
+    """Embed an image as patch tokens: 3 x 3 convolutions of stride 2, a 1 x 1 convolution, then an optional norm.
+
+    There is one 3 x 3 convolution for each factor of two in the patch size, each with batch norm and ReLU. The last one
+    has C channels, and each earlier one half as many as the next: C/2 and C for patches of 4 pixels.
+
+    Source: Xiao et al., Early Convolutions Help Transformers See Better, arXiv:2106.14881.
+
+    Args:
+        patch_size: patch size in pixels, a power of two.
+        in_chans: image channels.
+        embed_dim: channels C of a token.
+        norm_layer: called with `embed_dim`; None for no norm.
+
+    Raises:
+        ValueError: see `conv_stem_channels`.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm_layer: NormLayer | None):
+        super().__init__()
+        self.patch_size = patch_size
+        channels = (in_chans, *conv_stem_channels(patch_size, embed_dim))
+        convs = [ConvNormAct(inputs, outputs, kernel_size=3, stride=2) for inputs, outputs in pairwise(channels)]
+        self.convs = nn.Sequential(*convs, nn.Conv2d(embed_dim, embed_dim, kernel_size=1))
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images (B, in_chans, height, width), padded with zeros to whole patches, as tokens (B, H, W, C).
+
+        Raises:
+            ValueError: the images are smaller than one patch.
+        """
+        x = contiguous_copy(pad_to_patches(images, self.patch_size).permute(0, 2, 3, 1))  # channels last: faster
+        return self.norm(self.convs(to_convolution_input(x, self.patch_size)).permute(0, 2, 3, 1))
+
+    def flops(self, grid: tuple[int, int]) -> int:
+        """Multiply-adds for a patch grid (H, W): convolutions, and the norm at the end as the authors count it."""
+        tokens = grid[0] * grid[1]
+        *convs, last = self.convs
+        flops = tokens * last.weight.numel()
+        for factor, conv in enumerate(reversed(convs)):
+            flops += tokens * 4**factor * conv.conv.weight.numel()
+        if not isinstance(self.norm, nn.Identity):
+            flops += tokens * last.out_channels
+        return flops
+
+
+def conv_stem_channels(patch_size: int, embed_dim: int) -> list[int]:
+    """Channels of the convolutions of a `ConvStem`.
+
+    Raises:
+        ValueError: the patch size is not a power of two, or the channels cannot be halved as often as needed.
+    """
+    count = patch_size.bit_length() - 1
+    if count < 1 or patch_size != 2**count:
+        raise ValueError(f'patch_size is {patch_size}: the convolutions of embed_type conv need 2, 4, 8 or 16')
+    if embed_dim % 2 ** (count - 1):
+        raise ValueError(
+            f'embed_dim is {embed_dim}: embed_type conv with patches of {patch_size} pixels needs a multiple of '
+            f'{2 ** (count - 1)}'
+        )
+    return [embed_dim // 2**i for i in reversed(range(count))]
+
+
+def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Pad images (B, C, height, width) with zeros, right and bottom, to whole patches.
+
+    Raises:
+        ValueError: they are smaller than one patch.
+    """
+    height, width = images.shape[-2:]
+    p = patch_size
+    if height < p or width < p:
+        raise ValueError(f'images of {height} x {width} pixels are smaller than one patch of {p} x {p}')
+    if is_known_multiple((height, width), p):
+        return images
+    return F.pad(images, (0, padding_to_multiple(width, p), 0, padding_to_multiple(height, p)))
 
 
 class PatchMerging(nn.Module):
@@ -171,6 +247,11 @@ class OverlapPatchMerging(nn.Module):
     def flops(self, grid: tuple[int, int]) -> int:
         """Multiply-adds for a token grid (H, W), by the authors' formula."""
         return merging_flops(grid, self.reduction.weight)
+
+
+# Values of MODEL.MSG.EMBED_TYPE and MERGE_TYPE
+EMBED_TYPES = {'patch': PatchEmbed, 'overlap': partial(PatchEmbed, overlap=True), 'conv': ConvStem}
+MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
 
 
 def merging_flops(grid: tuple[int, int], weight: Tensor) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .exchange import ManipType, stage_exchanges
 from .finetune import FineTuneMethods
-from .layers import NormLayer, OverlapPatchMerging, PatchEmbed, PatchMerging, init_linear, make_head
+from .layers import EMBED_TYPES, MERGE_TYPES, NormLayer, init_linear, make_head
 from .msg_block import MSGBlock, MSGStage
 from .pyramid import Size, ceil_div, patch_grids, plan_pyramid
 from .resize import resize_grid
@@ -30,8 +30,6 @@ from .symbolic import crop
 from .timm_methods import GLOBAL_POOLS, TimmMethods, stage_indices
 
 HEAD_TOKENS = ('msg', 'patches')
-EMBED_TYPES = ('patch', 'overlap')
-MERGE_TYPES = {'patch': PatchMerging, 'overlap': OverlapPatchMerging}
 
 
 class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
@@ -60,7 +58,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         shuffle_size: size of a shuffle region per stage, in windows.
         manip_type: exchange of MSG tokens in every block: 'shuf' (published), 'none', another name or class of
             `models.exchange`, or a list with one for each stage.
-        embed_type: 'patch' (v1) or 'overlap' (v2).
+        embed_type: 'patch' (v1), 'overlap' (v2) or 'conv' (see `models.layers.ConvStem`).
         merge_type: 'patch' (v1) or 'overlap' (v2).
         use_checkpoint: recompute blocks in the backward pass, which trades time for memory.
         recompute_mlp: recompute only GELU in the backward pass: saves less memory than `use_checkpoint`, and is faster.
@@ -106,7 +104,7 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
     ):
         super().__init__()
         for name, value, choices in (
-            ('embed_type', embed_type, EMBED_TYPES),
+            ('embed_type', embed_type, tuple(EMBED_TYPES)),
             ('merge_type', merge_type, tuple(MERGE_TYPES)),
             ('global_pool', global_pool, GLOBAL_POOLS),
             ('head_tokens', head_tokens, HEAD_TOKENS),
@@ -137,8 +135,8 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
             for i, layout in enumerate(layouts)
         ]
 
-        overlap = embed_type == 'overlap'
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, overlap)
+        embedding = EMBED_TYPES[embed_type]
+        self.patch_embed = embedding(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None)
         self.msg_tokens = None
         self.head_reads_msg = use_msg_tokens and head_tokens == 'msg'
         if use_msg_tokens:

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from torch import nn
 
-from .layers import OverlapPatchMerging, PatchEmbed, PatchMerging
+from .layers import ConvStem, OverlapPatchMerging, PatchEmbed, PatchMerging
 from .msg_block import MSGStage
 from .msg_transformer import MSGTransformer
 
@@ -69,7 +69,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 # torch.fx does not trace into these modules, which branch on the size of their input.
-for module in (PatchEmbed, MSGStage, PatchMerging, OverlapPatchMerging):
+for module in (PatchEmbed, ConvStem, MSGStage, PatchMerging, OverlapPatchMerging):
     register_notrace_module(module)
 
 

@@ -45,7 +45,7 @@ class TimmMethods:
         if num_classes < 0:
             raise ValueError(f'num_classes is {num_classes}: write 0 for no head, or more')
         self.num_classes = num_classes
-        weight = self.patch_embed.proj.weight
+        weight = next(self.parameters())
         head = make_head(self.num_features, num_classes)
         init_linear(head)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)

@@ -43,7 +43,9 @@ def fill_(model: nn.Module) -> nn.Module:
             value *= 0.5  # large enough that a wrong bias shows
         elif 'msg_tokens' in name or 'absolute_pos_embed' in name:
             pass
-        elif '.norm' in name or name.startswith('norm'):
+        elif name.endswith('running_var'):
+            value = 1 + value**2
+        elif '.norm' in name or '.bn.' in name or name.startswith('norm'):
             value = 0.1 * value + (1.0 if name.endswith('weight') else 0.0)
         elif name.endswith('bias'):
             value *= 0.1

@@ -1,8 +1,19 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from models.layers import Mlp, OverlapPatchMerging, PatchEmbed, PatchMerging, RegionDropPath
+from engine.config_tree import ConfigError
+from models import MSGTransformer
+from models.layers import (
+    EMBED_TYPES,
+    ConvStem,
+    Mlp,
+    OverlapPatchMerging,
+    PatchMerging,
+    RegionDropPath,
+    conv_stem_channels,
+)
 from tests.helpers.golden import fill_, normal
 
 
@@ -49,10 +60,12 @@ def test_the_mlp_checkpoints_nothing_unless_asked():
     assert not Mlp(8, 32).recompute
 
 
-@pytest.mark.parametrize('overlap', [False, True])
-@pytest.mark.parametrize('patch_size', [1, 2, 3, 4, 7, 8])
-def test_the_embedding_pads_to_whole_patches(patch_size, overlap):
-    embed = fill_(PatchEmbed(patch_size, 3, 8, nn.LayerNorm, overlap))
+@pytest.mark.parametrize(
+    ('kind', 'patch_size'),
+    [(kind, size) for kind in EMBED_TYPES for size in (1, 2, 3, 4, 7, 8) if kind != 'conv' or size in (2, 4, 8)],
+)
+def test_the_embedding_pads_to_whole_patches(kind, patch_size):
+    embed = fill_(EMBED_TYPES[kind](patch_size, 3, 8, nn.LayerNorm)).eval()
     images = normal('images', (1, 3, 2 * patch_size + 1, 3 * patch_size))
     whole = torch.zeros(1, 3, (2 + (patch_size > 1)) * patch_size + (patch_size == 1), 3 * patch_size)
     whole[:, :, : images.shape[2]] = images
@@ -60,11 +73,50 @@ def test_the_embedding_pads_to_whole_patches(patch_size, overlap):
     assert torch.equal(embed(images), embed(whole))
 
 
-def test_images_smaller_than_a_patch_are_refused():
-    embed = PatchEmbed(4, 3, 8, None)
+@pytest.mark.parametrize('kind', EMBED_TYPES)
+def test_images_smaller_than_a_patch_are_refused(kind):
+    embed = EMBED_TYPES[kind](4, 3, 8, None).eval()
     assert embed(torch.zeros(1, 3, 4, 4)).shape == (1, 1, 1, 8)
     with pytest.raises(ValueError, match='images of 3 x 57 pixels are smaller than one patch of 4 x 4'):
         embed(torch.zeros(1, 3, 3, 57))
+
+
+def test_the_conv_stem_is_convolutions_with_batch_norm_and_relu():
+    stem = fill_(ConvStem(4, 3, 8, nn.LayerNorm)).train()
+    images = x = normal('images', (2, 3, 12, 16))
+    for block in list(stem.convs)[:2]:
+        x = F.conv2d(x, block.conv.weight, stride=2, padding=1)
+        x = (x - x.mean(dim=(0, 2, 3), keepdim=True)) / (x.var(dim=(0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        x = (x * block.bn.weight.view(-1, 1, 1) + block.bn.bias.view(-1, 1, 1)).clamp(min=0)
+    x = torch.einsum('bchw,dc->bhwd', x, stem.convs[2].weight[:, :, 0, 0]) + stem.convs[2].bias
+    torch.testing.assert_close(stem(images), stem.norm(x))
+    assert conv_stem_channels(16, 64) == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    ('patch_size', 'embed_dim', 'message'),
+    [
+        (1, 8, 'patch_size is 1: the convolutions of embed_type conv need 2, 4, 8 or 16'),
+        (6, 8, 'patch_size is 6: .* need 2, 4, 8 or 16'),
+        (8, 6, 'embed_dim is 6: embed_type conv with patches of 8 pixels needs a multiple of 4'),
+    ],
+)
+def test_conv_stems_that_do_not_divide_are_refused(tiny_config, patch_size, embed_dim, message):
+    options = {
+        'patch_size': patch_size,
+        'embed_dim': embed_dim,
+        'depths': (1,),
+        'num_heads': (1,),
+        'shuffle_size': (1,),
+    }
+    with pytest.raises(ValueError, match=message):
+        MSGTransformer(56, embed_type='conv', **options)
+    with pytest.raises(ConfigError, match=f'MODEL.MSG: {message}'):
+        tiny_config(
+            MODEL__MSG__EMBED_TYPE='conv',
+            **{f'MODEL__MSG__{key.upper()}': str(value) for key, value in options.items() if key != 'shuffle_size'},
+            MODEL__MSG__SHUF_SIZE='[1]',
+        )
 
 
 @pytest.mark.parametrize('kind', [PatchMerging, OverlapPatchMerging])

@@ -12,6 +12,7 @@ OPTIONS = {
     'v1': {},
     'v2': V2,
     'mixed': {'embed_type': 'overlap'},
+    'conv': {'embed_type': 'conv'},
     'ape': {'ape': True},
     'no patch norm': {'patch_norm': False},
     'no qkv bias': {'qkv_bias': False},
@@ -28,14 +29,14 @@ OPTIONS = {
     'rectangle': {'img_size': (56, 112)},
     'padded': {'img_size': (50, 70)},
     'padded v2': {'img_size': (33, 57), **V2},
+    'padded conv': {'img_size': (33, 57), 'embed_type': 'conv'},
     'padded ape': {'img_size': 60, 'ape': True},
     'recompute mlp': {'recompute_mlp': True},
 }
 
 
 def inputs(model, n=2):
-    channels = model.patch_embed.proj.in_channels
-    return torch.randn(n, channels, *model.img_size)
+    return torch.randn(n, model.in_chans, *model.img_size)
 
 
 @pytest.mark.parametrize('option', OPTIONS)

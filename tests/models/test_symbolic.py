@@ -6,7 +6,7 @@ import torch.fx.experimental._config as symbolic_shapes_config
 from torch import nn
 
 from models.exchange import EXCHANGES, Shuffle
-from models.layers import OverlapPatchMerging, PatchEmbed, PatchMerging
+from models.layers import EMBED_TYPES, OverlapPatchMerging, PatchMerging
 from models.symbolic import crop, is_known_multiple, pad_to_multiple, padding_to_multiple, to_convolution_input
 from models.windows import join_windows, split_windows, window_padding
 from tests.helpers.golden import fill_
@@ -73,9 +73,9 @@ def test_compile_with_dynamic_sizes_needs_one_graph():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('overlap', [False, True])
-def test_one_graph_embeds_images_of_any_size(overlap):
-    module = fill_(PatchEmbed(4, 3, 8, nn.LayerNorm, overlap)).eval()
+@pytest.mark.parametrize('kind', EMBED_TYPES)
+def test_one_graph_embeds_images_of_any_size(kind):
+    module = fill_(EMBED_TYPES[kind](4, 3, 8, nn.LayerNorm)).eval()
     graph = export_any_size(module, torch.randn(2, 3, 32, 48), height_axis=2, smallest=4)
     for shape in ((2, 3, 32, 48), (1, 3, 4, 4), (1, 3, 33, 57)):
         x = torch.randn(shape)

@@ -37,6 +37,7 @@ CLASSES = ['ant', 'bee', 'cat']
 V2 = {'MODEL__MSG__EMBED_TYPE': 'overlap', 'MODEL__MSG__MERGE_TYPE': 'overlap'}
 VARIANTS = {
     'v2': V2,
+    'conv stem': {'MODEL__MSG__EMBED_TYPE': 'conv'},
     'position embedding of one channel': {'MODEL__MSG__APE': 'True', 'MODEL__MSG__IN_CHANS': '1'},
     'exchanges with weights': {
         'MODEL__MSG__DEPTHS': '[1, 1, 1]',
