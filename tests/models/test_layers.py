@@ -129,6 +129,25 @@ def test_odd_grids_are_padded_with_zeros_before_merging(kind):
     torch.testing.assert_close(module(x), module(whole))
 
 
+@pytest.mark.parametrize('grid', [(1, 1), (4, 1), (1, 4)])
+def test_convolutions_merge_a_single_row_or_column_in_half_precision(grid):
+    """oneDNN's gradient of a convolution over one column has uninitialized memory: see `to_convolution_input`."""
+    merging = OverlapPatchMerging(16, nn.LayerNorm)
+    gradients = []
+    for enabled in (False, True):
+        for _ in range(20):
+            freed = [torch.full((2**n,), float('nan')) for n in range(8, 18)]
+            del freed
+            merging.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16, enabled):
+                out = merging(normal('x', (8, *grid, 16)))
+            (out.float() * normal('weights', out.shape)).sum().backward()
+            gradients.append(merging.reduction.weight.grad.clone())
+    scale = gradients[0].abs().max()
+    for gradient in gradients:
+        torch.testing.assert_close(gradient / scale, gradients[0] / scale, rtol=0, atol=0.05)
+
+
 def test_merging_concatenates_column_by_column():
     merge = PatchMerging(1, lambda _: nn.Identity())
     nn.init.eye_(merge.reduction.weight)
