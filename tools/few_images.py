@@ -48,6 +48,8 @@ from utils import UserError, exit_on_user_error, git_revision, home_path, positi
 
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
+# Of all networks here: what docs/small_data.md recommends
+RECIPE = {'MODEL.MSG.EMBED_TYPE': 'conv', 'TRAIN.OPTIMIZER.NAME': 'nmuon', 'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
 
 SPLITS = ('train', 'val')
 WAYS = {
@@ -249,7 +251,7 @@ class Experiment:
     def pretrain(self) -> Path:
         """Pretrain a network on the known classes, and return the path of its last checkpoint."""
         classes = len(self.train.classes[::2])
-        options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 1e-3, 64)}
+        options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 4e-3, 64), **RECIPE}
         self.run('pretrained', PRETRAINING, self.known(), 0, options)
         return self.output / 'pretrained/seed0' / f'ckpt_epoch_{self.epochs - 1}.pth'
 
@@ -258,7 +260,7 @@ class Experiment:
         classes = len(self.train.classes[1::2])
         batch = min(BATCH, classes * trial.count)
         epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
-        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch)}
+        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **RECIPE}
         options |= {'MODEL.PRETRAINED': pretrained.resolve()} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
         name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
         run = self.run(name, FINETUNING, data, trial.seed, options)
@@ -271,7 +273,6 @@ def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
     return {
         'TRAIN.EPOCHS': epochs, 'TRAIN.WARMUP_EPOCHS': epochs // 10, 'EVAL_FREQ': epochs, 'SAVE_FREQ': epochs,
         'TRAIN.BASE_LR': base, 'TRAIN.WARMUP_LR': base / 100, 'TRAIN.MIN_LR': base / 100, 'DATA.BATCH_SIZE': batch,
-        'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu',
     }  # fmt: skip
 
 
