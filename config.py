@@ -665,6 +665,11 @@ def _check_virtual_ranks(config: CfgNode) -> None:
             'TRAIN.VIRTUAL_RANKS does not work with Apex: write AMP_BACKEND native and AMP_OPT_LEVEL O0 or O1, or '
             'TRAIN.VIRTUAL_RANKS 0'
         )
+    if count and config.MODEL.MSG.EMBED_TYPE == 'conv' and config.TRAIN.FROZEN_STAGES < 0:
+        raise ConfigError(
+            'TRAIN.VIRTUAL_RANKS does not work with the batch norms of MODEL.MSG.EMBED_TYPE conv: write another '
+            'EMBED_TYPE, or TRAIN.VIRTUAL_RANKS 0'
+        )
     if count and config.THROUGHPUT_MODE:
         raise ConfigError('--throughput times processes without virtual ranks: write TRAIN.VIRTUAL_RANKS 0')
 

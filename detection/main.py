@@ -130,11 +130,12 @@ class Detection(Task):
 
     def prepare_training(self, run: Run, network: Detector, is_pretrained: bool) -> nn.Module:
         """Freeze trained batch norms, as `TRAIN.FROZEN_BATCH_NORM` says, and synchronise the others."""
+        network = synchronize_norms(network, run.process.device, run.process.world_size)
         if run.config.TRAIN.FROZEN_BATCH_NORM and is_pretrained:
             count = freeze_batch_norms(network.backbone.body)
             if count:
                 run.logger.info(f'{count} batch norms of the backbone stay as they were loaded')
-        return synchronize_norms(network, run.process.device, run.process.world_size)
+        return network
 
     def load_other_task(
         self, network: Detector, checkpoint: Mapping[str, Any], path: str | Path, missing: str = 'error'

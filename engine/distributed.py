@@ -6,7 +6,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -304,6 +304,22 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of batch norms in training mode, which differ between processes."""
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    norms = [module for module in model.modules() if isinstance(module, kinds) and module.training]
+    return [x for norm in norms for x in (norm.running_mean, norm.running_var) if x is not None]
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over all processes, in place, with a single collective."""
+    if not tensors or not dist.is_initialized():
+        return
+    means = all_reduce_sum(torch.cat([x.flatten() for x in tensors])) / dist.get_world_size()
+    for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:

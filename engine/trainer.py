@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.distributed import on_main_process, synchronize_gradients
+from engine.distributed import average_over_processes, on_main_process, running_statistics, synchronize_gradients
 from engine.evaluation import EvaluateFn, evaluate_with_ema
 from engine.meter import TrainMeter, progress_bar
 from engine.nonfinite import BufferBackup, HostCopy, NonFiniteError, NonFinitePolicy, check_first_bad, update_label
@@ -83,6 +83,7 @@ class Trainer:
         self.policy = NonFinitePolicy.from_config(run.config, run.precision.may_overflow)
         self.metrics = MetricsLog(None)
         self.compiles, self.first_epoch, self.until = compiles, 0, until
+        self._statistics = running_statistics(state.model)
 
     def fit(self) -> None:
         """Train; evaluate every `EVAL_FREQ` epochs, and save.
@@ -232,6 +233,7 @@ class Trainer:
         self._enter_phase()
         state.begin_epoch()
         self.network.train()
+        self._statistics = running_statistics(state.model)
         meter = TrainMeter(run.logger, self.metrics, state, run.config.TRAIN.EPOCHS)
         images_before, lr = state.images, state.lr
         compiles_now = self.compiles and state.epoch in (self.first_epoch, state.phase.first_epoch)
@@ -296,6 +298,7 @@ class Trainer:
             self.step_schedule_and_ema(pending)
             pending = None
         loss, losses, nonfinite = self.compute_gradient(batches)
+        average_over_processes(self._statistics)  # every process evaluates and resumes with those of the checkpoint
         self.step_schedule_and_ema(pending)
         lr = state.lr
         nonfinite_ranks = state.sum_over_processes(nonfinite)

@@ -290,9 +290,9 @@ class MSGTransformer(TimmMethods, FineTuneMethods, nn.Module):
         """Count multiply-adds for one image by the authors' formula.
 
         With H x W patches, nW windows and N = w^2 + 1 tokens per window, it counts: embedding H*W*C*in*k^2 (+ H*W*C for
-        its norm); block 2C(HW + nW) for the norms + nW(3NC^2 + 2N^2*C + NC^2) for attention + 2(HW + nW)C^2*ratio for
-        the MLP; merging HWC + (H/2)(W/2)*4C*2C, and the same for the MSG grid (v2: 9C*2C); the end
-        C(H0*W0 // 4^(stages-1) + 1) + C*classes. Biases, softmax, GELU and dropout count nothing.
+        its norm), or see `ConvStem.flops`; block 2C(HW + nW) for the norms + nW(3NC^2 + 2N^2*C + NC^2) for attention +
+        2(HW + nW)C^2*ratio for the MLP; merging HWC + (H/2)(W/2)*4C*2C, and the same for the MSG grid (v2: 9C*2C); the
+        end C(H0*W0 // 4^(stages-1) + 1) + C*classes. Biases, softmax, GELU and dropout count nothing.
         `python -m tools.summary` also prints what PyTorch counts for the executed operators.
 
         Args:

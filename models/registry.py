@@ -134,6 +134,9 @@ def stored_weights() -> dict[str, Path]:
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """Build a network through timm: sets `default_cfg`, loads weights, and handles `features_only`."""
+    if options.get('embed_type') == 'conv':
+        overlay = {'first_conv': 'patch_embed.convs.0.conv'} | (options.get('pretrained_cfg_overlay') or {})
+        options = options | {'pretrained_cfg_overlay': overlay}
     return build_model_with_cfg(
         _build,
         name,

@@ -48,8 +48,8 @@ from utils import UserError, exit_on_user_error, git_revision, home_path, positi
 
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
-# Of all networks here: what docs/small_data.md recommends
-RECIPE = {'MODEL.MSG.EMBED_TYPE': 'conv', 'TRAIN.OPTIMIZER.NAME': 'nmuon', 'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
+# Of all networks here, pretrained or not
+COMMON = {'MODEL.MSG.EMBED_TYPE': 'conv', 'TRAIN.OPTIMIZER.NAME': 'nmuon', 'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
 
 SPLITS = ('train', 'val')
 WAYS = {
@@ -251,7 +251,7 @@ class Experiment:
     def pretrain(self) -> Path:
         """Pretrain a network on the known classes, and return the path of its last checkpoint."""
         classes = len(self.train.classes[::2])
-        options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 4e-3, 64), **RECIPE}
+        options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 4e-3, 64), **COMMON}
         self.run('pretrained', PRETRAINING, self.known(), 0, options)
         return self.output / 'pretrained/seed0' / f'ckpt_epoch_{self.epochs - 1}.pth'
 
@@ -260,7 +260,7 @@ class Experiment:
         classes = len(self.train.classes[1::2])
         batch = min(BATCH, classes * trial.count)
         epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
-        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **RECIPE}
+        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **COMMON}
         options |= {'MODEL.PRETRAINED': pretrained.resolve()} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
         name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
         run = self.run(name, FINETUNING, data, trial.seed, options)

@@ -233,7 +233,7 @@ def _check_frozen_stages(backbone: Backbone, config: CfgNode) -> None:
 
 def freeze_batch_norms(backbone: Backbone) -> int:
     """Freeze the batch norms of a backbone, and return their number."""
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     for norm in norms:
         norm.requires_grad_(False)
     _keep_in_eval_mode(backbone, norms)

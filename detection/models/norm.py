@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -43,5 +44,5 @@ def synchronize_norms(model: nn.Module, device: torch.device, world_size: int) -
         world_size: number of processes.
     """
     if device.type == 'cuda' and world_size > 1:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return convert_sync_batchnorm(model)  # PyTorch's own would lose the activations within timm's norms
     return model

@@ -14,6 +14,7 @@ from engine.distributed import (
     TIMEOUT,
     TORCHRUN_VARIABLES,
     all_reduce_sum,
+    average_over_processes,
     choose_device,
     distribute,
     first_host,
@@ -339,7 +340,34 @@ def test_a_network_is_freed_after_the_process_group(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+AVERAGES = """
+import torch
+from torch import nn
+
+from engine import distributed
+
+with distributed.start_process('cpu', 0) as process:
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(3), nn.BatchNorm1d(2, track_running_stats=False))
+    for norm in network[:2]:
+        norm.running_mean.fill_(process.rank)
+        norm.running_var.copy_(torch.arange(norm.num_features) * (1 + 2 * process.rank))
+    network[1].eval()
+    distributed.average_over_processes(distributed.running_statistics(network))
+    assert network[0].running_mean.tolist() == [0.5, 0.5]
+    assert network[0].running_var.tolist() == [0, 2]
+    assert network[1].running_mean.tolist() == [process.rank] * 3
+"""
+
+
+@pytest.mark.slow
+def test_running_statistics_of_trained_batch_norms_are_averaged(tmp_path):
+    (tmp_path / 'averages.py').write_text(AVERAGES)
+    done = start(*TORCHRUN_COMMAND, '2', tmp_path / 'averages.py', variables={'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
 def test_collectives_of_one_process():
+    average_over_processes([torch.ones(2)])
     assert all_reduce_sum(torch.tensor([2.0])).item() == 2.0
     assert on_main_process(lambda: 'value') == 'value'
     assert gather_on_main_process('value') == ['value']

@@ -411,6 +411,9 @@ def test_batch_norms_are_refused_where_they_are_trained(tiny_config, image_tree)
     check_network(nn.Sequential(nn.LayerNorm(2), FrozenBatchNorm2d(2)).train())
     with pytest.raises(ConfigError, match='does not work with batch norms that are trained, .*such as 1: their'):
         check_network(network.train())
+    with pytest.raises(ConfigError, match='the batch norms of MODEL.MSG.EMBED_TYPE conv: write another EMBED_TYPE'):
+        tiny_config(MODEL__MSG__EMBED_TYPE='conv', TRAIN__VIRTUAL_RANKS='2')
+    tiny_config(MODEL__MSG__EMBED_TYPE='conv', TRAIN__VIRTUAL_RANKS='2', TRAIN__FROZEN_STAGES='0')
     options = {'MODEL__TYPE': 'timm:resnet18', 'TRAIN__VIRTUAL_RANKS': '2', 'DATA__DATA_PATH': str(image_tree)}
     with pytest.raises(ConfigError, match='such as bn1'):
         program.main(tiny_config(**options))

@@ -27,6 +27,7 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
 
 # Options of `SpawnedRun`: augmentation and Mixup stay on; epochs are short, so evaluation and both saves come often.
 RUN_OPTIONS = 'TRAIN.EPOCHS 12 SAVE_STEPS 3 SAVE_KEEP 3 DATA.NUM_WORKERS 0 MODEL.DROP_PATH_RATE 0.2 TRAIN.EMA_DECAY 0.9'
+RUN_OPTIONS += ' MODEL.MSG.EMBED_TYPE conv'  # batch norms, whose running statistics each process has for itself
 RUN_OPTIONS += ' DATA.SAMPLING balanced AUG.REPEATS 2 TRAIN.OPTIMIZER.NAME lamb TRAIN.LR_SCHEDULER.UNIT epoch'
 
 

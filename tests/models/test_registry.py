@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 
 from config import load_config
 from models import MSGTransformer, registry
+from models.layers import EMBED_TYPES
 from tests.helpers.golden import GOLDEN, fill_, images, normal
 
 NARROW = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 4, 8)}
@@ -56,6 +57,12 @@ def test_a_name_builds_the_published_network(name):
     assert isinstance(model.get_submodule(cfg['classifier']), torch.nn.Linear)
     assert isinstance(model.get_submodule(cfg['first_conv']), torch.nn.Conv2d)
     assert cfg['pool_size'] == model.pool_size
+
+
+@pytest.mark.parametrize('kind', EMBED_TYPES)
+def test_the_first_convolution_is_named_whatever_the_embedding(kind):
+    model = create(embed_type=kind, in_chans=2)
+    assert model.get_submodule(model.pretrained_cfg['first_conv']).in_channels == 2
 
 
 def test_preprocessing_is_that_of_the_config():

@@ -1,13 +1,19 @@
 """Batch norm over all processes."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from detection.main import TASK
 from detection.models import build_detector
 from detection.models.norm import SyncBatchNorm, synchronize_norms
+from engine.distributed import Process
+from models.layers import ConvStem
 from tests.helpers.detectors import tiny_detector
 from tests.helpers.golden import fill_, normal
 from tests.helpers.runs import one_thread
@@ -23,6 +29,26 @@ def test_several_gpus_train_pytorchs_own_norm_with_the_same_names_and_parameters
     assert all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) == 3
     assert not any(isinstance(module, SyncBatchNorm) for module in model.modules())
+
+
+def test_norms_of_timm_keep_their_activations():
+    stem = fill_(ConvStem(4, 3, 8, nn.LayerNorm)).eval()
+    images = normal('images', (2, 3, 16, 16))
+    before = stem(images)
+    stem = synchronize_norms(stem, torch.device('cuda'), 2)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in stem.modules()) == 2
+    torch.testing.assert_close(stem(images), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('is_pretrained', [False, True])
+def test_frozen_batch_norms_stay_frozen_on_several_gpus(is_pretrained):
+    config = tiny_detector('MODEL.MSG.EMBED_TYPE', 'conv')
+    process = Process(0, 2, torch.device('cuda'))
+    run = SimpleNamespace(config=config, process=process, logger=logging.getLogger('test'))
+    model = TASK.prepare_training(run, build_detector(config), is_pretrained).train()
+    norms = [x for x in model.backbone.body.modules() if isinstance(x, nn.SyncBatchNorm)]
+    assert [norm.training for norm in norms] == [not is_pretrained] * 2
+    assert [norm.weight.requires_grad for norm in norms] == [not is_pretrained] * 2
 
 
 def outputs_and_gradients(x):
