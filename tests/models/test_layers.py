@@ -15,6 +15,7 @@ from models.layers import (
     conv_stem_channels,
 )
 from tests.helpers.golden import fill_, normal
+from tools.flops import count_multiply_adds
 
 
 def test_drop_path_is_drawn_per_region_and_keeps_the_mean():
@@ -91,6 +92,14 @@ def test_the_conv_stem_is_convolutions_with_batch_norm_and_relu():
     x = torch.einsum('bchw,dc->bhwd', x, stem.convs[2].weight[:, :, 0, 0]) + stem.convs[2].bias
     torch.testing.assert_close(stem(images), stem.norm(x))
     assert conv_stem_channels(16, 64) == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize('patch_size', [2, 4, 8])
+def test_flops_of_the_conv_stem_are_its_operators_and_its_norm(patch_size):
+    for norm, norm_flops in ((nn.LayerNorm, 3 * 5 * 8), (None, 0)):
+        stem = ConvStem(patch_size, 3, 8, norm).eval()
+        counted = count_multiply_adds(lambda stem=stem: stem(torch.zeros(1, 3, 3 * patch_size, 5 * patch_size)))
+        assert stem.flops((3, 5)) == counted + norm_flops
 
 
 @pytest.mark.parametrize(
