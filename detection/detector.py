@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class ImageDetector:
     """
 
     def __init__(self, predictor: Predictor, batch_size: int = 1):
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ConfigError(f'batch_size is {batch_size!r}: write a whole number from 1 on')
         self.config, model, self.class_names, self.device = predictor
         self.precision, self.batch_size = build_precision(self.config, self.device), batch_size

@@ -142,7 +142,7 @@ def test_an_image_may_have_any_form(checkpoint, photo):
 def test_images_of_one_shape_share_a_batch_and_stay_in_order(checkpoint, monkeypatch):
     images = [torch.rand(3, *size) for size in ((50, 70), (60, 40), (50, 70), (100, 140), (30, 30))]
     expected = [load_detector(checkpoint)(image) for image in images]
-    detector = load_detector(checkpoint, batch_size=4)
+    detector = load_detector(checkpoint, batch_size=np.int64(4))
     counts, detect = [], detector.model.detect
     monkeypatch.setattr(detector.model, 'detect', lambda x, short: counts.append(len(x)) or detect(x, short))
     for found, one in zip(detector(images), expected, strict=True):
