@@ -143,10 +143,14 @@ def check_sizes(config: 'CfgNode') -> None:
     if name == config.MODEL.TYPE:
         if config.MODEL.MSG.APE:
             raise ValueError('DATA.IMG_SIZES needs a network of any size: write MODEL.MSG.APE False')
-    elif timm.get_pretrained_cfg_value(name, 'fixed_input_size') and 'dynamic_img_size' not in config.MODEL.TIMM_ARGS:
+        return
+    arguments = parse_timm_args(config.MODEL.TIMM_ARGS)
+    takes_any_size = arguments.get('dynamic_img_size') or not arguments.get('strict_img_size', True)
+    if timm.get_pretrained_cfg_value(name, 'fixed_input_size') and not takes_any_size:
         raise ValueError(
             f'DATA.IMG_SIZES needs a network of any size, and {name} has a fixed one: leave out DATA.IMG_SIZES, or, '
-            f'for a network that has the argument, write MODEL.TIMM_ARGS dynamic_img_size=True'
+            f'for a network that has one of these arguments, write MODEL.TIMM_ARGS dynamic_img_size=True (vit_*) or '
+            f'strict_img_size=False (swin_*)'
         )
 
 

@@ -149,6 +149,10 @@ SIZES = ['DATA.IMG_SIZES', '[14, 28]', 'DATA.IMG_SIZE_EPOCHS', '[0, 1]']
         ([*SIZES, 'DATA.IMG_SIZES', '[1, 28]'], r'DATA.IMG_SIZES is \[1, 28\]: write at least MODEL.MSG.PATCH_SIZE'),
         ([*SIZES, 'MODEL.MSG.APE', 'True'], 'needs a network of any size: write MODEL.MSG.APE False'),
         ([*SIZES, 'MODEL.TYPE', 'timm:vit_tiny_patch16_224'], 'vit_tiny_patch16_224 has a fixed one: leave out'),
+        (
+            [*SIZES, 'MODEL.TYPE', 'timm:vit_tiny_patch16_224', 'MODEL.TIMM_ARGS', 'dynamic_img_size=False'],
+            r'write MODEL.TIMM_ARGS dynamic_img_size=True \(vit_\*\) or strict_img_size=False \(swin_\*\)',
+        ),
         ([*SIZES, 'THROUGHPUT_MODE', 'True'], '--throughput times one image size: leave out DATA.IMG_SIZES'),
         (['TRAIN.LR_SCHEDULER.NAME', 'poly'], 'write one of cosine, linear, step'),
         (['DATA.DATASET', 'cifar'], 'write one of imagenet'),

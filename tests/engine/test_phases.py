@@ -50,6 +50,15 @@ def test_sizes_and_learning_rates_follow_the_phases(tiny_config, image_tree, mon
     assert 'the run resumes bit for bit, as if it had never stopped' in log_of(resumed)
 
 
+def test_swin_is_trained_at_several_sizes(tiny_config, image_tree):
+    swin = 'embed_dim=8 depths=(2,2) num_heads=(1,2) window_size=3 patch_size=2 strict_img_size=False'
+    data = {'DATA__DATA_PATH': str(image_tree), 'DATA__IMG_SIZE': '28', 'TRAIN__EPOCHS': '3', **PLAIN}
+    config = tiny_config(MODEL__TYPE='timm:swin_tiny_patch4_window7_224', MODEL__TIMM_ARGS=swin, **SIZES, **data)
+    program.main(config)
+    assert 'from epoch 2 on: images of 28 px' in log_of(config)
+    assert len(records(config, 'epoch')) == 3
+
+
 def test_odd_batches_of_a_phase_are_refused_before_training(tiny_config, image_tree):
     options = SIZES | {'DATA__IMG_SIZE_BATCHES': '[8, 3]', 'TRAIN__EPOCHS': '3'}
     config = tiny_config(DATA__DATA_PATH=str(image_tree), **options)
