@@ -3,17 +3,17 @@
     python -m tools.few_images --data-path <imagenette> --jobs 2
     python -m tools.few_images --results output/few_images/few_images.json
 
-A small network is pretrained on half of the dataset's classes. The other classes are new, and are learned from only 5
-to 200 training images each, in one of these ways:
+A small network is pretrained on half of the classes of the dataset. The other half are new classes, with only 5 to 200
+training images each. Four methods are compared on the new classes:
 
 - scratch: the network is trained from random weights;
 - finetune: all weights are trained, starting from the pretrained weights;
 - linear: a linear classifier is trained on features of the frozen pretrained network;
 - knn: a k-nearest-neighbour classifier uses the same features.
 
-The learning rate and the number of neighbours are chosen on 100 held-out training images of each new class, with an
-extra subset whose accuracy is not reported. The validation images only give the reported accuracy. To resume, run the
-same command again. Design and results: docs/small_data.md.
+The learning rate and the number of neighbours are tuned first: each candidate is trained on an extra subset and scored
+on a held-out set of 100 training images of each new class. The validation images are used only for the reported
+accuracy. To resume, run the same command again. Design and results: docs/small_data.md.
 """
 
 if __name__ == '__main__':
@@ -100,17 +100,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser('python -m tools.few_images', description=__doc__.splitlines()[0])
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--data-path', type=home_path, metavar='DIR', help='dataset with train/ and val/')
+    source.add_argument('--data-path', type=home_path, metavar='DIR', help='train/ and val/ with class folders')
     source.add_argument('--results', type=home_path, metavar='FILE', help='only print the tables of a few_images.json')
-    add('--jobs', type=positive_int, default=1, metavar='N', help='training runs at a time; they share the cores (1)')
+    add('--jobs', type=positive_int, default=1, metavar='N', help='parallel training runs; they share the cores (1)')
     add('--epochs', type=positive_int, default=40, metavar='N', help='epochs of pretraining (40)')
-    add('--counts', nargs='+', type=positive_int, default=COUNTS, metavar='N', help='images per class (5 20 50 200)')
+    add(
+        '--counts',
+        nargs='+',
+        type=positive_int,
+        default=COUNTS,
+        metavar='N',
+        help='training images per new class (5 20 50 200)',
+    )
     add(
         '--output',
         type=home_path,
         default=Path('output/few_images'),
         metavar='DIR',
-        help='folder of the runs and of few_images.json (output/few_images)',
+        help='folder of the runs and of few_images.json; finished runs are reused (output/few_images)',
     )
     return parser.parse_args()
 

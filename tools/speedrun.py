@@ -1,19 +1,21 @@
-"""Time to accuracy: train networks from nothing to 80 % on Imagenette with two CPU cores, and time them.
+"""Time to accuracy: time the training of networks from scratch to 80 % top-1 on Imagenette with two CPU cores.
 
     python -m tools.speedrun --data-path <imagenette>
     python -m tools.speedrun --results output/speedrun/speedrun.json
 
-The rules:
+Each recipe trains for a fixed number of epochs; training does not stop at 80 %. The rules:
 
-1. The data are the 9,469 training photographs of Imagenette at 112 px, as docs/reproducing.md makes them. Nothing else
-   is used: no pretrained weights, no teacher, no other images.
-2. A network has one recipe, a variant of configs/studies/speedrun.yaml, which is trained with the seeds 0 to 4. All
-   five count: the recipe passes if their mean top-1 on the 3,925 validation photographs is at least 80 %.
-3. The time is the wall time of the whole command, on two cores with a process and a thread each: the start of Python,
-   its imports, opening the data, training, saving, and one evaluation at the end, of one view of each photograph.
-4. A recipe may be developed on the validation photographs. So its accuracy is a little optimistic, for every network.
+1. The data are the 9,469 training images of Imagenette at 112 px, prepared as in docs/reproducing.md. Nothing else is
+   used: no pretrained weights, no teacher, no other images.
+2. Each network has one recipe, which is a variant in configs/studies/speedrun.yaml. The recipe is trained with the
+   seeds 0 to 4, and all five runs count: the recipe passes if their mean top-1 accuracy on the 3,925 validation images
+   is at least 80 %.
+3. The time is the wall time of the whole command, from the start of Python to its end: imports, opening the data,
+   training, saving, and one evaluation after the last epoch, without test-time augmentation. Training uses two cores,
+   with two processes of one thread each. The table has the mean and the range over the seeds.
+4. A recipe may be tuned on the validation images, so the accuracy of every network is slightly optimistic.
 
-There is no record yet: the recipe in the study file has been timed with one seed only.
+There is no official time yet: so far, the recipe in configs/studies/speedrun.yaml has been timed with one seed only.
 """
 
 if __name__ == '__main__':
@@ -62,17 +64,21 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--data-path', type=home_path, metavar='DIR', help='Imagenette at 112 px')
     source.add_argument('--results', type=home_path, metavar='FILE', help='print the table of a speedrun.json')
-    add('--networks', nargs='+', metavar='NAME', help='networks to train (default: all of the study file)')
+    add('--networks', nargs='+', metavar='NAME', help='variants of the study file to train (default: all)')
+    add('--seeds', nargs='+', type=non_negative_int, metavar='N', help='seeds to train (default: those of the study)')
     add(
-        '--seeds', nargs='+', type=non_negative_int, metavar='N', help='seeds to train (default: all of the study file)'
+        '--study',
+        type=home_path,
+        default=STUDY,
+        metavar='FILE',
+        help='study file with the recipes (configs/studies/speedrun.yaml)',
     )
-    add('--study', type=home_path, default=STUDY, metavar='FILE', help='recipes (configs/studies/speedrun.yaml)')
     add(
         '--output',
         type=home_path,
         default=Path('output/speedrun'),
         metavar='DIR',
-        help='folder of the runs and of speedrun.json, which later commands add to (output/speedrun)',
+        help='folder of the runs and of speedrun.json; runs that the file has are not repeated (output/speedrun)',
     )
     return parser.parse_args()
 
