@@ -49,7 +49,7 @@ def build_timm_network(config: 'CfgNode') -> nn.Module:
     """
     options = {'in_chans': config.MODEL.MSG.IN_CHANS, 'num_classes': config.MODEL.NUM_CLASSES}
     name = config.MODEL.TYPE.removeprefix(PREFIX)
-    if _is_registered(name) and timm.get_pretrained_cfg_value(name, 'fixed_input_size'):
+    if _is_registered(name) and _has_fixed_size(name):
         options['img_size'] = config.DATA.IMG_SIZE
     return create_timm_network('MODEL.TYPE', config.MODEL.TYPE, config, options)
 
@@ -111,6 +111,12 @@ def _is_registered(name: str) -> bool:
     return bool(timm.is_model(name) and re.fullmatch(r'[\w.]+', name))
 
 
+def _has_fixed_size(name: str) -> bool:
+    """Whether a network is built for one image size. Networks that a user has registered may have no timm config."""
+    config = timm.get_pretrained_cfg(name)
+    return config is not None and config.fixed_input_size
+
+
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
     """Create a network; leave out a drop-path rate of 0 if the network has no such argument."""
     options = options | {'pretrained': False}
@@ -146,7 +152,7 @@ def check_sizes(config: 'CfgNode') -> None:
         return
     arguments = parse_timm_args(config.MODEL.TIMM_ARGS)
     takes_any_size = arguments.get('dynamic_img_size') or not arguments.get('strict_img_size', True)
-    if timm.get_pretrained_cfg_value(name, 'fixed_input_size') and not takes_any_size:
+    if _has_fixed_size(name) and not takes_any_size:
         raise ValueError(
             f'DATA.IMG_SIZES needs a network of any size, and {name} has a fixed one: leave out DATA.IMG_SIZES, or, '
             f'for a network that has one of these arguments, write MODEL.TIMM_ARGS dynamic_img_size=True (vit_*) or '

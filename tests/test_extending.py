@@ -78,7 +78,7 @@ def commands_with(text):
 
 def test_every_example_is_used():
     assert all(any(name in command for command in COMMANDS) for name in EXAMPLES)
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 10
 
 
 def test_an_exchange_in_one_file(folder):
@@ -108,6 +108,16 @@ def test_an_exchange_is_exported(folder):
     run(train, folder)
     run(export, folder)
     assert (folder / 'output' / 'gated.onnx').exists()
+
+
+def test_a_network_in_one_file(folder):
+    (train,) = commands_with('my_network')
+    assert 'Training time' in run(train, folder)
+    checkpoint = folder / 'output' / Path(CONFIG).stem / 'convnet' / 'ckpt_best.pth'
+    assert load_checkpoint(checkpoint)['model']['0.weight'].shape == (64, 3, 7, 7)  # MODEL.TIMM_ARGS width=64
+    (predict,) = commands_with('tools.predict')
+    predict = predict.replace('my_exchange', 'my_network').replace('gated', 'convnet')
+    assert len(run(predict, folder).splitlines()) == 20
 
 
 @pytest.mark.slow
