@@ -261,7 +261,8 @@ def load_timm_teacher(model: str, run: Run) -> tuple[nn.Module, dict[str, Any]]:
     checkpoint = load_checkpoint(path)
     weights, note = choose_weights(checkpoint, path)
     run.logger.info(f'{path}: {note}')
-    heads = timm.get_pretrained_cfg_value(model, 'classifier') or ()
+    config = timm.get_pretrained_cfg(model)  # None for a network that the user has registered without it
+    heads = (config and config.classifier) or ()
     heads = [f'{name}.weight' for name in ([heads] if isinstance(heads, str) else heads)]
     sizes = [len(weights[name]) for name in heads if name in weights]
     network = timm.create_model(model, **({'num_classes': sizes[0]} if sizes else {}))

@@ -119,6 +119,14 @@ def test_a_network_in_one_file(folder):
     predict = predict.replace('my_exchange', 'my_network').replace('gated', 'convnet')
     assert len(run(predict, folder).splitlines()) == 20
 
+    as_teacher = train.replace('--tag convnet', '--tag teacher').replace('width=64', 'width=32')
+    run(as_teacher, folder)
+    weights = checkpoint.parents[1] / 'teacher' / 'ckpt_best.pth'
+    teacher = f'DISTILL.TEACHER timm:small_convnet DISTILL.TEACHER_WEIGHTS {weights}'
+    student = train.replace('--tag convnet', '--tag student')
+    run(student.replace('MODEL.TYPE timm:small_convnet MODEL.TIMM_ARGS width=64', teacher), folder)
+    assert 'teacher timm:small_convnet' in (checkpoint.parents[1] / 'student' / 'log_rank0.txt').read_text()
+
 
 @pytest.mark.slow
 def test_other_parts_in_one_file_each(folder):
