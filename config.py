@@ -218,6 +218,10 @@ def shared_keys(task: str) -> KeyGroup:
         0.1, 'Stochastic depth: rate of the last block, rising linearly from 0 at the first block', min=0, max=0.999
     )
 
+    c.MODEL.CHANNELS_LAST = Key(
+        False,
+        'Store the weights of 2-D convolutions with channels last in memory: faster ConvNets with mixed precision',
+    )
     c.MODEL.TIMM_ARGS = Key(
         '',
         'Arguments of timm.create_model for a network of timm, such as embed_dim=48 depths=(3,3) num_heads=(2,4)',

@@ -22,6 +22,7 @@ from engine.run import Run
 from engine.task import Task
 from engine.weights import choose_weights, fit_weights, hash_weights, load_weights
 from extensions import Registry
+from models.build import use_channels_last
 from models.timm_networks import PREFIX as TIMM
 from utils import UserError, first_line, random_states, set_random_states, set_seed, shortened
 
@@ -93,9 +94,7 @@ class Teacher:
         self.name, self.size, self.classes = name, tuple(size), classes
         self.identity = {'name': name, 'sha256': hash_weights(network.state_dict(), hashlib.sha256())}
         self.network = network.to(device).eval().requires_grad_(False)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):  # EfficientNet-Lite2 at 260 px on a CPU is 1.5 to 1.7 times as fast so
-                module.to(memory_format=torch.channels_last)
+        use_channels_last(network)  # EfficientNet-Lite2 at 260 px on a CPU is 1.5 to 1.7 times as fast so
         mean, std, own_mean, own_std = (
             torch.as_tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1)
             for x in (mean, std, *mean_and_std(run.config))

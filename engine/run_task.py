@@ -22,6 +22,7 @@ from engine.state import Phase, TrainingState, updates_before
 from engine.task import Task
 from engine.trainer import Trainer
 from engine.virtual_ranks import VirtualRanks, broadcast_weights, check_network, check_processes
+from models.build import use_channels_last
 from trackers import check_trackers
 
 # Options of an optimizer that are not logged: they differ between parameter groups
@@ -51,6 +52,8 @@ def run_task(task: Task, config: CfgNode, until: tuple[int, int] | None = None) 
 def build_network(run: Run, task: Task) -> nn.Module:
     """Build the run's network on its device, and log its size."""
     network = task.build_network(run.config).to(run.process.device)
+    if run.config.MODEL.CHANNELS_LAST:
+        use_channels_last(network)
     multiply_adds = f', {network.flops():,} multiply-adds' if hasattr(network, 'flops') else ''
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run.logger.info(f'{run.config.MODEL.NAME}: {parameters:,} parameters{multiply_adds}')

@@ -49,6 +49,14 @@ RECIPES = {
         'TRAIN__OPTIMIZER__ARGS': 'ns_steps=3 betas=(0.9,0.98)',
         'AMP_OPT_LEVEL': 'O1',
     },
+    'channels_last': {
+        'MODEL__TYPE': 'timm:resnet18',
+        'MODEL__TIMM_ARGS': 'channels=(4,8,8,8) layers=(1,1,1,1)',
+        'MODEL__CHANNELS_LAST': 'True',
+        'TRAIN__OPTIMIZER__NAME': 'nmuon',
+        'AMP_OPT_LEVEL': 'O1',
+        'AMP_DTYPE': 'bfloat16',
+    },
     'virtual_ranks': {
         'TRAIN__VIRTUAL_RANKS': '4',
         'DATA__BATCH_SIZE': '2',

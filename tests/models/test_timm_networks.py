@@ -4,16 +4,18 @@ import re
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 import main as program
 from config import load_config
 from engine.config_tree import ConfigError
+from engine.run_task import build_network
 from models import build_model, timm_networks
 from models.build import head_pattern
 from models.timm_networks import parse_timm_args, shaping_args
 from tests.helpers.paths import TINY
-from tests.helpers.runs import folder_of, records
+from tests.helpers.runs import build_run, folder_of, records
 
 SWIN = ('timm:swin_tiny_patch4_window7_224', 'patch_size=2 embed_dim=8 depths=(1,1) num_heads=(1,2)')
 RESNET = ('timm:resnet18', 'channels=(4,8,8,8) layers=(1,1,1,1)')
@@ -166,3 +168,13 @@ def test_msg_transformers_class_weights_are_the_head():
     network = build_model(load_config(TINY))
     assert head_pattern(network) == r'head\.'
     assert isinstance(network.head, nn.Linear)
+
+
+def test_channels_last(tiny_config):
+    config = tiny_config(MODEL__TYPE=RESNET[0], MODEL__TIMM_ARGS=RESNET[1], MODEL__CHANNELS_LAST='True')
+    network = build_network(build_run(config), program.TASK)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in convolutions)
+    maps = network.forward_features(torch.zeros(2, 3, 56, 56))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    assert not maps.is_contiguous()
