@@ -74,6 +74,15 @@ BATCH = 16
 EPOCHS, UPDATES = 30, 500  # a run trains for at least this many epochs, and at least this many updates
 
 
+EPILOG = """examples:
+  python -m tools.few_images --data-path imagenette --jobs 2
+  python -m tools.few_images --data-path imagenette --counts 30
+  python -m tools.few_images --results output/few_images/few_images.json
+
+Half of the dataset's classes are known, the other half are new. Design and results: docs/small_data.md.
+"""
+
+
 class FewImagesError(UserError):
     """The data or results cannot be used."""
 
@@ -97,7 +106,12 @@ class Trial(NamedTuple):
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser('python -m tools.few_images', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        'python -m tools.few_images',
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument('--data-path', type=home_path, metavar='DIR', help='train/ and val/ with class folders')
