@@ -253,6 +253,10 @@ def load_timm_teacher(model: str, run: Run) -> tuple[nn.Module, dict[str, Any]]:
         CheckpointError: the file cannot be read, or has the weights of a different network.
     """
     path = run.config.DISTILL.TEACHER_WEIGHTS
+    if not path and timm.get_pretrained_cfg(model) is None:  # of a network that the user has registered
+        raise TeacherError(
+            f'{TIMM}{model}: timm knows no pretrained weights of it: give a file of them with DISTILL.TEACHER_WEIGHTS'
+        )
     if not path:
         built = []  # filled only on the process that downloads for its node; the others then find the file in the cache
         once_per_node(lambda: built.append(_create_pretrained(model)))

@@ -158,6 +158,10 @@ def test_weights_of_a_timm_teacher_from_a_file(build, tmp_path):
     message = r'timm:resnet18: .* cannot be fetched \(no route.*\): give a file of them with DISTILL.TEACHER_WEIGHTS'
     with offline, pytest.raises(TeacherError, match=message):
         build(DISTILL__TEACHER='timm:resnet18')
+    registered_by_user = mock.patch.object(timm, 'get_pretrained_cfg', return_value=None)
+    message = 'timm:resnet18: timm knows no pretrained weights of it: give a file of them with DISTILL.TEACHER_WEIGHTS'
+    with registered_by_user, pytest.raises(TeacherError, match=message):
+        build(DISTILL__TEACHER='timm:resnet18')
 
 
 def test_mistakes_in_one_line(build, tiny_config, tmp_path):
