@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-detection app test test-slow test-timm test-versions rehearsal growth lint format docs site clean
+.PHONY: help demo demo-detection app test test-slow test-timm test-versions rehearsal growth speedrun lint format docs site clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +11,7 @@ OUTPUT ?= output
 SEED ?= 0
 RESUME ?=
 REQUEUES ?= 0
+IMAGENETTE ?=
 
 PY := $(VENV)/bin/python
 CONFIG := configs/msg_digits_p2_win7_56.yaml
@@ -39,6 +40,7 @@ help:
 	@echo "make test-versions   the network's tests with the oldest and newest torch, timm and NumPy that are allowed"
 	@echo "make rehearsal       kill and resume a run of 300 epochs 30 times, and compare it with an uninterrupted one"
 	@echo "make growth          how time and memory grow with the image and the batch: $(OUTPUT)/growth_*.md and .png"
+	@echo "make speedrun        time from scratch to 80 % on Imagenette (IMAGENETTE=<folder>: the images at 112 px)"
 	@echo "make format          format the code"
 	@echo "make docs            draw the figures and write docs/configuration.md and docs/command_line.md"
 	@echo "make site            build the documentation site: open $(OUTPUT)/site/index.html"
@@ -176,6 +178,11 @@ growth: $(VENV)/installed
 	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 1 2 --batches 1 --sizes 224 448 672 896 1120 1344 \
 		--rounds 3 --output $(OUTPUT)/growth_size
 	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 2 --batches 1 4 16 64 --rounds 3 --output $(OUTPUT)/growth_batch
+
+# About an hour and a half on two idle cores. Networks and seeds that were timed before are not repeated.
+speedrun: $(VENV)/installed
+	@test -n '$(IMAGENETTE)' || { echo 'Name the images: make speedrun IMAGENETTE=<folder> (docs/reproducing.md, "Imagenette at 112 px")'; exit 1; }
+	$(PY) -m tools.speedrun --data-path '$(IMAGENETTE)' --output $(OUTPUT)/speedrun
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix .
