@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +16,12 @@ from data.samples import same_letters
 from data.transforms import mean_and_std
 from engine.checkpoint import CheckpointError, load_checkpoint
 from engine.distributed import once_per_node
-from engine.predictor import load_predictor
+from engine.predictor import load_predictor, network_args
 from engine.run import Run
+from engine.run_task import use_channels_last
 from engine.task import Task
 from engine.weights import choose_weights, fit_weights, hash_weights, load_weights
 from extensions import Registry
-from models.build import use_channels_last
 from models.timm_networks import PREFIX as TIMM
 from utils import UserError, first_line, random_states, set_random_states, set_seed, shortened
 
@@ -300,8 +299,8 @@ def load_checkpoint_teacher(path: str, run: Run, task: Task) -> tuple[nn.Module,
             f'{path} has no config, so its network is unknown: for weights of timm, write DISTILL.TEACHER timm:<name> '
             f'DISTILL.TEACHER_WEIGHTS {path}'
         )
-    flags = Namespace(resume=path, cfg=None, opts=['DEVICE', 'cpu'], stored=(), pretrained_weights='auto')
-    config, network, _, _ = load_predictor(flags, task, checkpoint=checkpoint, log=run.logger.info)
+    args = network_args(path, ['DEVICE', 'cpu'])
+    config, network, _, _ = load_predictor(args, task, checkpoint=checkpoint, log=run.logger.info)
     if config.DATA.MULTI_LABEL:
         raise TeacherError(
             f'the teacher {path} was trained on several classes per image: give one of DATA.MULTI_LABEL False'

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,6 +103,11 @@ def printable(text: object) -> str:
     """Escape control characters and undecodable bytes of file names, so that a text prints as one line."""
     shown = (char if char.isprintable() else repr(char)[1:-1] for char in str(text))
     return ''.join(shown)
+
+
+def first_few(texts: Sequence[object], count: int = 3) -> str:
+    """The first of some texts, for a message."""
+    return ', '.join(map(str, texts[:count])) + (', ...' if len(texts) > count else '')
 
 
 def leaves(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, Any]]:

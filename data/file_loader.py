@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from data.build import build_loader
+from data.build import EvalTransform, build_loader
 from data.images import DataError, read_file
 from data.packed_lists import NameList
 from utils import printable
@@ -124,3 +124,10 @@ def exit_if_unreadable(unreadable: int, images: int) -> None:
     if unreadable:
         print(f'error: {unreadable} of {images} images cannot be read: see above', file=sys.stderr)
         sys.exit(SOME_UNREADABLE)
+
+
+def evaluation_loader(
+    config: CfgNode, paths: Sequence[Path], batch_size: int = 64, workers: int = 0
+) -> InferenceLoader:
+    """The loader of image files as evaluation of a classifier reads them; see `InferenceLoader`."""
+    return InferenceLoader(config, paths, EvalTransform(config), batch_size, workers)

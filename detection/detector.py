@@ -10,7 +10,6 @@ docs/detection_prediction.md describes it. The command-line program, detection/t
 """
 
 import os
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -31,7 +30,7 @@ from detection.tiles import Tiling
 from detection.tta import DetectFn, Output, build_detect_fn
 from engine.config_tree import ConfigError
 from engine.precision import build_precision
-from engine.predictor import Predictor, load_predictor
+from engine.predictor import Predictor, load_predictor, network_args
 
 PRECISIONS = ('float32', 'float16', 'bfloat16')
 WEIGHTS = ('auto', 'raw', 'ema')
@@ -183,7 +182,4 @@ def load_detector(
                 f'cfg and precision'
             )
         return ImageDetector(load_exported_detector(Path(checkpoint).expanduser(), options), batch_size)
-    args = Namespace(
-        resume=os.path.expanduser(checkpoint), stored=(), cfg=cfg, opts=options, pretrained_weights=weights
-    )
-    return ImageDetector(load_predictor(args, TASK), batch_size)
+    return ImageDetector(load_predictor(network_args(checkpoint, options, weights, cfg), TASK), batch_size)

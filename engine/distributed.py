@@ -246,7 +246,7 @@ def start_process(device_name: str, local_rank: int) -> Iterator[Process]:
             **_rendezvous(launch, os.environ),
         )
     except (dist.DistError, ValueError) as error:
-        reason = 'the port is in use' if 'EADDRINUSE' in str(error) else str(error).splitlines()[0]
+        reason = 'the port is in use' if 'EADDRINUSE' in str(error) else first_line(error)
         raise ConfigError(
             f'the processes cannot connect at {launch.master_addr}:{launch.master_port} ({reason}): set MASTER_ADDR to '
             f'the host of rank 0, and MASTER_PORT to a free port there'

@@ -14,7 +14,8 @@ from utils import UserError, environment
 
 # What a run started from: random weights (scratch), the weights of a checkpoint (pretrained), or the training state of
 # another run's checkpoint (resume). A mapping with `kind`; for the last two also `path` and `sha256` of the checkpoint;
-# for pretrained also `weights` and `head`, the values of the config; for resume also `origin`, that of the other run.
+# for pretrained also `weights`, `head` and `missing`, the values of the config; for resume also `origin`, that of the
+# other run.
 # A run that distils has `teacher`: a mapping with `name`, as the config has it, and `sha256` of the weights.
 Origin = Mapping[str, Any]
 SCRATCH, PRETRAINED, RESUME = 'scratch', 'pretrained', 'resume'

@@ -131,6 +131,22 @@ def upright_images(saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return saved | {'DATA': {'EXIF': True} | dict(saved.get('DATA') or {})}
 
 
+def network_args(
+    path: str | Path, opts: Sequence[Any] = (), weights: str = 'auto', cfg: str | None = None
+) -> argparse.Namespace:
+    """The arguments of `load_predictor` for a checkpoint, without a command line.
+
+    Args:
+        path: the checkpoint; a leading ~ is expanded.
+        opts: config keys and values.
+        weights: auto, raw or ema.
+        cfg: a config file.
+    """
+    return argparse.Namespace(
+        resume=os.path.expanduser(path), cfg=cfg, opts=list(opts), stored=(), pretrained_weights=weights
+    )
+
+
 def load_predictor(
     args: argparse.Namespace,
     task: Task,
@@ -145,7 +161,7 @@ def load_predictor(
     would still load, but the network would compute something else.
 
     Args:
-        args: from a parser with `add_network_flags`.
+        args: from a parser with `add_network_flags`, or `network_args`.
         task: the task of the network.
         build_network: builds the network from the config; None for `Task.build_network`.
         checkpoint: content of `--resume`; None reads it.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,7 +23,6 @@ from engine.state import Phase, TrainingState, updates_before
 from engine.task import Task
 from engine.trainer import Trainer
 from engine.virtual_ranks import VirtualRanks, broadcast_weights, check_network, check_processes
-from models.build import use_channels_last
 from trackers import check_trackers
 
 # Options of an optimizer that are not logged: they differ between parameter groups
@@ -58,6 +58,13 @@ def build_network(run: Run, task: Task) -> nn.Module:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     run.logger.info(f'{run.config.MODEL.NAME}: {parameters:,} parameters{multiply_adds}')
     return network
+
+
+def use_channels_last(network: nn.Module) -> None:
+    """Store the weights of 2-D convolutions with channels last in memory; their outputs follow."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
 
 
 def train(run: Run, task: Task, network: nn.Module, start: Start, until: tuple[int, int] | None = None) -> None:

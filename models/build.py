@@ -45,13 +45,6 @@ def maybe_compile(network: nn.Module, config: 'CfgNode', enabled: bool) -> nn.Mo
     return torch.compile(network, mode=config.COMPILE_MODE, dynamic=False) if enabled else network
 
 
-def use_channels_last(network: nn.Module) -> None:
-    """Store the weights of 2-D convolutions with channels last in memory; their outputs follow."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-
-
 def network_options(config: 'CfgNode') -> dict[str, Any]:
     """Get the arguments of `MSGTransformer` that all tasks share, from `config.MODEL` and `TRAIN`."""
     msg = config.MODEL.MSG

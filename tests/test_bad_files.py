@@ -34,7 +34,15 @@ from engine.run_lock import RunLock
 from engine.start import find_start, resume_training
 from main import TASK
 from models import build_model
-from tests.helpers.bad_files import COUNT, VALUES, assert_bad_files_are_told, bad_files, damaged_files
+from tests.helpers.bad_files import (
+    COUNT,
+    VALUES,
+    as_json,
+    as_lines,
+    assert_bad_files_are_told,
+    bad_files,
+    damaged_files,
+)
 from tests.helpers.coco_data import read_tree, write_coco
 from tests.helpers.datasets import as_huggingface, as_shards, as_table, as_webdataset, as_zip
 from tests.helpers.detectors import tiny_detector
@@ -56,10 +64,6 @@ TENSORS = [
 ]
 
 
-def as_json(tree):
-    return json.dumps(tree).encode()
-
-
 def as_yaml(tree):
     return yaml.safe_dump(tree).encode()
 
@@ -68,11 +72,6 @@ def as_pth(tree):
     file = io.BytesIO()
     torch.save(tree, file)
     return file.getvalue()
-
-
-def as_lines(records):
-    """JSON Lines; a bad tree need not be a list."""
-    return b'\n'.join(map(as_json, records if isinstance(records, list) else [records]))
 
 
 def bad_checkpoints(entries, count=COUNT):
@@ -305,23 +304,30 @@ def test_configs(tmp_path):
 
 
 def test_studies(tmp_path):
-    good = {'data': 'x', 'epochs': 1, 'seeds': [0, 1]}
-    good = yaml.safe_load(next((ROOT / 'configs' / 'studies').glob('*.yaml')).read_text())
+    good = yaml.safe_load((ROOT / 'configs' / 'studies' / 'msg_tokens.yaml').read_text())
     path = tmp_path / 'bad.yaml'
     assert assert_bad_files_are_told(lambda: read_study(path), bad_files(good, as_yaml), path) > 50
 
 
 def test_metrics(tmp_path):
-    records = [{'kind': 'train', 'updates': n, 'epoch': 0, 'loss': 1.5, 'lr': 0.1} for n in range(1, 4)]
-    records += [{'kind': 'epoch', 'updates': 4, 'epoch': 0, 'loss': 1.2, 'acc1': 50.0, 'max_accuracy': 50.0}]
-    path = tmp_path / 'metrics.jsonl'
+    records = []
+    for epoch in (0, 1):
+        records += [{'kind': 'train', 'updates': 3 * epoch + n, 'epoch': epoch, 'loss': 1.5, 'lr': 0.1} for n in (1, 2)]
+        metrics = {'loss': 1.2, 'val_loss': 1.2, 'lr': 0.1, 'acc1': 50.0, 'max_accuracy': 50.0}
+        records.append({'kind': 'epoch', 'updates': 3 * epoch + 3, 'epoch': epoch} | metrics)
+    path, drawn = tmp_path / 'metrics.jsonl', 0
 
     def read():
+        nonlocal drawn
         summary = read_run(tmp_path, 'name')
         if summary.epochs:
-            plot([summary])
+            figure = plot([summary])
+            drawn += 1
+            if drawn % 5 == 0:
+                figure.draw_without_rendering()
 
-    assert_bad_files_are_told(read, bad_files(records, as_lines), path)
+    assert assert_bad_files_are_told(read, bad_files(records, as_lines), path) > 50
+    assert drawn > 20
 
 
 def test_locks(tmp_path):

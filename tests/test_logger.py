@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as program
 from logger import MetricsLog, add_log_file, create_logger, parse_record
-from tests.helpers.damage import damaged_metrics
+from tests.helpers.bad_files import as_lines, bad_files
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import folder_of, records
 
@@ -27,8 +27,14 @@ def test_records_that_will_be_repeated_are_removed(tmp_path):
 
 
 def test_damaged_lines_are_removed_and_whole_ones_stay(tmp_path):
+    whole = [
+        {'kind': kind, 'epoch': epoch, 'step': step, 'updates': 2 * epoch + step, 'loss': 1.0, 'acc1': 50.0}
+        for epoch in (0, 1, 2)
+        for kind, step in (('train', 0), ('train', 1), ('epoch', 0))
+    ]
     path, kept = tmp_path / 'metrics.jsonl', 0
-    for content in damaged_metrics():
+    extremes = (b'', b'\n', b'[' * 9_000 + b'\n', b'9' * 9_000 + b'\n')  # too deep, too many digits for Python
+    for content in (*extremes, *bad_files(whole, as_lines)):
         path.write_bytes(content)
         MetricsLog(tmp_path, epoch=1, step=1)
         lines = path.read_bytes().splitlines(keepends=True)

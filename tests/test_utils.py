@@ -113,7 +113,7 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch):
     ]  # fmt: skip
 
 
-def test_programs_may_have_no_output(tmp_path):
+def test_programs_may_have_no_output():
     """As under cron, and in a daemon."""
     program = 'import startup, sys; startup.before_imports(); sys.stdout.write("1"); sys.stderr.write("2")'
     done = subprocess.run(f"{sys.executable} -c '{program}' >&- 2>&-", shell=True, cwd=ROOT)

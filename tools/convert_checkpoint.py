@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.transforms import mean_and_std
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_safetensors
-from engine.predictor import add_weights_flag, load_predictor
+from engine.predictor import add_weights_flag, load_predictor, network_args
 from engine.weights import choose_weights
 from main import TASK
 from models.hub import named_network, named_network_args, save_for_hf
@@ -70,8 +70,7 @@ def save_folder(source: Path, folder: Path, choice: str = 'auto') -> str:
     Raises:
         UserError: the checkpoint cannot be used, or the folder cannot be written.
     """
-    args = argparse.Namespace(resume=str(source), cfg=None, opts=[], stored=(), pretrained_weights=choice)
-    config, network, classes, _ = load_predictor(args, TASK, named_network)
+    config, network, classes, _ = load_predictor(network_args(source, weights=choice), TASK, named_network)
     mean, std = mean_and_std(config)
     size = (len(mean), config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
     crop = {'crop_pct': 0.875, 'crop_mode': 'center'} if config.TEST.CROP else {'crop_pct': 1.0, 'crop_mode': 'squash'}

@@ -29,9 +29,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.build import EvalTransform, build_loader, open_for_evaluation
+from data.build import build_loader, open_for_evaluation
 from data.dataset import IGNORED
-from data.file_loader import InferenceLoader, exit_if_unreadable
+from data.file_loader import evaluation_loader, exit_if_unreadable
 from data.images import choose_images, find_images, report_other_files
 from data.preprocess import Preprocess
 from engine.predictor import Predictor, load_predictor, prediction_parser
@@ -138,7 +138,7 @@ def features_of_files(
     Returns:
         The features, and the number of files that cannot be read.
     """
-    images, kept = InferenceLoader(predictor.config, paths, EvalTransform(predictor.config), batch_size, workers), []
+    images, kept = evaluation_loader(predictor.config, paths, batch_size, workers), []
 
     def batches() -> Iterator[Tensor]:
         for batch in images:

@@ -24,7 +24,6 @@ if __name__ == '__main__':
 import argparse
 import os
 import shutil
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -36,7 +35,7 @@ import numpy as np
 from data.formats import open_samples
 from data.samples import Samples
 from engine.experiment import describe_samples
-from engine.predictor import load_predictor
+from engine.predictor import load_predictor, network_args
 from main import TASK
 from text_files import read_json
 from tools.features import Features, build_extractor, features_of_split, knn_accuracy, linear_accuracy
@@ -299,9 +298,8 @@ def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
 
 def frozen_features(data: Path, pretrained: Path) -> list[Features]:
     """Features of a subset's training and evaluation images, by the pretrained network."""
-    flags = Namespace(resume=str(pretrained), cfg=None, stored=(), pretrained_weights='raw')
-    flags.opts = ['DATA.DATA_PATH', str(data), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0', 'TEST.CROP', 'False']
-    predictor = load_predictor(flags, TASK, log=lambda note: None)
+    opts = ['DATA.DATA_PATH', str(data), 'DEVICE', 'cpu', 'AMP_OPT_LEVEL', 'O0', 'TEST.CROP', 'False']
+    predictor = load_predictor(network_args(pretrained, opts, 'raw'), TASK, log=lambda note: None)
     return [features_of_split(predictor, build_extractor(predictor.model), split) for split in ('train', 'val')]
 
 

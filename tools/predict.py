@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from data.build import EvalTransform
 from data.class_names import with_words
-from data.file_loader import InferenceLoader, print_above_bar
+from data.file_loader import InferenceLoader, evaluation_loader, print_above_bar
 from data.images import choose_images, find_images, report_other_files
 from data.multi_label import class_probabilities
 from data.preprocess import Preprocess
@@ -47,28 +46,13 @@ exit code: 0 done, 1 an error, 2 a wrong command line, 3 done but some images co
 """
 
 
-def image_loader(
-    predictor: Predictor, paths: Sequence[Path], batch_size: int = 64, workers: int = 0
-) -> InferenceLoader:
-    """The loader of image files as evaluation reads them.
-
-    Args:
-        predictor: their network.
-        paths: the files.
-        batch_size: images at a time.
-        workers: DataLoader workers.
-    """
-    config = predictor.config
-    return InferenceLoader(config, paths, EvalTransform(config), batch_size, workers)
-
-
 @torch.inference_mode()
 def predict(predictor: Predictor, images: InferenceLoader, topk: int = 1) -> Iterator[Prediction]:
     """Classify image files, in order.
 
     Args:
         predictor: the network.
-        images: from `image_loader`.
+        images: from `evaluation_loader`.
         topk: number of classes.
 
     Raises:
@@ -200,7 +184,7 @@ def run(args: argparse.Namespace) -> InferenceLoader:
         refuse_overwriting(outputs, str(file), paths)
     report_other_files(args.images)
 
-    images = image_loader(predictor, paths, args.batch_size, args.workers)
+    images = evaluation_loader(predictor.config, paths, args.batch_size, args.workers)
     sheet = ContactSheet(len(paths), names, predictor.config.DATA.EXIF)
     topk = min(args.topk, len(names))
     predictions = sheet.collect(count_right(predict(predictor, images, topk)))

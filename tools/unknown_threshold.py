@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from data.file_loader import exit_if_unreadable
+from data.file_loader import evaluation_loader, exit_if_unreadable
 from data.images import DataError, find_images
 from data.preprocess import Preprocess
 from engine.checkpoint import CheckpointError, load_checkpoint, save_safetensors
@@ -32,7 +32,6 @@ from engine.weights import choose_weights
 from main import TASK
 from models.registry import stored_weights
 from tools.output_files import prepare_output, refuse_overwriting
-from tools.predict import image_loader
 from tools.unknown import SCORES
 from utils import UserError, available_cores, exit_on_user_error, home_path, non_negative_int, printable
 
@@ -48,7 +47,8 @@ def compute_scores(predictor: Predictor, paths: Sequence[Path], workers: int) ->
     Returns:
         Each score of the images that can be read, by name, and the number of images that cannot be read.
     """
-    images, preprocess = image_loader(predictor, paths, workers=workers), Preprocess(predictor.config, predictor.device)
+    images = evaluation_loader(predictor.config, paths, workers=workers)
+    preprocess = Preprocess(predictor.config, predictor.device)
     batches, unreadable = [torch.empty(0, predictor.config.MODEL.NUM_CLASSES)], 0
     for batch in images:
         if batch.images is not None:

@@ -19,6 +19,7 @@ from detection.data.annotation_table import AnnotationTable, ImageTable
 from detection.data.annotations import clipped_boxes, decode_masks, select_categories
 from detection.data.copy_paste import paste_objects
 from detection.data.transforms import Target
+from utils import first_few
 
 # Images whose headers are read when a dataset is opened.
 SAMPLED_HEADERS = 100
@@ -158,7 +159,7 @@ class CocoDataset(Shareable, Dataset):
         used = set(np.unique(self._annotations.columns['category_id']).tolist())
         unused = [category['name'] for category in self.categories if category['id'] not in used]
         if unused:
-            names = ', '.join(unused[:5]) + (', ...' if len(unused) > 5 else '')
+            names = first_few(unused, 5)
             notes.append(f'{len(unused)} of {len(self.categories)} categories have no object to train on: {names}')
         return notes
 

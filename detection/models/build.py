@@ -120,11 +120,9 @@ def build_detector(config: CfgNode) -> Detector:
     """Build the detector described by `config.MODEL`, `INPUT` and `TRAIN`.
 
     Raises:
-        ValueError: an unknown type; see also `MSGTransformer`.
+        ValueError: see `MSGTransformer`.
         ConfigError: `MODEL.NUM_CLASSES` is None, and no annotation file has been read.
     """
-    if config.MODEL.TYPE != 'cascade_rcnn':
-        raise ValueError(f'MODEL.TYPE is {config.MODEL.TYPE!r}: write cascade_rcnn')
     if config.MODEL.NUM_CLASSES is None:
         raise ConfigError('MODEL.NUM_CLASSES is None, which is for training and evaluation: write a number')
     body = build_backbone(config)

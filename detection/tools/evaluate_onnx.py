@@ -39,7 +39,7 @@ from detection.tta import Output, build_detect_fn
 from engine.config_tree import add_options
 from engine.experiment import compare_classes
 from engine.exported_file import ExportedFileError
-from engine.predictor import load_predictor
+from engine.predictor import load_predictor, network_args
 from engine.weights import changed_network
 from utils import exit_on_user_error, home_path, printable, report_write_errors
 
@@ -165,14 +165,8 @@ def eager_detectors(
     Raises:
         UserError: the checkpoint cannot be used, or is another network than that of the file.
     """
-    options = argparse.Namespace(
-        resume=str(args.resume),
-        stored=(),
-        cfg=None,
-        opts=[*args.opts, 'DEVICE', 'cpu', 'MODEL.BOX.SCORE', config.MODEL.BOX.SCORE],
-        pretrained_weights='auto',
-    )
-    predictor = load_predictor(options, TASK)
+    opts = [*args.opts, 'DEVICE', 'cpu', 'MODEL.BOX.SCORE', config.MODEL.BOX.SCORE]
+    predictor = load_predictor(network_args(args.resume, opts), TASK)
     checkpoint = {'config': yaml.safe_load(predictor.config.dump()), 'task': TASK.name}
     changed = changed_network(config, checkpoint, TASK.tree)
     if changed:

@@ -14,7 +14,6 @@ if __name__ == '__main__':
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from data import DataError
 from detection.data.annotations import duplicates, read_entries
 from text_files import read_json
-from utils import exit_on_user_error, fraction, home_path, non_negative_int, printable, report_write_errors
+from utils import exit_on_user_error, first_few, fraction, home_path, non_negative_int, printable, report_write_errors
 
 
 def choose_val(shown: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -132,11 +131,6 @@ def missing_classes(split: dict[str, Any]) -> list[str]:
     return [x['name'] for x in split['categories'] if x['id'] not in used]
 
 
-def _shown(names: Sequence[str]) -> str:
-    """The first of some names."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-
-
 def main() -> None:
     """Read the command line, split, and print what to train with."""
     parser = argparse.ArgumentParser(
@@ -171,7 +165,7 @@ def main() -> None:
         for name, split in splits.items():
             text = f'{files[name]}: {len(split["images"])} images, {len(split["annotations"])} annotations'
             missing = missing_classes(split)
-            print(printable(text + (f'; no object of {_shown(missing)}' if missing else '')))
+            print(printable(text + (f'; no object of {first_few(missing, 5)}' if missing else '')))
         paths = {name: shlex.quote(str(path.resolve())) for name, path in files.items()}
         opts = ' '.join(f'DATA.{x}_ANNOTATIONS {paths[x.lower()]} DATA.{x}_IMAGES .' for x in ('TRAIN', 'VAL'))
         print(printable(f'train with --data-path <folder of the images> --opts MODEL.NUM_CLASSES None {opts}'))

@@ -1,4 +1,3 @@
-import pickle
 import shutil
 
 import pytest
@@ -21,7 +20,7 @@ def test_loaders(tiny_config, image_tree):
     assert orders[0] == orders[2]
 
 
-def test_missing_folders_are_named(tiny_config, image_tree, tmp_path):
+def test_missing_folders_are_named(tiny_config, tmp_path):
     with pytest.raises(DataError, match='no data: give --data-path'):
         build_loaders(tiny_config())
     with pytest.raises(DataError, match=r'nowhere/train does not exist: give --data-path'):
@@ -71,8 +70,3 @@ def test_impossible_batch_sizes_are_reported(tiny_config, image_tree):
         build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), DATA__BATCH_SIZE='3'))
     build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree), DATA__BATCH_SIZE='3', AUG__MIXUP='0', AUG__CUTMIX='0'))
     build_eval_loader(tiny_config(DATA__DATA_PATH=str(image_tree), DATA__BATCH_SIZE='3'))
-
-
-def test_dataset_can_be_pickled_for_spawned_workers(tiny_config, image_tree):
-    train, _ = build_loaders(tiny_config(DATA__DATA_PATH=str(image_tree)))
-    assert len(pickle.loads(pickle.dumps(train.dataset))) == 24

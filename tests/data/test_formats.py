@@ -196,7 +196,7 @@ def test_huggingface_rows_may_name_their_files(tree, tmp_path):
 
 
 @pytest.mark.parametrize('label', [None, -1])
-def test_huggingface_rows_without_a_class_are_reported(tree, tmp_path, label):
+def test_huggingface_rows_without_a_class_are_reported(tmp_path, label):
     import datasets
 
     features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['a', 'b'])})

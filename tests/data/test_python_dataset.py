@@ -192,7 +192,7 @@ def test_classes_names_and_notes():
         open_dataset(config_of('MODEL.NUM_CLASSES', '4'), 'train')
 
 
-def test_splits_with_other_classes_are_refused(monkeypatch):
+def test_splits_with_other_classes_are_refused():
     @register_dataset('two')
     def build(config, split):
         dataset = Images(config, split)

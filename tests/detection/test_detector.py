@@ -20,21 +20,14 @@ from detection.tools import predict as predict_program
 from engine.checkpoint import load_checkpoint
 from engine.config_tree import ConfigError
 from models import MSGTransformer
-from tests.helpers.detectors import tiny_detector
+from tests.helpers.detectors import ALL, NAMES, tiny_detector
 from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_here
-from tests.helpers.runs import folder_of, one_thread
+from tests.helpers.runs import folder_of
 from utils import UserError
 
-NAMES = ['box', 'wedge', 'rare']
-ALL = ('MODEL.BOX.SCORE', '0.0')  # an untrained network is sure of nothing
-
-
-@pytest.fixture(autouse=True)
-def sums_in_one_order():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures('sums_in_one_order')
 
 
 def write_checkpoint(path, *opts, **entries):

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from detection.data import CocoDataset
 from detection.detections import Detections
 from detection.draw import class_color, contrasting, draw_detections
-from tests.helpers.detectors import box_masks, perfect_detections
+from tests.helpers.detectors import NAMES, box_masks, perfect_detections
 
-NAMES = ['box', 'wedge', 'rare']
 NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), [], (9, 9))
 
 

@@ -23,18 +23,17 @@ from engine.exported_file import ExportedFileError, report_file
 from engine.predictor import Predictor
 from models.pyramid import Size
 from tests.helpers.coco_data import update_tree, write_coco
-from tests.helpers.detectors import tiny_detector
+from tests.helpers.detectors import ALL, NAMES, tiny_detector
 from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import run_here
-from tests.helpers.runs import one_thread
 from tools.export.__main__ import main
 from tools.export.detector import Agreement, check_agreement, check_size, compare_detections, detect_eagerly, per_image
 from tools.export.network import ExportError
 from utils import UserError
 
-NAMES = ['box', 'wedge', 'rare']
-ALL = ('MODEL.BOX.SCORE', '0.0')  # an untrained network is sure of nothing
+pytestmark = pytest.mark.usefixtures('sums_in_one_order')
+
 ONE_STAGE = (
     *('MODEL.BOX.IOUS', '[0.5]', 'MODEL.BOX.CENTRE_STDS', '[0.1]', 'MODEL.BOX.SIZE_STDS', '[0.2]'),
     *('MODEL.BOX.STAGE_WEIGHTS', '[1.0]'),
@@ -46,12 +45,6 @@ KINDS = {
     'Faster R-CNN': (*ONE_STAGE, 'MODEL.MASK.ENABLED', 'False'),
     'timm': (*ONE_STAGE, 'MODEL.BACKBONE', 'timm:test_resnet'),
 }
-
-
-@pytest.fixture(autouse=True)
-def sums_in_one_order():
-    with one_thread():
-        yield
 
 
 def detector_of(*opts):

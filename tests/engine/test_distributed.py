@@ -264,7 +264,7 @@ def test_restarted_ranks_do_not_find_earlier_addresses(monkeypatch):
 
 
 @pytest.mark.slow
-def test_port_in_use_is_reported(monkeypatch, tmp_path):
+def test_port_in_use_is_reported(tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()

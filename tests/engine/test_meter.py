@@ -11,7 +11,7 @@ from tests.helpers.runs import build_trainer
 NO, YES = torch.tensor(False), torch.tensor(True)
 
 
-def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, tmp_path, monkeypatch, caplog):
+def test_log_line_and_record_hold_the_last_update_and_the_means(tiny_config, monkeypatch, caplog):
     """An epoch resumed at update 2: three updates of a second each, then one of four seconds."""
     clock = [100.0]
     monkeypatch.setattr(meter.time, 'monotonic', lambda: clock[0])

@@ -19,6 +19,7 @@ import utils
 from engine import run_lock
 from engine.run_lock import RunLock, RunLockError
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import wait_for
 
 HOLDER = """
 import errno, fcntl, logging, os, sys, time
@@ -34,13 +35,6 @@ if sys.argv[2:] == ['fork'] and os.fork() == 0:
 print('locked', flush=True)
 time.sleep(600)
 """
-
-
-def wait_for(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def lock_in(folder):

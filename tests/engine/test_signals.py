@@ -8,18 +8,12 @@ import pytest
 
 from engine import signals
 from engine.signals import COMPILED_UPDATE, STOP_SIGNALS, Stopped, StopRequest
+from tests.helpers.processes import wait_for
 
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch):
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
-
-
-def wait_for(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize('number', STOP_SIGNALS)

@@ -577,7 +577,7 @@ def test_head_of_pretrained_weights(tiny_config, options, tmp_path, classes, cho
 
 
 @pytest.mark.slow
-def test_evaluation_beside_a_live_run_changes_nothing_of_it(tiny_config, options, tmp_path):
+def test_evaluation_beside_a_live_run_changes_nothing_of_it(tiny_config, options):
     """The live run is a process that holds the folder's lock."""
     config = tiny_config(**options)
     program.main(config)

@@ -91,7 +91,7 @@ def test_clip_grad_0_means_no_clipping(tiny_config, clip, clipped):
     torch.testing.assert_close(moved, torch.tensor(0.001) if clipped else norm, rtol=1e-3, atol=0)
 
 
-def test_gradients_synchronise_once_per_update(tiny_config, monkeypatch):
+def test_gradients_synchronise_once_per_update(tiny_config):
     """All-reduces of an update of three batches, in a process group of one."""
     config = tiny_config(**PLAIN)
     store = torch.distributed.HashStore()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import random
 import resource
 import signal
@@ -21,6 +22,15 @@ VALUES = [
     *('', 'x', '7', '../../x', '/dev/zero', 'a\0b', '\x1b[2J', '\ud800', '汽车', 'x' * 10_000, '=1+1'),
     *([], [None], [[]], [0, 'x'], list(range(1000)), {}, {'x': None}, {'': []}),
 ]
+
+
+def as_json(tree):
+    return json.dumps(tree).encode()
+
+
+def as_lines(records):
+    """JSON Lines; a bad tree need not be a list."""
+    return b'\n'.join(map(as_json, records if isinstance(records, list) else [records]))
 
 
 def bad_files(tree, encode, values=VALUES, count=COUNT):

@@ -8,9 +8,11 @@ from detection.config import load_config
 from detection.models.masks import BoxMasks
 from tests.helpers.paths import TINY_DETECTOR
 
+NAMES = ['box', 'wedge', 'rare']  # classes of `write_coco`
 STRIDES = (4, 8, 16, 32)  # of the levels that RoIs are pooled from
 
 ONE_EPOCH = ('TRAIN.EPOCHS', '1', 'TRAIN.LR_SCHEDULER.DECAY_EPOCHS', '[]')
+ALL = ('MODEL.BOX.SCORE', '0.0')  # an untrained network is sure of nothing
 NO_DROP_PATH = ('MODEL.DROP_PATH_RATE', '0')
 
 

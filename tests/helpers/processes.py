@@ -93,6 +93,14 @@ def main_error(tmp_path, *flags, **options):
     return error_line('main.py', '--cfg', TINY, '--output', tmp_path / 'output', *flags, **options)
 
 
+def wait_for(condition):
+    """Wait until a condition holds, for ten seconds at most."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class SpawnedRun:
     """A training run in a process group of its own.
 

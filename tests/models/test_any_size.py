@@ -33,14 +33,6 @@ def test_images_of_any_size(version, size):
     assert model(batch).shape == (1, 5)
 
 
-@pytest.mark.parametrize('size', [(3, 57), (57, 3)])
-def test_images_smaller_than_a_patch_are_refused(size):
-    with pytest.raises(ValueError, match='smaller than one patch'):
-        MSGTransformer(**SMALL)(images_of(*size))
-    with pytest.raises(ValueError, match='smaller than one patch'):
-        MSGTransformer(**SMALL, img_size=size)
-
-
 @pytest.mark.parametrize('version', [{}, V2], ids=['v1', 'v2'])
 @pytest.mark.parametrize('training', [False, True])
 def test_forward_features_equals_forward_intermediates(version, training):

@@ -101,4 +101,5 @@ def test_logits_in_bf16_are_within_two_percent_of_fp32():
             autocast = model(x)
         converted = model.to(torch.bfloat16)(x.to(torch.bfloat16))
     for logits in (autocast, converted):
+        assert logits.dtype == torch.bfloat16
         assert 0 < (logits.float() - exact).norm() < 0.02 * exact.norm()

@@ -78,8 +78,10 @@ def test_the_embedding_pads_to_whole_patches(kind, patch_size):
 def test_images_smaller_than_a_patch_are_refused(kind):
     embed = EMBED_TYPES[kind](4, 3, 8, None).eval()
     assert embed(torch.zeros(1, 3, 4, 4)).shape == (1, 1, 1, 8)
-    with pytest.raises(ValueError, match='images of 3 x 57 pixels are smaller than one patch of 4 x 4'):
-        embed(torch.zeros(1, 3, 3, 57))
+    for height, width in ((3, 57), (57, 3)):
+        message = f'images of {height} x {width} pixels are smaller than one patch of 4 x 4'
+        with pytest.raises(ValueError, match=message):
+            embed(torch.zeros(1, 3, height, width))
 
 
 def test_the_conv_stem_is_convolutions_with_batch_norm_and_relu():

@@ -145,12 +145,6 @@ def test_autocast_is_near_fp32(dtype, grad):
         assert all(p.grad is not None for p in model.parameters())
 
 
-def test_half_precision_weights_run():
-    model = fill_(micro()).to(torch.bfloat16).eval()
-    with torch.no_grad():
-        assert model(images(2, 56).bfloat16()).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize('manip_type', ['shuf', 'none'])
 @torch.no_grad()
 def test_information_crosses_windows_with_shuffling_only(manip_type):

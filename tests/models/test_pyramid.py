@@ -49,8 +49,9 @@ def test_grids_halve_and_round_up():
 def test_an_image_smaller_than_a_patch_is_refused():
     with pytest.raises(ValueError, match='image size 3 x 3 is smaller than one patch of 4 x 4 pixels'):
         plan(3)
-    with pytest.raises(ValueError, match='image size 3 x 57'):
-        plan((3, 57))
+    for img_size in ((3, 57), (57, 3)):
+        with pytest.raises(ValueError, match='image size {} x {} is smaller'.format(*img_size)):
+            MSGTransformer(img_size=img_size)
 
 
 def test_channels_that_do_not_divide_are_refused_with_a_width_that_does():

@@ -12,17 +12,12 @@ from PIL import Image
 
 from data import DataError
 from data.image_folder import ClassFolders
+from tests.helpers.datasets import encoded
 from tests.helpers.photographs import write_photographs
 from tests.helpers.processes import run_here
 from tools.check_dataset import check_dataset
 from tools.duplicates import MAX_DISTANCE, content_hash, group_copies, perceptual_hash, similar_pairs
 from tools.split_dataset import split_classes, split_dataset
-
-
-def encoded(image, kind='JPEG', **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def distance(one, other):
@@ -42,7 +37,7 @@ def test_photographs_that_are_encoded_again_or_resized_have_similar_hashes(photo
     found = 0
     for picture, before in zip(pictures, hashes, strict=True):
         half = picture.resize([side // 2 for side in picture.size])
-        for data in (encoded(picture, quality=60), encoded(half, 'PNG'), encoded(picture, 'WEBP', quality=80)):
+        for data in (encoded(picture, 'JPEG', quality=60), encoded(half, 'PNG'), encoded(picture, 'WEBP', quality=80)):
             found += distance(perceptual_hash(Image.open(io.BytesIO(data))), before) <= MAX_DISTANCE
     assert found >= 0.9 * 3 * len(pictures)
     assert len(similar_pairs(hashes)) == 0  # different pieces of the same photographs

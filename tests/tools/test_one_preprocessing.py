@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data import Preprocess, build_eval_loader
+from data.file_loader import evaluation_loader
 from data.images import find_images
 from engine.checkpoint import load_checkpoint
 from engine.predictor import Predictor, load_predictor, prediction_parser
@@ -22,7 +23,7 @@ from tests.helpers.paths import ROOT, TINY
 from tests.helpers.runs import CPU
 from tools.app.explainer import Explainer
 from tools.export.__main__ import main as export
-from tools.predict import image_loader, predict
+from tools.predict import predict
 from tools.visualize.view import prepare, random_predictor
 
 NAMES = ['class_0', 'class_1', 'class_2']
@@ -59,7 +60,7 @@ def test_prediction_is_evaluation(tiny_config, rotated_tree, tmp_path, name, pip
     options = {'DATA__PIPELINE': pipeline, 'DATA__EXIF': exif, 'DATA__DATASET': name, 'DATA__DATA_PATH': str(folder)}
     config = tiny_config(**options)
     model = fill_(build_model(config)).eval()
-    images = image_loader(Predictor(config, model, NAMES, CPU), find_images([rotated_tree / 'val']), 4)
+    images = evaluation_loader(config, find_images([rotated_tree / 'val']), 4)
     predictions = list(predict(Predictor(config, model, NAMES, CPU), images, topk=3))
     expected = evaluated(config, model)
     for prediction, probabilities in zip(predictions, expected, strict=True):

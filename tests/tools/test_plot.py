@@ -5,7 +5,6 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.helpers.damage import damaged_metrics
 from tools.plot import STYLES, PlotError, main, moving_average, plot, plot_losses, read_run, read_runs, short_names
 
 STEPS = 10  # updates per epoch
@@ -155,21 +154,6 @@ def test_what_is_no_run_is_refused(tmp_path, content, message):
         (tmp_path / 'metrics.jsonl').write_bytes(content)
     with pytest.raises(PlotError, match=message):
         read_runs([tmp_path])
-
-
-def test_damaged_metrics_are_refused_or_drawn(tmp_path):
-    drawn = 0
-    for content in damaged_metrics():
-        (tmp_path / 'metrics.jsonl').write_bytes(content)
-        try:
-            runs = read_runs([tmp_path])
-        except PlotError:
-            continue
-        drawn += 1
-        figure = plot(runs)
-        if drawn % 10 == 0:
-            figure.draw_without_rendering()
-    assert drawn > 10
 
 
 @pytest.mark.parametrize(

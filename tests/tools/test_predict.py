@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from data import Preprocess, build_eval_loader
-from data.file_loader import SOME_UNREADABLE
+from data.file_loader import SOME_UNREADABLE, evaluation_loader
 from data.images import choose_images, find_images
 from engine.checkpoint import CheckpointError
 from engine.predictor import Predictor, load_predictor, prediction_parser
@@ -27,16 +27,10 @@ from tests.helpers.runs import CPU
 from tools.contact_sheet import MAX_IMAGES, ContactSheet
 from tools.export.exported import BACKENDS
 from tools.output_files import stream_text
-from tools.predict import image_loader, main, predict
+from tools.predict import main, predict
 from tools.prediction_formats import Prediction, csv_rows
 
 NAMES = ['class_0', 'class_1', 'class_2']
-
-
-@pytest.fixture
-def predictor(tiny_config):
-    config = tiny_config()
-    return Predictor(config, fill_(build_model(config)).eval(), NAMES, CPU)
 
 
 @pytest.fixture
@@ -66,7 +60,7 @@ def run_program(monkeypatch, capsys, *arguments):
 def test_predictions(predictor, image_tree):
     paths = find_images([image_tree / 'val', image_tree / 'train' / 'class_0' / '0.png'])
     assert len(paths) == 13
-    predictions = list(predict(predictor, image_loader(predictor, paths, batch_size=5), topk=3))
+    predictions = list(predict(predictor, evaluation_loader(predictor.config, paths, batch_size=5), topk=3))
     assert [prediction.path for prediction in predictions] == paths
     assert [prediction.label for prediction in predictions] == [0] * 4 + [1] * 4 + [2] * 4 + [0]
     for prediction in predictions:
@@ -74,10 +68,11 @@ def test_predictions(predictor, image_tree):
         assert sum(prediction.probabilities) == pytest.approx(1)
         assert prediction.probabilities == sorted(prediction.probabilities, reverse=True)
     others = predictor._replace(class_names=['a', 'b', 'c'])
-    (single,) = predict(others, image_loader(others, paths[4:5]))
+    (single,) = predict(others, evaluation_loader(others.config, paths[4:5]))
     assert single.label is None
     assert single.probabilities == pytest.approx(predictions[4].probabilities[:1], rel=1e-5)
-    assert list(predict(predictor, image_loader(predictor, paths, batch_size=5, workers=2), topk=3)) == predictions
+    with_workers = evaluation_loader(predictor.config, paths, batch_size=5, workers=2)
+    assert list(predict(predictor, with_workers, topk=3)) == predictions
 
 
 @pytest.mark.parametrize('pipeline', ['fast', 'published'])
@@ -88,7 +83,7 @@ def test_upright_images_are_classified_as_in_evaluation(tiny_config, image_tree,
     with torch.inference_mode():
         evaluated = [model(Preprocess(config, CPU)(batch)[0]).softmax(dim=1) for batch in build_eval_loader(config)]
     predictor = Predictor(config, model, NAMES, CPU)
-    images = image_loader(predictor, find_images([image_tree / 'val']), config.DATA.BATCH_SIZE)
+    images = evaluation_loader(predictor.config, find_images([image_tree / 'val']), config.DATA.BATCH_SIZE)
     for prediction, expected in zip(predict(predictor, images, topk=3), torch.cat(evaluated), strict=True):
         assert prediction.probabilities == expected[prediction.indices].tolist()
 
@@ -96,7 +91,7 @@ def test_upright_images_are_classified_as_in_evaluation(tiny_config, image_tree,
 def test_outputs_that_are_not_finite_are_an_error(predictor, image_tree):
     predictor.model.head.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match='outputs of the network are not finite'):
-        list(predict(predictor, image_loader(predictor, find_images([image_tree / 'val']))))
+        list(predict(predictor, evaluation_loader(predictor.config, find_images([image_tree / 'val']))))
 
 
 def test_predict_takes_the_better_weights(tiny_config, image_tree, tmp_path, capsys):
@@ -321,7 +316,8 @@ def test_an_interrupted_table_keeps_its_rows(call, image_tree, tmp_path, monkeyp
 
 
 def test_rows_are_in_the_file_when_they_are_known(predictor, image_tree, tmp_path):
-    predictions = predict(predictor, image_loader(predictor, find_images([image_tree / 'val']), batch_size=4), 1)
+    images = evaluation_loader(predictor.config, find_images([image_tree / 'val']), batch_size=4)
+    predictions = predict(predictor, images, 1)
     rows, table = [], tmp_path / 'p.csv'
     parts = (rows.append(len(table.read_text().splitlines())) or part for part in csv_rows(predictions, NAMES, 1))
     stream_text(table, parts)

@@ -159,7 +159,7 @@ def test_gallery_draws_photographs_with_their_maps(call, tmp_path, monkeypatch):
         assert overlay.values.shape == (14, 14)
 
 
-def test_gallery_figure(tiny_config):
+def test_gallery_figure():
     overlay = gallery.Overlay('rollout', np.ones((7, 7)), 4, 'stage 1', 14)
     picture = np.zeros((28, 28, 3), np.uint8)
     images = [gallery.SheetImage(picture, 'a', 0.5, label, False) for label in ('a', 'b', None)]

@@ -137,8 +137,8 @@ def main() -> None:
         command[-1] += 'run_rank(*map(int, sys.argv[1:5]), sys.argv[5])'
         flags = [str(args.ranks), str(args.workers), str(args.samples), folder]
         ranks = [subprocess.Popen([*command, str(rank), *flags]) for rank in range(args.ranks)]
-        for rank in ranks:
-            rank.wait()
+        failed = [rank.wait() for rank in ranks]
+    sys.exit(any(failed))
 
 
 if __name__ == '__main__':

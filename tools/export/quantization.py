@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.build import EvalTransform
-from data.file_loader import InferenceLoader
+from data.file_loader import evaluation_loader
 from data.images import choose_images, find_images
 from data.preprocess import Preprocess
 from tools.export.check import Latency, time_against_others
@@ -25,6 +24,7 @@ from utils import available_cores, first_line, printable
 FORMATS = ('onnx', 'openvino')  # of int8 files
 CALIBRATION_IMAGES = 256
 LATENCY_BATCHES = (1, 8)
+WORKERS = min(available_cores(), 4)
 
 
 class LabelledImages(NamedTuple):
@@ -108,13 +108,6 @@ def find_int8_images(network: Network, calibrate: Path, labelled: Path | None, l
     return Int8Images(calibration, LabelledImages(paths, torch.tensor([indices[path.parent.name] for path in paths])))
 
 
-def evaluation_loader(network: Network, paths: Sequence[Path], batch_size: int) -> InferenceLoader:
-    """The loader of image files as evaluation reads them."""
-    return InferenceLoader(
-        network.config, paths, EvalTransform(network.config), batch_size, workers=min(available_cores(), 4)
-    )
-
-
 def calibration_inputs(network: Network, paths: Sequence[Path]) -> list[np.ndarray]:
     """Images as evaluation sees them, each (1, C, H, W), normalised; those that cannot be read are left out.
 
@@ -122,7 +115,7 @@ def calibration_inputs(network: Network, paths: Sequence[Path]) -> list[np.ndarr
         ExportError: none can be read.
     """
     preprocess = Preprocess(network.config, torch.device('cpu'))
-    batches = (batch.images for batch in evaluation_loader(network, paths, batch_size=32))
+    batches = (batch.images for batch in evaluation_loader(network.config, paths, 32, WORKERS))
     inputs = [image[None].numpy() for images in batches if images is not None for image in preprocess.prepare(images)]
     if not inputs:
         raise ExportError('no image of --calibrate can be read: see above')
@@ -203,7 +196,7 @@ def score(network: Network, run: Runner, images: LabelledImages) -> Scores:
     """
     preprocess = Preprocess(network.config, torch.device('cpu'))
     count = right_eager = right_file = same = 0
-    for batch in evaluation_loader(network, images.paths, batch_size=16):
+    for batch in evaluation_loader(network.config, images.paths, 16, WORKERS):
         if batch.images is None:
             continue
         inputs, labels = preprocess.prepare(batch.images), images.labels[batch.indices]

@@ -68,11 +68,6 @@ class Summary(NamedTuple):
         """Mean of the metric."""
         return float(np.mean([*self.values.values()]))
 
-    @property
-    def deviation(self) -> float:
-        """Sample standard deviation of the metric; NaN for one seed."""
-        return sample_deviation(self.values.values())
-
 
 def sample_deviation(values: Iterable[float]) -> float:
     """Sample standard deviation; NaN for fewer than two values."""

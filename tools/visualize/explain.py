@@ -14,8 +14,6 @@ from models import MSGTransformer
 from models.msg_block import MSGBlock
 from models.windows import WindowPadding, join_windows, split_windows, window_padding
 
-TOKENS = ('patches', 'msg')  # the tokens of a window whose dependence `window_influence` measures
-
 
 class StageTrace(NamedTuple):
     """The tokens of one image in one stage, part of the graph of all stages.

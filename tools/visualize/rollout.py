@@ -66,17 +66,15 @@ def rollout(
     stages: Sequence[StageTrace],
     row: Tensor,
     stage: int = -1,
-    block: int = -1,
     source: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention rollout from weighted tokens after a block to the tokens that enter a stage.
+    """Attention rollout from weighted tokens after a stage to the tokens that enter the same or an earlier stage.
 
     Args:
         model: the network.
         stages: from `trace_blocks`.
-        row: weights (nH, nW, N) of the tokens, zero for padding.
-        stage: the stage of these tokens.
-        block: of this stage; `row` weighs the tokens that leave it.
+        row: weights (nH, nW, N) of the tokens that leave the last block of a stage, zero for padding.
+        stage: this stage.
         source: the stage to which the weights are carried back, at most `stage`.
 
     Returns:
@@ -84,12 +82,10 @@ def rollout(
         `row`, unless an exchange makes tokens that depend on no token.
     """
     stage %= len(stages)
-    block %= len(stages[stage].blocks)
     for i in range(stage, source - 1, -1):
         trace = stages[i]
-        depth = block + 1 if i == stage else len(trace.blocks)
-        for j in range(depth - 1, -1, -1):
-            row = _before_block(row, trace.blocks[j], trace.windows[j], trace.padding)
+        for block, windows in reversed(list(zip(trace.blocks, trace.windows[:-1], strict=True))):
+            row = _before_block(row, block, windows, trace.padding)
         patches, msg = split_windows(row[None, ..., None], trace.window_size, trace.grid)
         if i > source:
             earlier, merging = stages[i - 1], model.layers[i - 1].downsample

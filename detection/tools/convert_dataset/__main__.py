@@ -28,10 +28,10 @@ from detection.data import CocoDataset
 from detection.draw import draw_sheet
 from detection.tools.convert_dataset.formats import READERS, detect_format
 from detection.tools.convert_dataset.names import UniqueNames
-from detection.tools.convert_dataset.source import Item, Source, shown
+from detection.tools.convert_dataset.source import Item, Source
 from detection.tools.convert_dataset.yolo import read_yolo
 from text_files import read_json
-from utils import exit_on_user_error, fraction, home_path, printable, report_write_errors
+from utils import exit_on_user_error, first_few, fraction, home_path, printable, report_write_errors
 
 EPILOG = """examples:
   python -m detection.tools.convert_dataset roboflow_export --output output/mine
@@ -76,7 +76,7 @@ def convert(source: Source, output: Path, links: bool = False, val_fraction: flo
             names = UniqueNames()
             items = [item._replace(name=names.add(item.name)) for item in items]
             if names.renamed:
-                pairs = shown([f'{old} is {new}' for old, new in names.renamed])
+                pairs = first_few([f'{old} is {new}' for old, new in names.renamed])
                 source.notes.append(f'{split}: {len(names.renamed)} images of equal names are renamed: {pairs}')
             _write_images(items, output / split, links)
             text = json.dumps(to_coco(source.categories, items))

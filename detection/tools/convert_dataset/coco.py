@@ -10,12 +10,13 @@ from data import DataError
 from data.images import read_header
 from detection.data.annotation_checks import has_no_area, is_a, whole_number
 from detection.data.annotations import read_tree
-from detection.tools.convert_dataset.source import Item, Source, find_image, shown
+from detection.tools.convert_dataset.source import Item, Source, find_image
+from utils import first_few
 
 # The split that a word in the name of an annotation file stands for.
 _SPLIT_WORDS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 
-# Keys of COCO's files of other tasks, which are in the same folder as those of objects.
+# Names of COCO's files of other tasks, which are in the same folder as those of objects.
 _OTHER_FILES = ('captions_*', 'person_keypoints_*', 'stuff_*', 'panoptic_*', 'image_info_*')
 
 
@@ -51,7 +52,7 @@ def read_coco(path: Path) -> Source:
     for file in paths:
         split = _split_of(file) if len(paths) > 1 else 'train'
         if split is None or split in files:
-            names = shown([x.name for x in paths])
+            names = first_few([x.name for x in paths])
             raise DataError(f'{path} has {names}, whose names do not tell the splits: give one file, or call them '
                             f'train.json and val.json')  # fmt: skip
         files[split] = file

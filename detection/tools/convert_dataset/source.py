@@ -102,8 +102,3 @@ def find_image(name: str, folders: Sequence[Path]) -> tuple[Path, str] | None:
     last_parts = dict.fromkeys(PurePosixPath(x).name for x in spellings)
     choices = ((existing_path(folder, x), x) for x in (*spellings, *last_parts) if x for folder in folders)
     return next((choice for choice in choices if os.path.isfile(choice[0])), None)
-
-
-def shown(texts: Sequence[object], count: int = 3) -> str:
-    """The first of some texts, for a message."""
-    return ', '.join(map(str, texts[:count])) + (', ...' if len(texts) > count else '')

@@ -14,7 +14,8 @@ from defusedxml.ElementTree import fromstring
 from data import DataError
 from data.images import existing_path, is_image_file, read_header
 from data.samples import same_letters
-from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
+from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines
+from utils import first_few
 
 _DECLARATION = re.compile(rb'<\?xml[^>]*?encoding\s*=\s*["\']([\w.:-]+)["\']')
 
@@ -38,7 +39,7 @@ def read_voc(folder: Path) -> Source:
     annotations = _annotation_folder(folder)
     lists = _read_lists(folder, annotations) if annotations else {}
     if lists:
-        files = {'train': files['train'], **_listed_files(lists, annotations, files['train'], notes)}
+        files = {'train': files['train'], **_listed_files(lists, files['train'], notes)}
         if not any(name in lists for name in ('train', 'trainval', 'default')):
             del files['train']
     images = _ImageIndex([folder / name for name in ('JPEGImages', 'images', 'Images')])
@@ -89,9 +90,7 @@ def _listed_file(annotations: Path, entry: str, path: Path) -> Path:
     return found
 
 
-def _listed_files(
-    lists: Mapping[str, list[Path]], annotations: Path, files: Iterable[Path], notes: list[str]
-) -> dict[str, list[Path]]:
+def _listed_files(lists: Mapping[str, list[Path]], files: Iterable[Path], notes: list[str]) -> dict[str, list[Path]]:
     """Files by split; the notes say which lists are used, and how many files none of these names."""
     train = next((name for name in ('train', 'trainval', 'default') if name in lists), None)
     used = {split: name for split, name in (('train', train), ('val', 'val'), ('test', 'test')) if name in lists}
@@ -179,7 +178,7 @@ class _Reader:
 
     def notes(self) -> list[str]:
         """What the user should know about the files."""
-        return [f'{len(paths)} {what}, such as {shown(paths, 1)}' for what, paths in self.counts.items()]
+        return [f'{len(paths)} {what}, such as {first_few(paths, 1)}' for what, paths in self.counts.items()]
 
     def item(self, path: Path) -> Item:
         """The image of an XML file, with its objects."""

@@ -10,7 +10,8 @@ import yaml
 
 from data import DataError
 from data.images import existing_path, is_image_file, read_header
-from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines, shown
+from detection.tools.convert_dataset.source import Item, Source, decode_file, read_lines
+from utils import first_few
 
 # Where a split's images may be named, in data.yaml and as folders.
 _SPLIT_NAMES = {'train': ('train',), 'val': ('val', 'valid', 'validation'), 'test': ('test',)}
@@ -328,7 +329,7 @@ class _Labels:
         folders = {path.parent for path in self.used}
         unused = sorted({x for folder in folders for x in folder.glob('*.txt') if x.name not in _NO_LABELS} - self.used)
         if unused:
-            notes.append(f'{len(unused)} text files next to the labels belong to no image: {shown(unused)}')
+            notes.append(f'{len(unused)} text files next to the labels belong to no image: {first_few(unused)}')
         return notes
 
 

@@ -10,18 +10,16 @@ from data import DataError
 from detection.data import CocoDataset, build_eval_loader, build_loaders, with_classes_of_data
 from detection.data.coco import Selection
 from detection.evaluation import CocoEvaluation
-from tests.helpers.coco_data import CATEGORIES, read_tree, rectangle, update_tree, wedge, write_tree
+from tests.helpers.coco_data import read_tree, rectangle, update_tree, wedge, write_tree
 from tests.helpers.detectors import ONE_EPOCH, perfect_detections, tiny_detector
 from tests.helpers.runs import folder_of, log_of, one_thread
-
-NAMES = [category['name'] for category in CATEGORIES]
 
 
 def load(root, *options):
     return tiny_detector('DATA.DATA_PATH', str(root), *options)
 
 
-def test_annotations_and_images_may_be_anywhere(coco, tmp_path):
+def test_annotations_and_images_may_be_anywhere(coco):
     expected = [list(loader.dataset.sample_names()) for loader in build_eval_and_train(load(coco))]
     for split in ('train', 'val'):  # as Roboflow exports them
         shutil.move(coco / 'annotations' / f'instances_{split}.json', coco / split / '_annotations.coco.json')

@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import MSGTransformer
 from models.windows import split_windows
+from tests.helpers.golden import V2
+from tests.helpers.traces import build, trace
 from tools.visualize.explain import (
     grad_cam,
     msg_attention,
@@ -13,23 +14,6 @@ from tools.visualize.explain import (
     window_in_stage,
     window_influence,
 )
-
-TINY = {'patch_size': 2, 'embed_dim': 16, 'num_classes': 3, 'drop_path_rate': 0.0, 'window_size': 2}
-V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
-TWO_STAGES = {'depths': (3, 2), 'num_heads': (1, 2), 'shuffle_size': (2, 2)}
-
-
-def build(img_size=32, **options):
-    """A network with weights large enough that everything depends visibly on everything it can reach."""
-    model = MSGTransformer(img_size=img_size, **(TINY | TWO_STAGES | options)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    return model
-
-
-def trace(model, height=32, width=32):
-    return trace_blocks(model, torch.randn(1, model.in_chans, height, width))
 
 
 @pytest.mark.parametrize(

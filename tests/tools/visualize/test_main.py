@@ -5,15 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.predictor import Predictor
-from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.datasets import encoded
-from tests.helpers.golden import fill_
 from tests.helpers.images import damage, noise
 from tests.helpers.paths import TINY
 from tests.helpers.processes import error_line, run_here
-from tests.helpers.runs import CPU
 from tools.visualize.__main__ import main, plan_outputs
 from tools.visualize.explain import msg_attention, trace_blocks
 from tools.visualize.overlays import CHOSEN, attention_overlays, influence_overlay, render_overlay
@@ -176,12 +172,6 @@ def test_wrong_flags(photo, flags, message):
 def test_missing_images(tmp_path):
     line = error_line('-m', 'tools.visualize', tmp_path / 'none', *RANDOM, '--output', tmp_path)
     assert line == f'error: {tmp_path}/none does not exist: give image files or folders'
-
-
-@pytest.fixture
-def predictor(tiny_config):
-    config = tiny_config()
-    return Predictor(config, fill_(build_model(config)).eval(), NAMES, CPU)
 
 
 def test_a_view_is_what_evaluation_feeds(predictor):

@@ -1,18 +1,20 @@
 """Attention rollout: against dense matrices, rows that sum to 1, zeros where the Jacobian is zero, any exchange."""
 
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
-from models import MSGTransformer
 from models.exchange import EXCHANGES, Exchange
-from tests.helpers.golden import fill_, normal
+from tests.helpers import traces
+from tests.helpers.golden import V2, fill_, normal
+from tests.helpers.traces import trace
 from tools.visualize.explain import attention_weights, trace_blocks
 from tools.visualize.rollout import class_rollout, exchange_weights, rollout
 
-V2 = {'embed_type': 'overlap', 'merge_type': 'overlap'}
+build = partial(traces.build, depths=(2, 1), num_heads=(2, 4))
 SIZES = [(32, 32), (23, 37)]  # the second pads windows, cuts regions and merges odd grids
 
 
@@ -60,26 +62,11 @@ class Learned(Exchange):
         return self.token.expand_as(msg)
 
 
-def build(**options):
-    """A network of two stages with weights large enough that everything depends on all that it can reach."""
-    tiny = {'img_size': 32, 'patch_size': 2, 'embed_dim': 16, 'num_classes': 3, 'window_size': 2}
-    stages = {'depths': (2, 1), 'num_heads': (2, 4), 'shuffle_size': (2, 2)}
-    model = MSGTransformer(**(tiny | stages | options)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    return model
-
-
-def trace(model, size):
-    return trace_blocks(model, torch.randn(1, 3, *size))
-
-
 @pytest.mark.parametrize('options', [{}, V2, {'head_tokens': 'patches'}, {'manip_type': [Gate, 'mix']}])
 @pytest.mark.parametrize('size', SIZES)
 def test_rows_sum_to_one(options, size):
     model = build(**options)
-    stages = trace(model, size)
+    stages = trace(model, *size)
     for i, stage in enumerate(stages):
         shares = class_rollout(model, stages, i)
         assert shares.shape == stage.grid
@@ -151,7 +138,7 @@ def dense_rollout(model, stages):
 @pytest.mark.parametrize('options', [{}, V2])
 def test_the_rollout_is_the_product_of_dense_matrices(options):
     model = build(manip_type=['shuf', 'shift'], **options)
-    stages = trace(model, (23, 37))
+    stages = trace(model, 23, 37)
     total, tokens = dense_rollout(model, stages)
     windows = [position for position, token in enumerate(tokens) if token[0] == 'msg']
     nH, nW = stages[0].window_grid
@@ -200,4 +187,4 @@ def test_weights_of_other_exchanges():
     assert not exchange_weights(Silence(4, 2), msg).any()
     assert not exchange_weights(Learned(4, 2), msg).any()
     model = build(manip_type=Silence)
-    assert not class_rollout(model, trace(model, (32, 32))).any()
+    assert not class_rollout(model, trace(model)).any()
