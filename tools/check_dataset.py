@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,15 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data.file_loader import print_above_bar
 from data.formats import FORMATS, check_same_classes, find_format
-from data.images import DataError, decode_image, read_header
+from data.images import DataError
 from data.samples import Samples
 from data.shards import read_index, shard_name
-from data.workers import WorkerLoader
-from tools.duplicates import CheckedImage, content_hash, perceptual_hash, similar_pairs
+from tools.duplicates import CheckedImage, check_image, check_images, similar_pairs
 from tools.pack_dataset import verify
 from utils import exit_on_user_error, home_path, orderly_termination, positive_int, printable, report_write_errors
 
@@ -62,16 +59,12 @@ class _CheckedSamples(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> CheckedImage:
-        data, name = None, self.samples.describe(index)
+        data = None
         try:
             data = self.samples.read(index)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                image = decode_image(data, name)
-                is_rotated = read_header(name, data).orientation != 1
+            return check_image(data, self.samples.describe(index))[0]
         except DataError as error:
-            return CheckedImage(0, b'', False, 'empty' if data == b'' else 'broken', str(error))
-        return CheckedImage(content_hash(data), perceptual_hash(image), is_rotated, '', '')
+            return CheckedImage(kind='empty' if data == b'' else 'broken', text=str(error))
 
 
 def check_split(samples: Samples, workers: int, report: Report, name: str = '') -> list[CheckedImage]:
@@ -86,15 +79,11 @@ def check_split(samples: Samples, workers: int, report: Report, name: str = '') 
     Returns:
         What is known of each image, in order.
     """
-    loader = WorkerLoader(_CheckedSamples(samples), batch_size=32, num_workers=workers, collate_fn=list)
     images = []
-    with tqdm(total=len(samples), desc=f'check {name}', unit='image', disable=None) as bar:
-        for batch in loader:
-            images += batch
-            for image in batch:
-                if image.kind:
-                    report(Problem(image.kind, image.text))
-            bar.update(len(batch))
+    for image in check_images(_CheckedSamples(samples), workers, name):
+        images.append(image)
+        if image.kind:
+            report(Problem(image.kind, image.text))
     return images
 
 

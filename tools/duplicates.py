@@ -1,10 +1,13 @@
-"""Duplicate images: byte-identical files, and re-encoded or resized copies, which a perceptual hash finds.
+"""Read all images of a dataset, and find duplicates: byte-identical files, and re-encoded or resized copies.
 
-The perceptual hash is imagehash's `phash` with 256 bits. Photographs that are encoded again or resized mostly differ
-from the original in fewer than 16 bits, and different ones in more than 50. Crops and mirrored copies are not found.
+Copies are found by a perceptual hash: imagehash's `phash` with 256 bits. Photographs that are encoded again or resized
+mostly differ from the original in fewer than 16 bits, and different ones in more than 50. Crops and mirrored copies are
+not found.
 """
 
 import hashlib
+import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import imagehash
@@ -12,6 +15,11 @@ import numpy as np
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data.images import ImageHeader, decode_image, read_header
+from data.workers import WorkerLoader
 
 # Bits in which the perceptual hashes of two copies may differ
 MAX_DISTANCE = 16
@@ -26,20 +34,47 @@ _MAX_NEIGHBOURS = 128
 
 
 class CheckedImage(NamedTuple):
-    """What is known of an image that has been read and decoded.
+    """What is known of an image.
 
     Attributes:
-        content: see `content_hash`; 0 for an image with a problem.
-        picture: see `perceptual_hash`; empty for an image with a problem.
+        content: see `content_hash`; 0 for an image that cannot be read.
+        picture: see `perceptual_hash`; empty for an image that cannot be read.
         is_rotated: whether its EXIF tag turns it.
         kind, text: of its problem, or two empty strings.
     """
 
-    content: int
-    picture: bytes
-    is_rotated: bool
-    kind: str
-    text: str
+    content: int = 0
+    picture: bytes = b''
+    is_rotated: bool = False
+    kind: str = ''
+    text: str = ''
+
+
+def check_image(data: bytes, name: str) -> tuple[CheckedImage, ImageHeader]:
+    """Decode an encoded image, without warnings.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        image, header = decode_image(data, name), read_header(name, data)
+    return CheckedImage(content_hash(data), perceptual_hash(image), header.orientation != 1), header
+
+
+def check_images(dataset: Dataset, workers: int, name: str) -> Iterator[CheckedImage]:
+    """Read all images of a dataset, in order, with a progress bar.
+
+    Args:
+        dataset: of `CheckedImage`.
+        workers: processes; 0 reads in this one.
+        name: of the split, for the progress bar.
+    """
+    loader = WorkerLoader(dataset, batch_size=32, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(dataset), desc=f'check {name}', unit='image', disable=None) as bar:
+        for batch in loader:
+            yield from batch
+            bar.update(len(batch))
 
 
 def content_hash(data: bytes) -> int:

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data import DataError
-from data.images import decode_image, existing_path, read_file, read_header
-from data.workers import WorkerLoader
+from data.images import existing_path, read_file
 from detection.config import TREE
 from detection.data.annotation_checks import SLACK_PIXELS, corners
 from detection.data.annotations import (
@@ -44,7 +41,7 @@ from detection.data.annotations import (
 from detection.data.build import split_files
 from detection.data.coco import SplitFiles
 from detection.tools.options import add_data_options
-from tools.duplicates import content_hash, perceptual_hash, similar_pairs
+from tools.duplicates import CheckedImage, check_image, check_images, similar_pairs
 from utils import (
     available_cores,
     exit_on_user_error,
@@ -81,23 +78,6 @@ class Fault(NamedTuple):
     text: str
 
 
-class CheckedImage(NamedTuple):
-    """What is known of an image.
-
-    Attributes:
-        content: a hash of the file; 0 if it cannot be read.
-        picture: a perceptual hash; empty if it cannot be read.
-        is_turned: whether its EXIF orientation turns it.
-        kind, text: of its fault, or two empty strings.
-    """
-
-    content: int
-    picture: bytes
-    is_turned: bool
-    kind: str = ''
-    text: str = ''
-
-
 @dataclass
 class Split:
     """A split as far as it can be read.
@@ -129,21 +109,16 @@ class _Images(Dataset):
         entry = self.split.images[index]
         path = existing_path(self.split.files.images, entry['file_name'])
         if not os.path.isfile(path):
-            return CheckedImage(0, b'', False, 'missing', f'image {path} does not exist')
+            return CheckedImage(kind='missing', text=f'image {path} does not exist')
         try:
-            data = read_file(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                picture = decode_image(data, path)
-                header = read_header(path, data)
+            image, header = check_image(read_file(path), path)
         except DataError as error:
-            return CheckedImage(0, b'', False, 'broken', str(error))
-        kind = text = ''
+            return CheckedImage(kind='broken', text=str(error))
         size, annotated = header.upright_size if self.upright else header.size, (entry['width'], entry['height'])
-        if size != annotated:
-            kind = 'size'
-            text = f'image {path} has {size[0]} x {size[1]} pixels, and its entry {annotated[0]} x {annotated[1]}'
-        return CheckedImage(content_hash(data), perceptual_hash(picture), header.orientation != 1, kind, text)
+        if size == annotated:
+            return image
+        text = f'image {path} has {size[0]} x {size[1]} pixels, and its entry {annotated[0]} x {annotated[1]}'
+        return image._replace(kind='size', text=text)
 
 
 def check_file(split: Split, name: str) -> Iterator[Fault]:
@@ -238,24 +213,6 @@ def _check_annotations(
     }
 
 
-def check_images(split: Split, name: str, upright: bool, workers: int) -> list[CheckedImage]:
-    """Read and decode all images of a split, in order.
-
-    Args:
-        split: the split.
-        name: its name, for the progress bar.
-        upright: whether annotations are of the images as EXIF turns them.
-        workers: processes; 0 reads in this one.
-    """
-    loader = WorkerLoader(_Images(split, upright), batch_size=32, num_workers=workers, collate_fn=list)
-    checked: list[CheckedImage] = []
-    with tqdm(total=len(split.images), desc=f'check {name}', unit='image', disable=None) as bar:
-        for batch in loader:
-            checked += batch
-            bar.update(len(batch))
-    return checked
-
-
 def compare_categories(splits: Mapping[str, Split]) -> Iterator[Fault]:
     """Categories that are not in all splits, and those without objects to train on."""
     names = {name: [x['name'] for x in split.categories] for name, split in splits.items()}
@@ -305,12 +262,12 @@ def check_dataset(files: Mapping[str, SplitFiles], upright: bool, workers: int) 
     splits = {name: Split(x) for name, x in files.items()}
     faults = [fault for name, split in splits.items() for fault in check_file(split, name)]
     faults += compare_categories(splits)
-    images = {name: check_images(split, name, upright, workers) for name, split in splits.items()}
+    images = {name: list(check_images(_Images(split, upright), workers, name)) for name, split in splits.items()}
     for name, checked in images.items():
         faults += [Fault(x.kind, name, x.text) for x in checked if x.kind]
         contents = [x.content for x in checked if x.content]
         splits[name].counts |= {
-            'images turned by EXIF': sum(x.is_turned for x in checked),
+            'images turned by EXIF': sum(x.is_rotated for x in checked),
             'copies of images within the split': len(contents) - len(np.unique(np.array(contents, np.uint64))),
         }
     faults += compare_images(splits, images)
