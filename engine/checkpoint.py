@@ -40,13 +40,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def save_safetensors(path: Path, weights: dict[str, Tensor], **metadata: Any) -> None:
     """Write weights as `.safetensors`, with JSON-compatible metadata such as `config` and `classes`.
 
-    As other libraries expect, the metadata say `format: pt` too. Weights that share memory are written twice.
+    As other libraries expect, the metadata say `format: pt` too. Weights that share memory are written twice. Indices
+    of relative positions are written in 32 bits, which makes small files smaller; loading converts them.
 
     Raises:
         CheckpointError: see `save_checkpoint`.
     """
     storages, unshared = set(), {}
     for name, value in weights.items():
+        if value.dtype == torch.int64 and name.endswith('relative_position_index'):
+            value = value.to(torch.int32)
         storage = value.untyped_storage().data_ptr()
         unshared[name] = value.clone().contiguous() if storage in storages else value.contiguous()
         storages.add(storage)

@@ -117,13 +117,14 @@ def msg_transformer_v2_base(pretrained: bool = False, **options: Any) -> nn.Modu
 
 @register_model
 def msg_transformer_nano(pretrained: bool = False, **options: Any) -> nn.Module:
-    """MSG-nano, a small network that is not in the paper: version 2, three stages, images of 112 px, 10 classes.
+    """MSG-nano, which is not in the paper: three stages, convolutional stem, images of 112 px, 10 classes.
 
     The pretrained weights were trained on Imagenette: see models/weights/README.md.
     """
-    architecture = {'embed_dim': 48, 'depths': (2, 2, 2), 'num_heads': (2, 4, 8), 'shuffle_size': (4, 2, 1)}
+    architecture = {'embed_dim': 48, 'depths': (2, 3, 3), 'num_heads': (2, 4, 8), 'shuffle_size': (4, 2, 1)}
+    layers = {'embed_type': 'conv', 'merge_type': 'overlap'}
     data = {'img_size': 112, 'num_classes': 10, 'drop_path_rate': 0.0}
-    return _create('msg_transformer_nano', pretrained, architecture | data | V2 | options)
+    return _create('msg_transformer_nano', pretrained, architecture | layers | data | options)
 
 
 def stored_weights() -> dict[str, Path]:

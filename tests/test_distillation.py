@@ -27,6 +27,7 @@ from distillation import (
 from engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from engine.experiment import ExperimentError
 from engine.weights import hash_weights
+from extensions import import_modules
 from models import build_model
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.documents import commands, words
@@ -276,6 +277,23 @@ def test_the_page_as_written(tmp_path):
         assert "soft distillation of 3 of the teacher's 1000 classes" in done.stdout
         origin = load_checkpoint(next(tmp_path.glob('output/tiny/*/ckpt_best.pth')))['origin']
         assert origin['teacher']['sha256'] == hash_weights(weights, hashlib.sha256())
+
+
+def test_the_teacher_of_the_model_card(build, tmp_path):
+    ((name, text),) = examples_in((ROOT / 'models' / 'weights' / 'README.md').read_text()).items()
+    (tmp_path / name).write_text(text)
+    network = timm.create_model('test_efficientnet')  # in place of a network of six million weights
+    weights = {f'_{key}': value for key, value in network.state_dict().items()}
+    torch.save(weights, tmp_path / 'efficientnet-lite2-9656183e.pth')
+    with forgotten_modules(), mock.patch.object(timm, 'create_model', return_value=network):
+        import_modules([str(tmp_path / name)])
+        teacher = build(DISTILL__TEACHER='lite2_192').teacher
+    images = torch.randn(4, 3, 28, 28)
+    logits = teacher(images)
+    expected = network(teacher.prepare(images))
+    assert (teacher.size, logits.dtype) == ((192, 192), torch.float32)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * expected.std().item())
+    assert torch.equal(logits, teacher(images))
 
 
 def test_names_belong_to_one_teacher():

@@ -48,7 +48,7 @@ from utils import UserError, exit_on_user_error, git_revision, home_path, positi
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
 # Of all networks here, pretrained or not
-COMMON = {'MODEL.MSG.EMBED_TYPE': 'conv', 'TRAIN.OPTIMIZER.NAME': 'nmuon', 'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
+COMMON = {'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
 
 SPLITS = ('train', 'val')
 WAYS = {

@@ -49,11 +49,11 @@ def test_what_timm_knows_of_it_is_what_it_was_trained_with(model):
 
 
 def test_another_head_and_size_keep_the_rest(model):
-    other = timm.create_model(NAME, pretrained=True, num_classes=3, img_size=160)
+    other = timm.create_model(NAME, pretrained=True, num_classes=3, img_size=160).eval()
     assert other(images(1, 160)).shape == (1, 3)
     ours, theirs = model.state_dict(), other.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if not key.startswith('head.'))
-    features = timm.create_model(NAME, pretrained=True, features_only=True)
+    features = timm.create_model(NAME, pretrained=True, features_only=True).eval()
     assert [tuple(x.shape[1:]) for x in features(images(1, 112))] == [(48, 28, 28), (96, 14, 14), (192, 7, 7)]
 
 

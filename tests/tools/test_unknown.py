@@ -147,7 +147,7 @@ def test_gallery_draws_photographs_with_their_maps(call, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(gallery, 'draw_gallery', lambda pictures: drawn.extend(pictures) or gallery.Figure())
     photographs = ROOT / 'docs' / 'photographs'
-    opts = ('--opts', 'DEVICE', 'cpu', 'TEST.UNKNOWN_THRESHOLD', '-1')
+    opts = ('--opts', 'DEVICE', 'cpu', 'TEST.UNKNOWN_THRESHOLD', '-100')
     code, _, _ = call(gallery.main, photographs, '--output', tmp_path / 'a.png', *opts, resume='w.safetensors')
     assert code == 0
     assert len(drawn) == len(list(photographs.glob('*/*.jpg'))) >= 9

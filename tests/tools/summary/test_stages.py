@@ -10,8 +10,9 @@ MSG_TINY = ROOT / 'configs' / 'msg_tiny_p4_win7_224.yaml'
 
 
 def meta_model(path):
+    config = load_config(path)
     with torch.device('meta'):
-        return build_model(load_config(path))
+        return build_model(config)
 
 
 def test_stages_of_the_published_tiny_network():
