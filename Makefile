@@ -179,7 +179,7 @@ growth: $(VENV)/installed
 		--rounds 3 --output $(OUTPUT)/growth_size
 	$(PY) -m tools.benchmark $(GROWING) $(PEER) --compile eager --threads 2 --batches 1 4 16 64 --rounds 3 --output $(OUTPUT)/growth_batch
 
-# About an hour and a half on two idle cores. Networks and seeds that were timed before are not repeated.
+# On two idle cores. Networks and seeds that were timed before are not repeated.
 speedrun: $(VENV)/installed
 	@test -n '$(IMAGENETTE)' || { echo 'Name the images: make speedrun IMAGENETTE=<folder> (docs/reproducing.md, "Imagenette at 112 px")'; exit 1; }
 	$(PY) -m tools.speedrun --data-path '$(IMAGENETTE)' --output $(OUTPUT)/speedrun
