@@ -25,7 +25,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,31 +257,36 @@ class Experiment:
             return done
         runs = StudyRuns(study, data, self.output, [], self.jobs)
         self.studies.append(runs)
-        try:
-            return runs.train(name, seed)
-        except KeyboardInterrupt:  # in the main thread, during pretraining
-            runs.stop()
-            raise
+        return runs.train(name, seed)
 
     def stop(self) -> None:
         """Let all running runs save and end."""
         for runs in self.studies:
             runs.stop()
 
-    def pretrain(self) -> Path:
-        """Pretrain a network on the known classes, and return the path of its last checkpoint."""
+    def pretrain(self) -> Path | None:
+        """Pretrain a network on the known classes; its last checkpoint, or None if all runs were stopped."""
         classes = len(self.train.classes[::2])
         options = {'MODEL.NUM_CLASSES': classes, 'SAVE_STEPS': 50, **schedule(self.epochs, 4e-3, 64), **COMMON}
-        self.run('pretrained', PRETRAINING, self.known(), 0, options)
+        if self.run('pretrained', PRETRAINING, self.known(), 0, options) is None:
+            return None
         return self.output / 'pretrained/seed0' / f'ckpt_epoch_{self.epochs - 1}.pth'
 
-    def train_network(self, trial: Trial, data: Path, pretrained: Path) -> float | None:
-        """Top-1 accuracy in percent of a network that is trained on a subset; None if all runs were stopped."""
+    def train_network(self, trial: Trial, data: Path, pretraining: Future[Path | None]) -> float | None:
+        """Top-1 accuracy in percent of a network that is trained on a subset; None if all runs were stopped.
+
+        Only fine-tuning waits for the end of pretraining.
+        """
         classes = len(self.train.classes[1::2])
         batch = min(BATCH, classes * trial.count)
         epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
         options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **COMMON}
-        options |= {'MODEL.PRETRAINED': pretrained.resolve()} if trial.way == 'finetune' else {'TRAIN.LAYER_DECAY': 1}
+        if trial.way == 'scratch':
+            options['TRAIN.LAYER_DECAY'] = 1
+        elif (pretrained := pretraining.result()) is not None:
+            options['MODEL.PRETRAINED'] = pretrained.resolve()
+        else:
+            return None
         name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
         run = self.run(name, FINETUNING, data, trial.seed, options)
         return None if run is None else metric_curve(run, 'acc1')[-1]
@@ -317,7 +322,7 @@ def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
     path = experiment.output / 'few_images.json'
     results = {'data': experiment.data, 'processor': processor_name(), 'revision': git_revision(ROOT), 'trials': []}
     subsets = {(n, seed): experiment.subset(n, seed) for n in counts for seed in (TUNING_SEED, *SEEDS)}
-    pretrained = experiment.pretrain()
+    features: dict[tuple[int, int], list[Features]] = {}
     accuracies: dict[Trial, float] = {}
 
     def add(trial: Trial, accuracy: float) -> None:
@@ -327,31 +332,35 @@ def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
         print(f'{trial.way}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
 
     def score_all(trials: Sequence[Trial]) -> None:
-        with ThreadPoolExecutor(experiment.jobs) as pool:
-            networks = {
-                pool.submit(experiment.train_network, trial, subsets[trial.count, trial.seed], pretrained): trial
-                for trial in trials
-                if trial.way in ('scratch', 'finetune')
-            }
-            try:
-                for future in as_completed(networks):
-                    if (accuracy := future.result()) is not None:
-                        add(networks[future], accuracy)
-            finally:
-                for future in networks:
-                    future.cancel()
-                experiment.stop()
+        networks = {
+            pool.submit(experiment.train_network, trial, subsets[trial.count, trial.seed], pretraining): trial
+            for trial in trials
+            if trial.way in ('scratch', 'finetune')
+        }
+        for future in as_completed([pretraining, *networks]):
+            result = future.result()
+            if future in networks and result is not None:
+                add(networks[future], result)
         for trial in trials:
-            if trial.way not in ('scratch', 'finetune'):
+            if trial.way in ('linear', 'knn'):
+                key = trial.count, trial.seed
+                if key not in features:
+                    features[key] = frozen_features(subsets[key], pretraining.result())
                 way = linear_accuracy if trial.way == 'linear' else partial(knn_accuracy, neighbours=trial.setting)
-                add(trial, 100 * way(*features[trial.count, trial.seed]))
+                add(trial, 100 * way(*features[key]))
 
-    features = {key: frozen_features(data, pretrained) for key, data in subsets.items()}
-    pairs = [(way, count) for count in counts for way in WAYS]
-    score_all([Trial(*x, TUNING_SEED, setting) for x in pairs for setting in choices(*x)])
+    # In this order, training from scratch fills the cores while the network is pretrained
+    pairs = [(way, count) for way in WAYS for count in counts]
     tuning = {x: [Trial(*x, TUNING_SEED, setting) for setting in choices(*x)] for x in pairs}
-    best = {x: max(trials, key=accuracies.get).setting for x, trials in tuning.items()}
-    score_all([Trial(*x, seed, best[x]) for x in pairs for seed in SEEDS])
+    with ThreadPoolExecutor(experiment.jobs) as pool:
+        try:
+            pretraining = pool.submit(experiment.pretrain)
+            score_all([trial for trials in tuning.values() for trial in trials])
+            best = {x: max(trials, key=accuracies.get).setting for x, trials in tuning.items()}
+            score_all([Trial(*x, seed, best[x]) for x in pairs for seed in SEEDS])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            experiment.stop()
     return results
 
 
