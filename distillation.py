@@ -23,7 +23,7 @@ from engine.task import Task
 from engine.weights import choose_weights, fit_weights, hash_weights, load_weights
 from extensions import Registry
 from models.timm_networks import PREFIX as TIMM
-from utils import UserError, first_line, random_states, set_random_states, set_seed, shortened
+from utils import UserError, first_few, first_line, random_states, set_random_states, set_seed, shortened
 
 DistilFn = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
@@ -166,8 +166,7 @@ class Teacher:
         wanted = [same_letters(name) for name in named or classes]
         unknown = [name for name in wanted if name not in indices]
         if unknown:
-            some = shortened(', '.join(map(str, known[:3])), 100)
-            theirs = f'{self.count} classes' + (f' ({some}{", ..." if len(known) > 3 else ""})' if known else '')
+            theirs = f'{self.count} classes' + (f' ({shortened(first_few(known), 100)})' if known else '')
             remedy = 'correct' if named else "name the teacher's class of each student class with"
             raise TeacherError(
                 f'{shortened(unknown[0], 100)} is not among the {theirs} of the teacher {self.name}: {remedy} '
