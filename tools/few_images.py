@@ -64,8 +64,8 @@ HELD_OUT = 100  # training images of each new class on which the settings below 
 
 # Settings to choose from: the peak learning rate at a batch of 16, or the number of neighbours
 SETTINGS = {
-    'scratch': (2.5e-4, 5e-4, 1e-3, 2e-3),
-    'finetune': (2.5e-4, 5e-4, 1e-3, 2e-3),
+    'scratch': (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    'finetune': (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     'linear': (None,),
     'knn': (1, 3, 5, 10, 20),
 }
