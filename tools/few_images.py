@@ -62,10 +62,11 @@ SEEDS = (0, 1, 2)  # of subsets and of runs
 TUNING_SEED = 100
 HELD_OUT = 100  # training images of each new class on which the settings below are chosen
 
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 # Settings to choose from: the peak learning rate at a batch of 16, or the number of neighbours
 SETTINGS = {
-    'scratch': (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    'finetune': (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    'scratch': RATES,
+    'finetune': RATES,
     'linear': (None,),
     'knn': (1, 3, 5, 10, 20),
 }
