@@ -216,15 +216,20 @@ def knn_accuracy(train: Features, val: Features, neighbours: int) -> float:
     return float(classifier.fit(train.features, train.classes).score(val.features, val.classes))
 
 
-def linear_accuracy(train: Features, val: Features) -> float:
+def linear_accuracy(train: Features, val: Features, c: float = 1) -> float:
     """Top-1 accuracy, as a fraction, of logistic regression on standardised features.
+
+    Args:
+        train: features to fit.
+        val: features to score.
+        c: inverse strength of the L2 regularisation, scikit-learn's `C`.
 
     Raises:
         UserError: there are fewer than two classes.
     """
     if len(set(train.classes)) < 2:
         raise UserError('--linear-probe needs images of two classes or more in train/')
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)
         probe.fit(train.features, train.classes)

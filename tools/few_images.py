@@ -11,9 +11,10 @@ training images each. Four methods are compared on the new classes:
 - linear: a linear classifier is trained on features of the frozen pretrained network;
 - knn: a k-nearest-neighbour classifier uses the same features.
 
-The learning rate and the number of neighbours are tuned first: each candidate is trained on an extra subset and scored
-on a held-out set of 100 training images of each new class. The validation images are used only for the reported
-accuracy. To resume, run the same command again. Design and results: docs/small_data.md.
+The learning rate, the regularisation of the linear classifier and the number of neighbours are tuned first: each
+candidate is trained on an extra subset and scored on a held-out set of 100 training images of each new class. The
+validation images are used only for the reported accuracy. To resume, run the same command again. Design and results:
+docs/small_data.md.
 """
 
 if __name__ == '__main__':
@@ -24,9 +25,9 @@ if __name__ == '__main__':
 import argparse
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
 COMMON = {'AMP_OPT_LEVEL': 'O1', 'DEVICE': 'cpu'}
 
 SPLITS = ('train', 'val')
-WAYS = {
+METHODS = {
     'scratch': 'from scratch',
     'finetune': 'fine-tuned',
     'linear': 'frozen, linear classifier',
@@ -63,11 +64,12 @@ TUNING_SEED = 100
 HELD_OUT = 100  # training images of each new class on which the settings below are chosen
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-# Settings to choose from: the peak learning rate at a batch of 16, or the number of neighbours
+# Settings to choose from: the peak learning rate at a batch of 16, the inverse regularisation strength C, or the number
+# of neighbours
 SETTINGS = {
     'scratch': RATES,
     'finetune': RATES,
-    'linear': (None,),
+    'linear': (1e-4, 1e-3, 1e-2, 1e-1, 1, 10),
     'knn': (1, 3, 5, 10, 20),
 }
 BATCH = 16
@@ -88,20 +90,20 @@ class FewImagesError(UserError):
 
 
 class Trial(NamedTuple):
-    """One way to use the images of one subset.
+    """One method on one subset of the images.
 
     Attributes:
-        way: a key of `WAYS`.
+        method: a key of `METHODS`.
         count: training images of each new class.
         seed: seed of the subset and of the run. With `TUNING_SEED`, the trial is scored on the held-out images, and
             with other seeds on the validation images.
-        setting: one of `SETTINGS[way]`.
+        setting: one of `SETTINGS[method]`.
     """
 
-    way: str
+    method: str
     count: int
     seed: int
-    setting: float | int | None
+    setting: float | int
 
 
 def parse_args() -> argparse.Namespace:
@@ -200,6 +202,7 @@ class Experiment:
             raise FewImagesError(f'{data_path} has {len(self.train.classes)} classes: give a dataset of four or more')
         self.data = describe_splits([self.train, self.val])
         self.studies: list[StudyRuns] = []
+        self.lock, self.is_stopped = threading.Lock(), False
 
     def of_classes(self, samples: Samples, first: int) -> np.ndarray:
         """Indices of a split's images of the known classes (`first` 0), or of the new classes (1)."""
@@ -257,11 +260,16 @@ class Experiment:
                 raise FewImagesError(f'{self.output} has runs on other data: write another --output')
             return done
         runs = StudyRuns(study, data, self.output, [], self.jobs)
-        self.studies.append(runs)
+        with self.lock:
+            if self.is_stopped:
+                return None
+            self.studies.append(runs)
         return runs.train(name, seed)
 
     def stop(self) -> None:
-        """Let all running runs save and end."""
+        """Let all running runs save and end, and start no more."""
+        with self.lock:
+            self.is_stopped = True
         for runs in self.studies:
             runs.stop()
 
@@ -273,8 +281,8 @@ class Experiment:
             return None
         return self.output / 'pretrained/seed0' / f'ckpt_epoch_{self.epochs - 1}.pth'
 
-    def train_network(self, trial: Trial, data: Path, pretraining: Future[Path | None]) -> float | None:
-        """Top-1 accuracy in percent of a network that is trained on a subset; None if all runs were stopped.
+    def train_network(self, trial: Trial, data: Path, pretraining: Future[Path | None]) -> dict[str, Any] | None:
+        """Train a network on a subset; its result, or None if all runs were stopped.
 
         Only fine-tuning waits for the end of pretraining.
         """
@@ -282,15 +290,14 @@ class Experiment:
         batch = min(BATCH, classes * trial.count)
         epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
         options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **COMMON}
-        if trial.way == 'scratch':
+        if trial.method == 'scratch':
             options['TRAIN.LAYER_DECAY'] = 1
         elif (pretrained := pretraining.result()) is not None:
             options['MODEL.PRETRAINED'] = pretrained.resolve()
         else:
             return None
-        name = f'{trial.way}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
-        run = self.run(name, FINETUNING, data, trial.seed, options)
-        return None if run is None else metric_curve(run, 'acc1')[-1]
+        name = f'{trial.method}_{trial.count}_lr_{trial.setting}'.replace('.', '_')
+        return self.run(name, FINETUNING, data, trial.seed, options)
 
 
 def schedule(epochs: int, lr: float, batch: int) -> dict[str, Any]:
@@ -309,49 +316,62 @@ def frozen_features(data: Path, pretrained: Path) -> list[Features]:
     return [features_of_split(predictor, build_extractor(predictor.model), split) for split in ('train', 'val')]
 
 
-def choices(way: str, count: int) -> list[float | int | None]:
+def choices(method: str, count: int) -> list[float | int]:
     """Settings to choose from: `knn` has at most as many neighbours as there are images of a class."""
-    return [setting for setting in SETTINGS[way] if way != 'knn' or setting <= count]
+    return [setting for setting in SETTINGS[method] if method != 'knn' or setting <= count]
 
 
 def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
-    """Pretrain, choose the settings, and score every way with every number of images and every seed.
+    """Pretrain, choose the settings, and score every method with every number of images and every seed.
 
     Returns:
-        The content of few_images.json, which is written after each result.
+        The content of few_images.json, which is written after each result. Trials in it with other numbers of images
+        are kept.
+
+    Raises:
+        FewImagesError: the file has results on other data, or with other epochs of pretraining.
     """
     path = experiment.output / 'few_images.json'
-    results = {'data': experiment.data, 'processor': processor_name(), 'revision': git_revision(ROOT), 'trials': []}
+    head = {'data': experiment.data, 'pretraining_epochs': experiment.epochs}
+    before = read_results(path) if path.exists() else {**head, 'trials': []}
+    if any(before[key] != value for key, value in head.items()):
+        raise FewImagesError(f'{path} has results on other data or with other --epochs: write another --output')
+    results = {**head, 'trials': [x for x in before['trials'] if x['count'] not in counts]}
+    here = {'processor': processor_name(), 'revision': git_revision(ROOT)}
     subsets = {(n, seed): experiment.subset(n, seed) for n in counts for seed in (TUNING_SEED, *SEEDS)}
     features: dict[tuple[int, int], list[Features]] = {}
     accuracies: dict[Trial, float] = {}
 
-    def add(trial: Trial, accuracy: float) -> None:
+    def add(trial: Trial, accuracy: float, environment: Mapping[str, str]) -> None:
         accuracies[trial] = accuracy
-        results['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3)})
+        facts = {key: environment[key] for key in here}
+        results['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3), **facts})
         write_records(path, results, 'trials')
-        print(f'{trial.way}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
+        print(f'{trial.method}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
 
     def score_all(trials: Sequence[Trial]) -> None:
         networks = {
             pool.submit(experiment.train_network, trial, subsets[trial.count, trial.seed], pretraining): trial
             for trial in trials
-            if trial.way in ('scratch', 'finetune')
+            if trial.method in ('scratch', 'finetune')
         }
         for future in as_completed([pretraining, *networks]):
-            result = future.result()
-            if future in networks and result is not None:
-                add(networks[future], result)
+            run = future.result()
+            if future in networks and run is not None:
+                add(networks[future], metric_curve(run, 'acc1')[-1], run['environment'])
         for trial in trials:
-            if trial.way in ('linear', 'knn'):
+            if trial.method in ('linear', 'knn'):
                 key = trial.count, trial.seed
                 if key not in features:
                     features[key] = frozen_features(subsets[key], pretraining.result())
-                way = linear_accuracy if trial.way == 'linear' else partial(knn_accuracy, neighbours=trial.setting)
-                add(trial, 100 * way(*features[key]))
+                if trial.method == 'linear':
+                    accuracy = linear_accuracy(*features[key], c=trial.setting)
+                else:
+                    accuracy = knn_accuracy(*features[key], neighbours=trial.setting)
+                add(trial, 100 * accuracy, here)
 
     # In this order, training from scratch fills the cores while the network is pretrained
-    pairs = [(way, count) for way in WAYS for count in counts]
+    pairs = [(method, count) for method in METHODS for count in counts]
     tuning = {x: [Trial(*x, TUNING_SEED, setting) for setting in choices(*x)] for x in pairs}
     with ThreadPoolExecutor(experiment.jobs) as pool:
         try:
@@ -380,25 +400,46 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Write Markdown tables: the accuracy of each way, and its difference from fine-tuning, by number of images."""
+    """Write Markdown tables by number of images: accuracies, differences from fine-tuning, and chosen settings."""
     accuracies: dict[int, dict[str, dict[int, float]]] = {}
+    chosen: dict[tuple[int, str], float | int] = {}
+    candidates: dict[tuple[int, str], list[float | int]] = {}
     for x in results['trials']:
-        if x['seed'] != TUNING_SEED:
-            accuracies.setdefault(x['count'], {}).setdefault(x['way'], {})[x['seed']] = x['top1']
-    others = [way for way in WAYS if way != 'finetune']
-    lines = [f'| images per class | {" | ".join(WAYS.values())} |', f'|---:|{"---:|" * len(WAYS)}']
-    for count, ways in sorted(accuracies.items()):
-        lines.append(f'| {count} | {" | ".join(mean_and_deviation(ways.get(way, {}).values()) for way in WAYS)} |')
-    lines += ['', f'| images per class | fine-tuned, against {" | against ".join(WAYS[way] for way in others)} |']
-    lines.append(f'|---:|{"---:|" * len(others)}')
-    for count, ways in sorted(accuracies.items()):
-        tuned = ways.get('finetune', {})
-        cells = [_difference(paired_difference(tuned, ways.get(way, {}))) for way in others]
+        if x['seed'] == TUNING_SEED:
+            candidates.setdefault((x['count'], x['method']), []).append(x['setting'])
+        else:
+            accuracies.setdefault(x['count'], {}).setdefault(x['method'], {})[x['seed']] = x['top1']
+            chosen[x['count'], x['method']] = x['setting']
+
+    def setting(count: int, method: str) -> str:
+        value, tried = chosen.get((count, method)), candidates.get((count, method), [])
+        return '' if value is None else f'{value:g}' + ' *' * (len(tried) > 1 and value in (min(tried), max(tried)))
+
+    others = [method for method in METHODS if method != 'finetune']
+    head = f'| images per class | {" | ".join(METHODS.values())} |', f'|---:|{"---:|" * len(METHODS)}'
+    lines = list(head)
+    for count, methods in sorted(accuracies.items()):
+        cells = [mean_and_deviation(methods.get(method, {}).values()) for method in METHODS]
         lines.append(f'| {count} | {" | ".join(cells)} |')
+    lines += ['', f'| images per class | fine-tuned, against {" | against ".join(METHODS[x] for x in others)} |']
+    lines.append(f'|---:|{"---:|" * len(others)}')
+    for count, methods in sorted(accuracies.items()):
+        tuned = methods.get('finetune', {})
+        cells = [_difference(paired_difference(tuned, methods.get(method, {}))) for method in others]
+        lines.append(f'| {count} | {" | ".join(cells)} |')
+    lines += ['', *head]
+    lines += [f'| {count} | {" | ".join(setting(count, x) for x in METHODS)} |' for count in sorted(accuracies)]
+    processors, revisions = (sorted({x[key] for x in results['trials']}) for key in ('processor', 'revision'))
+    train, val = (results['data'][split]['images'] for split in SPLITS)
     facts = [
-        f'Dataset of {results["data"]["train"]["images"]:,} and {results["data"]["val"]["images"]:,} images',
-        "top-1 in percent, mean ± standard deviation over the seeds; differences with 95 % intervals by Student's t",
-        f'processor {results["processor"]}; revision {results["revision"]}',
+        f'{train:,} training and {val:,} validation images, half of the classes known',
+        f'{results["pretraining_epochs"]} epochs of pretraining',
+        'first table: top-1 in percent, mean ± standard deviation over the seeds',
+        "second: differences with 95 % intervals by Student's t",
+        'third: peak learning rate (trained networks), C (linear classifier) or neighbours; * marks the smallest or '
+        'largest value tried',
+        f'processor {", ".join(processors)}',
+        f'revision {", ".join(revisions)}',
     ]
     return '\n'.join([*lines, '', f'{"; ".join(facts)}.'])
 

@@ -13,6 +13,7 @@ from tools import few_images
 from tools.few_images import HELD_OUT, TUNING_SEED, Experiment, FewImagesError, compare, tables
 from tools.make_digits import make_digits
 from tools.study.plan import StudyError
+from tools.study.runs import StudyRuns
 
 
 @pytest.fixture(scope='module')
@@ -64,23 +65,34 @@ def test_too_few_images_or_classes_are_refused(digits, tmp_path):
         Experiment(tmp_path, tmp_path / 'out', epochs=1, jobs=1)
 
 
+def test_a_stopped_experiment_starts_no_run(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(StudyRuns, 'train', lambda *args: pytest.fail('a run was started'))
+    experiment = Experiment(digits, tmp_path, epochs=1, jobs=1)
+    experiment.stop()
+    assert experiment.pretrain() is None
+
+
 def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
+    where = {'processor': 'AMD', 'revision': 'abc (modified)'}
     accuracies = {'linear': (60, 62, 64), 'finetune': (64, 67, 70)}
     trials = [
-        {'way': way, 'count': 20, 'seed': seed, 'setting': None, 'top1': top1}
-        for way, values in accuracies.items()
+        {'method': method, 'count': 20, 'seed': seed, 'setting': 0.01, 'top1': top1, **where}
+        for method, values in accuracies.items()
         for seed, top1 in enumerate(values)
     ]
-    trials.append({'way': 'linear', 'count': 20, 'seed': TUNING_SEED, 'setting': None, 'top1': 0})
+    for setting in (0.1, 0.01):
+        tuning = {'method': 'linear', 'count': 20, 'seed': TUNING_SEED, 'setting': setting, 'top1': 0}
+        trials.append({**tuning, 'processor': 'Intel', 'revision': 'def'})
     data = {'train': {'images': 1437}, 'val': {'images': 360}}
     path = tmp_path / 'few_images.json'
-    content = {'data': data, 'processor': 'AMD', 'revision': 'abc (modified)', 'trials': trials}
+    content = {'data': data, 'pretraining_epochs': 40, 'trials': trials}
     path.write_text(json.dumps(content))
     lines = run_here('-m', 'tools.few_images', '--results', path).stdout.splitlines()
     assert lines[2] == '| 20 |  | 67.0 ± 3.0 | 62.0 ± 2.0 |  |'
     assert lines[6] == '| 20 |  | +5.0 (+2.5 to +7.5) |  |'  # of 4, 5 and 6 points
-    assert lines[-1].startswith('Dataset of 1,437 and 360 images; ')
-    assert lines[-1].endswith('; revision abc (modified).')
+    assert lines[10] == '| 20 |  | 0.01 | 0.01 * |  |'
+    assert lines[-1].startswith('1,437 training and 360 validation images, ')
+    assert lines[-1].endswith('; processor AMD, Intel; revision abc (modified), def.')
     path.write_text('[1]')
     line = error_line('-m', 'tools.few_images', '--results', path)
     assert line.endswith('holds no results of tools.few_images')
@@ -91,25 +103,31 @@ def test_the_experiment_in_small(digits, tmp_path, monkeypatch, capsys):
     for name, value in {'PRETRAINING': TINY, 'FINETUNING': TINY, 'EPOCHS': 1, 'UPDATES': 2, 'SEEDS': (0, 1)}.items():
         monkeypatch.setattr(few_images, name, value)
     digits = shutil.copytree(digits, tmp_path / 'digits')
-    settings = {'scratch': (1e-3,), 'finetune': (1e-3, 1e-2), 'linear': (None,), 'knn': (1, 3, 5)}
+    settings = {'scratch': (1e-3,), 'finetune': (1e-3, 1e-2), 'linear': (0.1, 1), 'knn': (1, 3, 5)}
     monkeypatch.setattr(few_images, 'SETTINGS', settings)
     output = tmp_path / 'out'
     results = compare(Experiment(digits, output, epochs=1, jobs=2), [4])
     stored = json.loads((output / 'few_images.json').read_text())
     assert stored == results
     trials = stored['trials']
-    assert len(trials) == 6 + 4 * 2  # every setting that 4 images allow, and the best one of each way with two seeds
-    tuned = {x['setting']: x['top1'] for x in trials if (x['way'], x['seed']) == ('finetune', TUNING_SEED)}
-    (setting,) = {x['setting'] for x in trials if x['way'] == 'finetune' and x['seed'] != TUNING_SEED}
+    assert len(trials) == 7 + 4 * 2  # every setting that 4 images allow, and the best one of each method with two seeds
+    tuned = {x['setting']: x['top1'] for x in trials if (x['method'], x['seed']) == ('finetune', TUNING_SEED)}
+    (setting,) = {x['setting'] for x in trials if x['method'] == 'finetune' and x['seed'] != TUNING_SEED}
     assert tuned[setting] == max(tuned.values())
-    for way, rate, kind in (('scratch', '0_001', SCRATCH), ('finetune', '0_01', PRETRAINED)):
-        checkpoint = load_checkpoint(output / f'{way}_4_lr_{rate}/seed{TUNING_SEED}/ckpt_epoch_1.pth')
+    for method, rate, kind in (('scratch', '0_001', SCRATCH), ('finetune', '0_01', PRETRAINED)):
+        checkpoint = load_checkpoint(output / f'{method}_4_lr_{rate}/seed{TUNING_SEED}/ckpt_epoch_1.pth')
         assert checkpoint['origin']['kind'] == kind
     assert '| 4 |' in tables(results)
 
+    other_count = {**trials[0], 'count': 2}
+    (output / 'few_images.json').write_text(json.dumps({**stored, 'trials': [other_count, *trials]}))
+    finished = {path: path.stat().st_mtime_ns for path in output.glob('*/seed*/*')}
+    again = compare(Experiment(digits, output, epochs=1, jobs=1), [4])
+    assert sorted(map(str, again['trials'])) == sorted(map(str, [other_count, *trials]))
+    assert {path: path.stat().st_mtime_ns for path in output.glob('*/seed*/*')} == finished
+    with pytest.raises(FewImagesError, match='on other data or with other --epochs: write another --output'):
+        compare(Experiment(digits, output, epochs=2, jobs=1), [4])
     (output / 'few_images.json').unlink()
-    again = compare(Experiment(digits, output, epochs=1, jobs=1), [4])  # of the finished runs
-    assert sorted(map(str, again['trials'])) == sorted(map(str, trials))
     with pytest.raises(StudyError, match='holds a run with other settings'):
         compare(Experiment(digits, output, epochs=2, jobs=1), [4])
     (digits / 'val/0').joinpath('another.png').symlink_to(next((digits / 'val/0').glob('*.png')))
