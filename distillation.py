@@ -89,6 +89,8 @@ class Teacher:
                 f'the teacher {name} takes images of {channels} channel(s), and MODEL.MSG.IN_CHANS is '
                 f'{run.config.MODEL.MSG.IN_CHANS}: give another DISTILL.TEACHER'
             )
+        if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+            raise TeacherError(f'the teacher {name} has the classes {shortened(classes)}: write a list of names')
         device = run.process.device
         self.name, self.size, self.classes = name, tuple(size), classes
         self.identity = {'name': name, 'sha256': hash_weights(network.state_dict(), hashlib.sha256())}

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from yacs.config import CfgNode
+
 from engine.checkpoint import CheckpointError
 from engine.distributed import gather_on_main_process, on_main_process
 from engine.run import Run
@@ -116,6 +118,20 @@ def origin_of_file(kind: str, path: str) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     return {'kind': kind, 'path': str(Path(path).resolve()), 'sha256': _sha256(path)}
+
+
+def pretrained_options(model: CfgNode) -> dict[str, str]:
+    """What the origin of a run with --pretrained records of a config's node MODEL, in addition to the file."""
+    return {name: model[f'PRETRAINED_{name.upper()}'] for name in ('weights', 'head', 'missing')}
+
+
+def changed_options(model: CfgNode, recorded: Origin) -> list[str]:
+    """Describe how a config's `pretrained_options` differ from those of a recorded origin."""
+    return [
+        f'MODEL.PRETRAINED_{name.upper()} was {recorded[name]} and is {value}'
+        for name, value in pretrained_options(model).items()
+        if recorded.get(name, value) != value
+    ]
 
 
 def recorded_origin(checkpoint: Mapping[str, Any]) -> Origin | None:

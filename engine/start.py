@@ -19,6 +19,7 @@ from engine.experiment import (
     SCRATCH,
     ExperimentError,
     Origin,
+    changed_options,
     changed_splits,
     changed_teacher,
     compare_classes,
@@ -27,6 +28,7 @@ from engine.experiment import (
     is_same_origin,
     origin_name,
     origin_of_file,
+    pretrained_options,
     recorded_origin,
     recorded_teacher,
     warn_of_other_classes,
@@ -46,9 +48,6 @@ from extensions import as_flags, missing_modules
 
 # Kinds of `Start` in addition to SCRATCH, PRETRAINED and RESUME: continue the run in the folder, or evaluate weights.
 CONTINUE, EVALUATE = 'continue', 'evaluate'
-
-# Keys MODEL.PRETRAINED_<option> that a run's origin records
-_PRETRAINED_OPTIONS = ('weights', 'head', 'missing')
 
 # Keys that change the network's input or the meaning of its logits: an evaluation with another value is an error
 _INPUT_KEYS = ('DATA.EXIF', 'DATA.MULTI_LABEL')
@@ -179,7 +178,7 @@ def find_start(run: Run, tree: ConfigTree) -> Start:
     if kind == RESUME:
         return Start(kind, origin | {'origin': recorded_origin(checkpoint)}, path, checkpoint)
     _warn_of_other_network(run, path, checkpoint, tree)
-    origin |= {name: model[f'PRETRAINED_{name.upper()}'] for name in _PRETRAINED_OPTIONS}
+    origin |= pretrained_options(model)
     weights, name = choose_weights(checkpoint, path, model.PRETRAINED_WEIGHTS)
     run.logger.info(f'{path}: {name}')
     checkpoint = {key: value for key, value in checkpoint.items() if key != 'model_ema'} | {'model': weights}
@@ -272,12 +271,7 @@ def _changed_origin(run: Run, checkpoint: Mapping[str, Any]) -> list[str]:
         run.logger.warning(
             f'{path} has changed since the run started from it: to start from it again, write another --tag'
         )
-    options = {name: model[f'PRETRAINED_{name.upper()}'] for name in _PRETRAINED_OPTIONS}
-    return [
-        f'MODEL.PRETRAINED_{name.upper()} was {recorded[name]} and is {value}'
-        for name, value in options.items()
-        if recorded.get(name, value) != value
-    ]
+    return changed_options(model, recorded)
 
 
 def _continued_origin(run: Run, checkpoint: Mapping[str, Any]) -> Origin | None:

@@ -178,6 +178,7 @@ def test_mistakes_in_one_line(build, tiny_config, tmp_path):
         ({'network': nn.Conv2d(1, 1, 1)}, r'does not take images of \(1, 3, 28, 28\): Given groups=1'),
         ({'network': Channels(input_size=28)}, r'the input_size 28: write \(channels, height, width\)'),
         ({'network': Channels(classes=['one'])}, 'names of 1 classes, and 3 logits'),
+        ({'network': Channels(classes=3)}, 'mine has the classes 3: write a list of names'),
     ):
         with pytest.raises((TeacherError, CheckpointError), match=message) as error:
             build(**options)

@@ -38,9 +38,8 @@ from data.samples import Samples
 from engine.experiment import describe_samples
 from engine.predictor import load_predictor, network_args
 from main import TASK
-from text_files import read_json
 from tools.features import Features, build_extractor, features_of_split, knn_accuracy, linear_accuracy
-from tools.output_files import prepare_output, write_records
+from tools.output_files import prepare_output, read_records, write_records
 from tools.study.plan import Study, Variant
 from tools.study.runs import ROOT, StudyRuns, finished_run, stoppable
 from tools.study.statistics import Difference, mean_and_deviation, metric_curve, paired_difference
@@ -242,7 +241,7 @@ class Experiment:
         """Train a network from where its run stands; its result, or None if all runs were stopped.
 
         Raises:
-            UserError: it failed, or its folder holds a run with other settings or data.
+            UserError: it failed, or its folder holds another run.
         """
         study = Study(
             name='few_images',
@@ -254,10 +253,8 @@ class Experiment:
             further_references=[],
             task=TASK,
         )
-        done = finished_run(study, self.output, name, seed)
+        done = finished_run(study, self.output, name, seed, data=describe_splits(open_splits(data)))
         if done is not None:
-            if done['data'] != describe_splits(open_splits(data)):
-                raise FewImagesError(f'{self.output} has runs on other data: write another --output')
             return done
         runs = StudyRuns(study, data, self.output, [], self.jobs)
         with self.lock:
@@ -391,12 +388,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         FewImagesError: the file is not a few_images.json.
     """
-    results = read_json(path, str(path), FewImagesError, 'give the few_images.json of this tool')
-    try:
-        tables(results)
-    except (KeyError, TypeError) as error:
-        raise FewImagesError(f'{path} holds no results of tools.few_images') from error
-    return results
+    return read_records(path, tables, 'few_images.json', FewImagesError)
 
 
 def tables(results: dict[str, Any]) -> str:

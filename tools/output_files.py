@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import matplotlib
 from matplotlib.figure import Figure
 
-from utils import OutputError, atomic_write
+from text_files import read_json
+from utils import OutputError, UserError, atomic_write
 
 
 def prepare_output(path: Path) -> None:
@@ -86,6 +87,30 @@ def write_records(path: Path, content: Mapping[str, Any], key: str) -> None:
     """
     head = json.dumps({name: value for name, value in content.items() if name != key}, indent=1).removesuffix('\n}')
     write_text(path, [head, f',\n "{key}": [\n  ', ',\n  '.join(map(json.dumps, content[key])), '\n ]\n}\n'])
+
+
+def read_records(
+    path: Path, report: Callable[[dict[str, Any]], Any], name: str, error_class: type[UserError]
+) -> dict[str, Any]:
+    """Read a JSON file of results that a tool has written.
+
+    Args:
+        path: the file.
+        report: what makes a report of the results; they are refused if it fails.
+        name: the usual name of the file, for error messages.
+        error_class: class of the errors that are raised.
+
+    Raises:
+        error_class: the file cannot be read, or there is no report of what it holds.
+    """
+    results = read_json(path, str(path), error_class, f'give a {name}')
+    try:
+        report(results)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise error_class(f'{path} holds no results: give a {name}') from error
+    return results
 
 
 def stream_text(path: Path, parts: Iterable[str], end: str = '') -> None:

@@ -31,11 +31,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from text_files import read_json
-from tools.output_files import prepare_output, write_records
+from tools.output_files import prepare_output, read_records, write_records
 from tools.rehearsal.launch import Launch
 from tools.study.plan import Study, read_study
-from tools.study.runs import ROOT, finished_run, stoppable
+from tools.study.runs import ROOT, describe_data, finished_run, stoppable
 from tools.study.statistics import mean_and_deviation, metric_curve
 from utils import UserError, exit_on_user_error, home_path, non_negative_int
 
@@ -148,19 +147,27 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         SpeedrunError: it is none.
     """
-    results = read_json(path, str(path), SpeedrunError, 'give the speedrun.json of a speedrun')
-    try:
-        table(results)
-    except (KeyError, TypeError, ValueError) as error:
-        raise SpeedrunError(f'{path} holds no results of a speedrun') from error
-    return results
+    return read_records(path, table, 'speedrun.json', SpeedrunError)
 
 
 def run_all(study: Study, networks: Sequence[str], seeds: Sequence[int], data_path: Path, output: Path) -> None:
-    """Train what `speedrun.json` does not have yet, seed by seed, and add each run to it."""
+    """Train what `speedrun.json` does not have yet, seed by seed, and add each run to it.
+
+    Raises:
+        SpeedrunError: a run failed, or `speedrun.json` has a run with another recipe or on other data.
+    """
     path = output / 'speedrun.json'
     prepare_output(path)
     results = read_results(path) if path.exists() else {'runs': []}
+    data_opts = ['DATA.DATA_PATH', str(data_path.resolve())]
+    configs = [study.config(network, seeds[0], data_opts) for network in networks]  # all are checked
+    data = describe_data(study.task, configs[0])
+    for run in results['runs']:
+        network, seed = run['variant'], run['seed']
+        if network in networks:
+            changed = study.task.tree.changed_keys(study.config(network, seed), run['config'])
+            if changed or run['data'] != data:
+                raise SpeedrunError(f'{path} has {network} with another recipe or other data: write another --output')
     results['labels'] = {name: variant.label for name, variant in study.variants.items()}
     for seed in seeds:
         for network in networks:
@@ -182,7 +189,7 @@ def main() -> None:
             return
         study = read_study(args.study)
         seeds = args.seeds or study.seeds
-        with stoppable():
+        with stoppable('run the same command again: finished runs are kept'):
             run_all(study, study.select_variants(args.networks), seeds, args.data_path, args.output)
 
 

@@ -46,6 +46,9 @@ def compute_scores(predictor: Predictor, paths: Sequence[Path], workers: int) ->
 
     Returns:
         Each score of the images that can be read, by name, and the number of images that cannot be read.
+
+    Raises:
+        CheckpointError: the outputs of the network are not finite.
     """
     images = evaluation_loader(predictor.config, paths, workers=workers)
     preprocess = Preprocess(predictor.config, predictor.device)
@@ -55,6 +58,8 @@ def compute_scores(predictor: Predictor, paths: Sequence[Path], workers: int) ->
             batches.append(predictor.model(preprocess.prepare(batch.images)).float().cpu())
         unreadable += len(batch.errors)
     logits = torch.cat(batches)
+    if not logits.isfinite().all():
+        raise CheckpointError('the outputs of the network are not finite: its weights are broken, give others')
     return {name: score(logits).numpy() for name, score in SCORES.items()}, unreadable
 
 
@@ -64,10 +69,14 @@ def split_halves(scores: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndar
     Raises:
         DataError: there are fewer than four.
     """
-    if len(scores) < 4:
-        raise DataError(f'{len(scores)} readable images are too few for two halves: give at least 4 of each kind')
+    _check_number(len(scores), 'readable images')
     order = np.random.default_rng(seed).permutation(len(scores))
     return scores[order[: len(scores) // 2]], scores[order[len(scores) // 2 :]]
+
+
+def _check_number(count: int, kind: str) -> None:
+    if count < 4:
+        raise DataError(f'{count} {kind} are too few for two halves: give at least 4 of each kind')
 
 
 def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
@@ -179,6 +188,8 @@ def run(args: argparse.Namespace) -> tuple[int, int]:
     others = without_known_classes(unknown, predictor.class_names)
     if len(others) < len(unknown):
         print(f'{len(unknown) - len(others)} of the unknown images left out: a known class', file=sys.stderr)
+    for kind, paths in (('known', known), ('unknown', others)):
+        _check_number(len(paths), f'{kind} images')
     if args.output:
         refuse_overwriting([args.output], args.resume, [*known, *unknown])
     known_scores, unreadable = compute_scores(predictor, known, args.workers)

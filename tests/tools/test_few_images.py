@@ -95,7 +95,7 @@ def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
     assert lines[-1].endswith('; processor AMD, Intel; revision abc (modified), def.')
     path.write_text('[1]')
     line = error_line('-m', 'tools.few_images', '--results', path)
-    assert line.endswith('holds no results of tools.few_images')
+    assert line.endswith('holds no results: give a few_images.json')
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_the_experiment_in_small(digits, tmp_path, monkeypatch, capsys):
     with pytest.raises(FewImagesError, match='on other data or with other --epochs: write another --output'):
         compare(Experiment(digits, output, epochs=2, jobs=1), [4])
     (output / 'few_images.json').unlink()
-    with pytest.raises(StudyError, match='holds a run with other settings'):
+    with pytest.raises(StudyError, match='holds another run'):
         compare(Experiment(digits, output, epochs=2, jobs=1), [4])
     (digits / 'val/0').joinpath('another.png').symlink_to(next((digits / 'val/0').glob('*.png')))
-    with pytest.raises(FewImagesError, match='has runs on other data: write another --output'):
+    with pytest.raises(StudyError, match=r'pretrained/seed0 holds another run \(val has'):
         compare(Experiment(digits, output, epochs=1, jobs=1), [4])

@@ -40,7 +40,7 @@ def test_table_has_accuracy_and_minutes_of_all_seeds(tmp_path):
 def test_results_of_something_else_are_one_line(tmp_path):
     path = tmp_path / 'other.json'
     path.write_text('{"runs": [3]}')
-    assert error_line('-m', 'tools.speedrun', '--results', path).endswith('holds no results of a speedrun')
+    assert error_line('-m', 'tools.speedrun', '--results', path).endswith('holds no results: give a speedrun.json')
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_runs_are_timed_and_not_repeated(tmp_path):
     options = {'TRAIN.EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0}
     variants = {
         'msg': {'label': 'MSG', 'options': options},
-        'wrong': {'label': 'wrong', 'options': options | {'DATA.DATASET': 'coco'}},
+        'wrong': {'label': 'wrong', 'options': options | {'MODEL.PRETRAINED': str(tmp_path / 'none.pth')}},
     }
     study = tmp_path / 'two.yaml'
     study.write_text(yaml.safe_dump({'config': str(TINY), 'reference': 'msg', 'seeds': [0, 1], 'variants': variants}))
@@ -65,4 +65,6 @@ def test_runs_are_timed_and_not_repeated(tmp_path):
     again = speedrun(*flags, 'msg')
     assert ', seed 1:' not in again.stdout
     assert error_line('-m', 'tools.speedrun', *flags, 'wrong').startswith('error: wrong, seed 1 failed: ')
+    study.write_text(study.read_text().replace('TRAIN.EPOCHS: 1', 'TRAIN.EPOCHS: 2'))
+    assert 'has msg with another recipe or other data' in error_line('-m', 'tools.speedrun', *flags, 'msg')
     assert again.stdout.strip() == done.stdout.partition('\n\n')[2].strip()

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from engine.checkpoint import load_checkpoint, peek_checkpoint, save_checkpoint
+from engine.experiment import PRETRAINED, origin_of_file
 from tests.helpers.documents import code_blocks
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import environment, run_here
@@ -153,7 +155,7 @@ def test_other_settings_in_the_same_folder_are_refused(small):
     code, _, errors = study(*flags, 'TRAIN.BASE_LR', '0.2')
     assert code == 1
     assert re.fullmatch(
-        r'error: .*msg/seed0 holds a run with other settings \(TRAIN.BASE_LR has changed from 0.1 to 0.2\): '
+        r'error: .*msg/seed0 holds another run \(TRAIN.BASE_LR has changed from 0.1 to 0.2\): '
         r'write another --output\n',
         errors,
     )
@@ -178,6 +180,44 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_saved(small, tmp_path):
     assert len(finished_run(project, tmp_path, 'msg', 1, opts_early)['epochs']) == 1
     with pytest.raises(StudyError, match='TRAIN.EPOCHS has changed from 1 to 2'):
         finished_run(project, tmp_path, 'msg', 0, [*opts, 'TRAIN.EPOCHS', '2'])
+
+
+def test_finished_runs_with_another_start_or_teacher_or_on_other_data_are_refused(small, tmp_path):
+    output, flags, _ = small
+    project, opts, run = read_study(flags[1]), SHORT[1:], output / 'msg/seed0/ckpt_epoch_0.pth'
+
+    def finished(folder, *more, data=None):
+        return finished_run(project, folder, 'msg', 0, [*opts, *map(str, more)], data)
+
+    data = peek_checkpoint(run)['data']
+    assert finished(output, data=data)['epochs']
+    with pytest.raises(StudyError, match=r'msg/seed0 holds another run \(train has 7 images, not 40\)'):
+        finished(output, data={**data, 'train': {**data['train'], 'images': 7}})
+    with pytest.raises(StudyError, match='it started from scratch, not from .*ckpt_epoch_0'):
+        finished(output, 'MODEL.PRETRAINED', run)
+    with pytest.raises(StudyError, match='its teacher was none'):
+        finished(output, 'DISTILL.TEACHER', 'timm:resnet18')
+
+    shutil.copytree(output / 'msg', tmp_path / 'msg')
+    weights, other = tmp_path / 'weights.pth', tmp_path / 'other.pth'
+    shutil.copy(run, weights)
+    shutil.copy(output / 'bare/seed0/ckpt_epoch_0.pth', other)
+    start = {**origin_of_file(PRETRAINED, str(weights)), 'weights': 'auto', 'teacher': {'name': 'mine', 'sha256': ''}}
+    copy = tmp_path / 'msg/seed0/ckpt_epoch_0.pth'
+    save_checkpoint(copy, {**load_checkpoint(copy), 'origin': start})
+    same = ('MODEL.PRETRAINED', weights, 'DISTILL.TEACHER', 'mine')
+    assert finished(tmp_path, *same)['epochs']
+    for more, message in (
+        (('MODEL.PRETRAINED', ''), 'it started from --pretrained .*weights.pth'),
+        (('MODEL.PRETRAINED', other), 'it started from --pretrained .*weights.pth, not from .*other.pth'),
+        (('MODEL.PRETRAINED_WEIGHTS', 'ema'), 'MODEL.PRETRAINED_WEIGHTS was auto and is ema'),
+        (('DISTILL.TEACHER', ''), 'its teacher was mine'),
+    ):
+        with pytest.raises(StudyError, match=message):
+            finished(tmp_path, *same, *more)
+    shutil.copy(other, weights)
+    with pytest.raises(StudyError, match='weights.pth has changed since'):
+        finished(tmp_path, *same)
 
 
 @pytest.mark.slow
@@ -208,7 +248,7 @@ def test_a_run_that_fails_says_why_in_a_line(tmp_path, digits):
     flags = ['--study', write_study(tmp_path), '--output', tmp_path, *SHORT]
     code, _, errors = study(*flags, '--data-path', tmp_path / 'nowhere')
     assert code == 1
-    assert re.fullmatch(r'error: msg, seed 0 failed: data folder .*nowhere.*\n', errors)
+    assert re.fullmatch(r'error: data folder .*nowhere.*\n', errors)
     code, _, errors = study(*flags, 'MODEL.MSG.EMBED_DIM', '7', '--data-path', digits)
     assert code == 1
     assert 'error: MODEL.MSG: ' in errors
@@ -310,7 +350,7 @@ def test_tables_have_both_intervals_and_the_comparisons():
     accuracies = {'a': (70.0, 71.0, 72.5), 'b': (73.0, 75.0, 74.5), 'c': (71.0, 71.5, 74.0)}
     results = results_of({name: {i: {'acc1': x} for i, x in enumerate(values)} for name, values in accuracies.items()})
     about = {'train_seconds': 3600.0, 'data': {'train': {'images': 1200}, 'val': {'images': 300}}}
-    environment = {'processor': 'P', 'device': 'D', 'torch': '2', 'revision': '0123456789'}
+    environment = {'processor': 'P', 'device': 'D', 'torch': '2', 'revision': '0123456789 (modified)'}
     runs = [run | about | {'environment': environment} for run in results['runs']]
     results |= {'runs': runs, 'comparisons': [['b', 'c'], ['c', 'missing']], 'further_references': ['c']}
     lines = table(results).splitlines()
@@ -408,6 +448,10 @@ def test_a_study_takes_from_its_base_what_it_does_not_have(tmp_path):
     assert own.variants['msg'].label == 'other'
     assert own.config('bare', 7).TRAIN.EPOCHS == 4
     assert own.config('bare', 7, ['TRAIN.EPOCHS', '5']).TRAIN.EPOCHS == 5
+    (tmp_path / 'inner').mkdir()
+    write_study(tmp_path / 'inner', config='../tiny.yaml')
+    (tmp_path / 'own.yaml').write_text('base: inner/two.yaml\n')
+    assert read_study(tmp_path / 'own.yaml').cfg_file.resolve() == tmp_path / 'tiny.yaml'
     (tmp_path / 'own.yaml').write_text('base: own.yaml\n')
     with pytest.raises(StudyError, match='own.yaml is its own base'):
         read_study(tmp_path / 'own.yaml')
@@ -449,7 +493,8 @@ def test_the_study_file_of_the_documents_can_run(tmp_path):
 def test_a_file_without_results_is_refused(tmp_path):
     path = tmp_path / 'study.json'
     for content, message in (
-        ('{}', 'no results of a study'),
+        ('{}', 'no results: give a study.json'),
+        ('[]', 'no results: give a study.json'),
         ('{"runs": []}', 'no finished run'),
         ('{', 'is not JSON'),
     ):
@@ -463,5 +508,3 @@ def test_a_file_without_results_is_refused(tmp_path):
 def test_a_variant_without_common_seeds_has_no_difference():
     results = results_of({'a': {0: {'acc1': 10.0}}, 'c': {1: {'acc1': 20.0}}})
     assert [summary.difference for summary in summarise(results)] == [None, None]
-    with pytest.raises(KeyError):
-        table(results)  # such results have no data

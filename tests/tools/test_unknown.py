@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import TREE
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config_tree import ConfigError
 from engine.predictor import Predictor
 from models import build_model
@@ -96,13 +96,15 @@ def test_the_threshold_is_stored_with_the_weights_and_flags_images(call, image_t
     noise(40, 30).save(others / 'class_0_9.png')
     noise(40, 30).save(others / 'class_1' / '1.png')
     arguments = ('--known', image_tree / 'val', '--unknown', others, '--workers', 0, '--keep', 50)
-    code, _, err = call(unknown_threshold.main, *arguments, '--output', tmp_path / 't.safetensors')
+    code, printed, err = call(unknown_threshold.main, *arguments, '--output', tmp_path / 't.safetensors')
     assert code == 0
     assert '2 of the unknown images left out: a known class' in err
     before, after = load_checkpoint(tmp_path / 'w.pth'), load_checkpoint(tmp_path / 't.safetensors')
     assert all(torch.equal(before['model'][name], after['model'][name]) for name in before['model'])
     assert after['classes'] == NAMES
-    assert after['config']['TEST']['UNKNOWN_SCORE'] in SCORES
+    stored = after['config']['TEST']
+    assert stored['UNKNOWN_SCORE'] in SCORES
+    assert f'_SCORE {stored["UNKNOWN_SCORE"]} TEST.UNKNOWN_THRESHOLD {stored["UNKNOWN_THRESHOLD"]:g}\n' in printed
 
     flags = [image_tree / 'val', '--workers', 0, '--opts', 'DEVICE', 'cpu']
     code, out, err = call(predict.main, *flags, '--csv', tmp_path / 'a.csv', resume='t.safetensors')
@@ -121,13 +123,25 @@ def test_the_threshold_is_stored_with_the_weights_and_flags_images(call, image_t
     assert UNKNOWN not in off[1] + off[2]
 
 
+def test_a_network_whose_outputs_are_not_finite_has_no_threshold(call, image_tree, tmp_path):
+    checkpoint = load_checkpoint(tmp_path / 'w.pth')
+    checkpoint['model']['head.weight'].fill_(float('inf'))
+    save_checkpoint(tmp_path / 'inf.pth', checkpoint)
+    paths = [tmp_path / f'{number}.png' for number in range(4)]
+    for path in paths:
+        noise(40, 30).save(path)
+    images = ('--known', image_tree / 'val', '--unknown', *paths, '--workers', 0)
+    code, _, err = call(unknown_threshold.main, *images, resume='inf.pth')
+    assert 'not finite' in f'{code} {err}'
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (['--keep', '100'], 'is no percentage'),
         (['--output', 'a.pth'], 'ends with .safetensors'),
         (['--output', 'a.safetensors', '--opts', 'DATA.IMG_SIZE', '56'], 'leave out --cfg and --opts'),
-        (['--unknown', 'few'], '3 readable images are too few'),
+        (['--unknown', 'few'], '3 unknown images are too few'),
     ],
 )
 def test_mistakes_are_told_in_a_line(call, image_tree, tmp_path, monkeypatch, arguments, message):

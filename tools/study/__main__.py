@@ -16,20 +16,20 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from engine.config_tree import add_options
-from text_files import read_json
-from tools.output_files import prepare_figure, prepare_output, save_figure
+from tools.output_files import prepare_figure, prepare_output, read_records, save_figure
 from tools.study.chart import MAX_WIDTH, MIN_WIDTH, TWO_COLUMNS, chart
 from tools.study.plan import Study, StudyError, read_study
 from tools.study.report import DPI, table, write_results
-from tools.study.runs import StudyRuns, collect, finished_run, stoppable
+from tools.study.runs import StudyRuns, collect, describe_data, finished_run, stoppable
 from tools.study.statistics import metric_curve
-from utils import UserError, exit_on_user_error, home_path, non_negative_int, positive_int
+from utils import exit_on_user_error, home_path, non_negative_int, positive_int
 
 DEFAULT_STUDY = Path('configs/studies/msg_tokens.yaml')
 EPILOG = """examples:
@@ -107,16 +107,27 @@ def chart_width(text: str) -> float:
     raise argparse.ArgumentTypeError(f'{text} is not a width from {MIN_WIDTH:g} to {MAX_WIDTH:g} inches')
 
 
-def train(study: Study, runs: StudyRuns, variants: list[str], seeds: list[int], jobs: int) -> None:
+def train(
+    study: Study, runs: StudyRuns, variants: list[str], seeds: list[int], jobs: int, data: Mapping[str, Any]
+) -> None:
     """Train what is not trained yet, seed by seed, and report after each run.
 
+    Args:
+        study: the study.
+        runs: what trains its runs.
+        variants: to train.
+        seeds: to train.
+        jobs: runs at a time.
+        data: of the runs, from `describe_data`.
+
     Raises:
-        StudyError: a run failed; those that ran with it have been stopped, and go on with the next command.
+        StudyError: a finished run was trained on other data; or a run failed. Those that ran with it have been stopped,
+            and go on with the next command.
     """
     pending = []
     for seed in seeds:
         for variant in variants:
-            done = finished_run(study, runs.output, variant, seed, runs.opts)
+            done = finished_run(study, runs.output, variant, seed, runs.opts, data)
             if done:
                 print(_line(done, study), 'already', flush=True)
             else:
@@ -148,17 +159,18 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         StudyError: it is none, or holds no run.
     """
-    results = read_json(path, str(path), StudyError, 'give the study.json of a study')
-    try:
-        results = {'metric': 'acc1', 'metric_name': 'top-1'} | results  # older ones lack both
+
+    def report(results: dict[str, Any]) -> str:
         if not results['runs']:
             raise StudyError(f'{path} holds no finished run yet')
-        table(results)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise StudyError(f'{path} holds no results of a study') from error
-    return results
+        return table(_with_metric(results))
+
+    return _with_metric(read_records(path, report, 'study.json', StudyError))
+
+
+def _with_metric(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with the metric, which older files lack."""
+    return {'metric': 'acc1', 'metric_name': 'top-1', **results}
 
 
 def main() -> None:
@@ -175,12 +187,14 @@ def main() -> None:
             return
         study = read_study(args.study)
         variants, seeds = study.select_variants(args.variants), list(dict.fromkeys(args.seeds or study.seeds))
-        for variant in variants:
-            study.config(variant, seeds[0], args.opts)  # all can work, before any is trained
+        opts = ['DATA.DATA_PATH', str(args.data_path.resolve())]
+        configs = [study.config(variant, seeds[0], [*args.opts, *opts]) for variant in variants]  # all are checked
+        data = describe_data(study.task, configs[0])
         output = args.output or Path('output/studies') / study.name
         prepare_output(output / 'study.json')
         with stoppable():
-            train(study, StudyRuns(study, args.data_path, output, args.opts, args.jobs), variants, seeds, args.jobs)
+            runs = StudyRuns(study, args.data_path, output, args.opts, args.jobs)
+            train(study, runs, variants, seeds, args.jobs, data)
         print('\n' + (output / 'study.md').read_text(encoding='utf-8'))
 
 

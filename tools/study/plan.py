@@ -133,10 +133,9 @@ def read_study(path: Path) -> Study:
     task = content.get('task', 'classification')
     if not isinstance(task, str) or task not in TASKS:
         raise StudyError(f'study {path}: task is {shortened(task)}: write {" or ".join(TASKS)}')
-    cfg_file = path.parent / os.path.expanduser(str(content['config']))
     return Study(
         name=path.stem,
-        cfg_file=cfg_file,
+        cfg_file=content['config'],
         reference=reference,
         seeds=[int(seed) for seed in seeds],
         variants=variants,
@@ -164,8 +163,11 @@ def _read(path: Path, *readers: Path) -> dict[str, Any]:
     content = read_yaml(path, f'study {path}', StudyError, as_text=True)
     if not isinstance(content, Mapping) or not isinstance(content.get('variants', {}), Mapping):
         raise StudyError(f'study {path}: write the keys {", ".join(sorted(KEYS))}, as in configs/studies/')
+    content = dict(content)
+    if 'config' in content:  # relative to the file that names it
+        content['config'] = path.parent / os.path.expanduser(str(content['config']))
     if 'base' not in content:
-        return dict(content)
+        return content
     base = _read(path.parent / os.path.expanduser(str(content['base'])), *readers, path)
     variants = base.get('variants', {}) | content.get('variants', {})
     return base | {key: value for key, value in content.items() if key != 'base'} | {'variants': variants}

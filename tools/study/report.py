@@ -1,5 +1,6 @@
 """Results of a study: Markdown tables and files."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str, has_dunnett: bool = 
     if has_dunnett:
         facts.append("Dunnett's test: [simultaneous 95 % intervals for all differences to a reference]")
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
-        values = {run['environment'][key][: 7 if key == 'revision' else None] for run in runs}
+        values = {run['environment'][key] for run in runs}
+        if key == 'revision':
+            values = {re.sub(r'^(\w{7})\w+', r'\1', revision) for revision in values}  # may end with (modified)
         facts.append(f'{name} {", ".join(sorted(values))}')
     return '; '.join(facts) + '.'

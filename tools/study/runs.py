@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,8 +14,21 @@ from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import yaml
+from yacs.config import CfgNode
 
 from engine.checkpoint import peek_checkpoint
+from engine.experiment import (
+    PRETRAINED,
+    SCRATCH,
+    changed_options,
+    changed_splits,
+    describe_samples,
+    has_changed,
+    is_same_origin,
+    origin_name,
+    recorded_origin,
+    recorded_teacher,
+)
 from engine.task import Task
 from tools.plot import read_run
 from tools.study.plan import Study, StudyError
@@ -23,6 +36,9 @@ from tools.summary.complexity import Complexity, count_complexity, count_detecto
 from utils import available_cores
 
 ROOT = Path(__file__).parent.parent.parent
+
+# Multiply-adds are counted in one thread at a time, as PyTorch's counter hooks into all networks
+_COUNTING = threading.Lock()
 
 # Metrics of an epoch that results keep; those of EMA weights where there are any
 _EVALUATED = ('val_loss', 'acc1', 'acc5', 'box_AP', 'box_AP50', 'mask_AP', 'mask_AP50')
@@ -54,7 +70,7 @@ class StudyRuns:
             Its result; None if the study was stopped.
 
         Raises:
-            StudyError: it failed, or its folder holds a run with other settings.
+            StudyError: it failed, or its folder holds another run.
         """
         options = self.study.options(variant, seed, self.opts)
         command = [sys.executable, '-m', self.study.task.program, '--cfg', str(self.study.cfg_file.resolve())]
@@ -89,8 +105,8 @@ class StudyRuns:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Context in which SIGTERM and Ctrl-C end the program with a line that says how to resume."""
+def stoppable(remedy: str = 'run the same command again to resume') -> Iterator[None]:
+    """Context in which SIGTERM and Ctrl-C end the program with a line that says how to go on."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -99,39 +115,63 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit('stopped: run the same command again to resume')
+        sys.exit(f'stopped: {remedy}')
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
+def describe_data(task: Task, config: CfgNode) -> dict[str, Any]:
+    """Number and hash of the names of a dataset's images, by split, as checkpoints record them.
+
+    Raises:
+        DataError: the dataset cannot be used.
+    """
+    train_loader, eval_loader = task.build_loaders(config)
+    datasets = {'train': train_loader.dataset.dataset, 'val': eval_loader.dataset}
+    return {split: describe_samples(dataset.sample_names()) for split, dataset in datasets.items()}
+
+
 def finished_run(
-    study: Study, output: Path, variant: str, seed: int, opts: Sequence[str] = ()
+    study: Study,
+    output: Path,
+    variant: str,
+    seed: int,
+    opts: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The result of a run, as plain data; None if it has not saved its last epoch, of early stopping too.
 
+    Args:
+        study: the study.
+        output: folder of all runs.
+        variant: of the run.
+        seed: of the run.
+        opts: config keys and values of every run.
+        data: what the run must have been trained on, from `describe_data`; None if that does not matter.
+
     Raises:
-        StudyError: its folder holds a run with other settings.
+        StudyError: its folder holds a run with other settings, on other data, or with another start or teacher.
     """
     folder = output / variant / f'seed{seed}'
     if not (folder / 'config.yaml').exists():
         return None
     config = study.config(variant, seed, opts)
-    changed = study.task.tree.changed_keys(config, yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8')))
-    if changed:
-        raise StudyError(
-            f'{folder} holds a run with other settings ({"; ".join(map(str, changed))}): write another --output'
-        )
+    saved = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
+    _refuse_other_run(folder, list(map(str, study.task.tree.changed_keys(config, saved))))
     epochs = read_run(folder, variant).epochs if (folder / 'metrics.jsonl').exists() else []
     is_last = epochs and (epochs[-1].get('early_stop') or epochs[-1]['epoch'] == config.TRAIN.EPOCHS - 1)
     last = folder / f'ckpt_epoch_{epochs[-1]["epoch"]}.pth' if is_last else None
     if last is None or not last.exists():
         return None
     checkpoint = peek_checkpoint(last)
+    changes = _changed_origin(config, checkpoint) + changed_splits(checkpoint['data'], data or {})
+    _refuse_other_run(folder, changes)
     images = checkpoint['data']['train']['images']
     speeds = [record['images_per_s'] for record in epochs if record.get('images_per_s')]
     if not speeds:
         raise StudyError(f'{folder / "metrics.jsonl"} does not have the speed of an epoch: write another --output')
-    complexity = _complexity(study.task, study.cfg_file, tuple(study.options(variant, 0, opts)))
+    with _COUNTING:
+        complexity = _complexity(study.task, study.cfg_file, tuple(study.options(variant, 0, opts)))
     return {
         'variant': variant,
         'seed': seed,
@@ -144,6 +184,28 @@ def finished_run(
         'config': checkpoint['config'],
         'epochs': [{key: _rounded(record[key]) for key in METRICS if key in record} for record in epochs],
     }
+
+
+def _refuse_other_run(folder: Path, changes: Sequence[str]) -> None:
+    if changes:
+        raise StudyError(f'{folder} holds another run ({"; ".join(changes)}): write another --output')
+
+
+def _changed_origin(config: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Describe how the pretrained weights and the teacher of a config differ from those of a finished run."""
+    origin, path = recorded_origin(checkpoint) or {'kind': SCRATCH}, config.MODEL.PRETRAINED
+    if not path:
+        changes = [] if origin['kind'] == SCRATCH else [f'it started from {origin_name(origin)}']
+    elif not is_same_origin(PRETRAINED, path, origin):
+        changes = [f'it started from {origin_name(origin)}, not from {path}']
+    elif has_changed(path, origin):
+        changes = [f'{path} has changed since']
+    else:
+        changes = changed_options(config.MODEL, origin)
+    before, now = recorded_teacher(origin).get('name', ''), config.get('DISTILL', {}).get('TEACHER', '')
+    if before != now:
+        changes.append(f'its teacher was {before or "none"}')
+    return changes
 
 
 def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, Any]:
