@@ -286,7 +286,7 @@ class Experiment:
         classes = len(self.train.classes[1::2])
         batch = min(BATCH, classes * trial.count)
         epochs = max(EPOCHS, -(-UPDATES // (classes * trial.count // batch)))
-        options = {'MODEL.NUM_CLASSES': classes, 'DATA.EXIF': False, **schedule(epochs, trial.setting, batch), **COMMON}
+        options = {'MODEL.NUM_CLASSES': classes, **schedule(epochs, trial.setting, batch), **COMMON}
         if trial.method == 'scratch':
             options['TRAIN.LAYER_DECAY'] = 1
         elif (pretrained := pretraining.result()) is not None:
