@@ -109,7 +109,7 @@ def read_records(
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise error_class(f'{path} holds no results: give a {name}') from error
+        raise error_class(f'{path} holds no results that this version reads: give a {name}') from error
     return results
 
 

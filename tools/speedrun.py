@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from engine.experiment import changed_splits
 from tools.output_files import prepare_output, read_records, write_records
 from tools.rehearsal.launch import Launch
 from tools.study.plan import Study, read_study
@@ -154,20 +155,27 @@ def run_all(study: Study, networks: Sequence[str], seeds: Sequence[int], data_pa
     """Train what `speedrun.json` does not have yet, seed by seed, and add each run to it.
 
     Raises:
-        SpeedrunError: a run failed, or `speedrun.json` has a run with another recipe or on other data.
+        SpeedrunError: a run failed, a recipe breaks the rules, or `speedrun.json` has a run with another recipe or
+            on other data.
     """
     path = output / 'speedrun.json'
     prepare_output(path)
     results = read_results(path) if path.exists() else {'runs': []}
     data_opts = ['DATA.DATA_PATH', str(data_path.resolve())]
     configs = [study.config(network, seeds[0], data_opts) for network in networks]  # all are checked
+    for network, config in zip(networks, configs, strict=True):
+        if config.MODEL.PRETRAINED or config.DISTILL.TEACHER:
+            raise SpeedrunError(f'{network} has pretrained weights or a teacher: rule 1 allows neither')
     data = describe_data(study.task, configs[0])
     for run in results['runs']:
         network, seed = run['variant'], run['seed']
         if network in networks:
-            changed = study.task.tree.changed_keys(study.config(network, seed), run['config'])
-            if changed or run['data'] != data:
-                raise SpeedrunError(f'{path} has {network} with another recipe or other data: write another --output')
+            changes = study.task.tree.changed_keys(study.config(network, seed), run.get('config', {}))
+            changes = [*map(str, changes), *changed_splits(run.get('data', {}), data)]
+            if changes:
+                raise SpeedrunError(
+                    f'{path} has another run of {network}, seed {seed} ({"; ".join(changes)}): write another --output'
+                )
     results['labels'] = {name: variant.label for name, variant in study.variants.items()}
     for seed in seeds:
         for network in networks:

@@ -95,7 +95,7 @@ def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
     assert lines[-1].endswith('; processor AMD, Intel; revision abc (modified), def.')
     path.write_text('[1]')
     line = error_line('-m', 'tools.few_images', '--results', path)
-    assert line.endswith('holds no results: give a few_images.json')
+    assert line.endswith('holds no results that this version reads: give a few_images.json')
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ def test_table_has_accuracy_and_minutes_of_all_seeds(tmp_path):
 def test_results_of_something_else_are_one_line(tmp_path):
     path = tmp_path / 'other.json'
     path.write_text('{"runs": [3]}')
-    assert error_line('-m', 'tools.speedrun', '--results', path).endswith('holds no results: give a speedrun.json')
+    assert error_line('-m', 'tools.speedrun', '--results', path).endswith(
+        'holds no results that this version reads: give a speedrun.json'
+    )
 
 
 @pytest.mark.slow
@@ -49,7 +51,8 @@ def test_runs_are_timed_and_not_repeated(tmp_path):
     options = {'TRAIN.EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0}
     variants = {
         'msg': {'label': 'MSG', 'options': options},
-        'wrong': {'label': 'wrong', 'options': options | {'MODEL.PRETRAINED': str(tmp_path / 'none.pth')}},
+        'wrong': {'label': 'wrong', 'options': options | {'MODEL.NUM_CLASSES': 2}},
+        'taught': {'label': 'taught', 'options': options | {'DISTILL.TEACHER': 'timm:resnet18'}},
     }
     study = tmp_path / 'two.yaml'
     study.write_text(yaml.safe_dump({'config': str(TINY), 'reference': 'msg', 'seeds': [0, 1], 'variants': variants}))
@@ -64,7 +67,13 @@ def test_runs_are_timed_and_not_repeated(tmp_path):
     assert re.search(r'^msg, seed 1: [\d.]+ % in ', done.stdout)
     again = speedrun(*flags, 'msg')
     assert ', seed 1:' not in again.stdout
-    assert error_line('-m', 'tools.speedrun', *flags, 'wrong').startswith('error: wrong, seed 1 failed: ')
+    assert error_line('-m', 'tools.speedrun', *flags, 'msg', 'wrong').startswith('error: wrong, seed 1 failed: ')
     study.write_text(study.read_text().replace('TRAIN.EPOCHS: 1', 'TRAIN.EPOCHS: 2'))
-    assert 'has msg with another recipe or other data' in error_line('-m', 'tools.speedrun', *flags, 'msg')
+    line = error_line('-m', 'tools.speedrun', *flags, 'msg')
+    assert 'has another run of msg, seed 1 (TRAIN.EPOCHS has changed from 1 to 2): write another --output' in line
+    write_images(tmp_path / 'more', train=9)
+    study.write_text(study.read_text().replace('TRAIN.EPOCHS: 2', 'TRAIN.EPOCHS: 1'))
+    flags[3] = tmp_path / 'more'
+    assert ', seed 1 (train has ' in error_line('-m', 'tools.speedrun', *flags, 'msg')
+    assert error_line('-m', 'tools.speedrun', *flags, 'taught').endswith('or a teacher: rule 1 allows neither')
     assert again.stdout.strip() == done.stdout.partition('\n\n')[2].strip()

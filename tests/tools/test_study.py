@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,8 +151,13 @@ def test_the_same_command_again_trains_nothing_and_results_print_the_same(small,
         assert path.read_bytes() == (output / f'study{path.suffix}').read_bytes()
 
 
-def test_other_settings_in_the_same_folder_are_refused(small):
+def test_other_settings_or_data_in_the_same_folder_are_refused(small, tmp_path):
     _, flags, _ = small
+    shutil.copytree(flags[3], tmp_path / 'fewer')
+    next((tmp_path / 'fewer/train/0').glob('*.png')).unlink()
+    code, _, errors = study(*flags[:3], tmp_path / 'fewer', *flags[4:])
+    assert code == 1
+    assert re.fullmatch(r'error: .*msg/seed0 holds another run \(train has 39 images, not 40\): .*\n', errors)
     code, _, errors = study(*flags, 'TRAIN.BASE_LR', '0.2')
     assert code == 1
     assert re.fullmatch(
@@ -193,31 +199,43 @@ def test_finished_runs_with_another_start_or_teacher_or_on_other_data_are_refuse
     assert finished(output, data=data)['epochs']
     with pytest.raises(StudyError, match=r'msg/seed0 holds another run \(train has 7 images, not 40\)'):
         finished(output, data={**data, 'train': {**data['train'], 'images': 7}})
-    with pytest.raises(StudyError, match='it started from scratch, not from .*ckpt_epoch_0'):
-        finished(output, 'MODEL.PRETRAINED', run)
-    with pytest.raises(StudyError, match='its teacher was none'):
-        finished(output, 'DISTILL.TEACHER', 'timm:resnet18')
+    for key in ('MODEL.PRETRAINED', 'DISTILL.TEACHER'):
+        with pytest.raises(StudyError, match=f"{key} was '' and is '.*ckpt_epoch_0.pth'"):
+            finished(output, key, run)
 
     shutil.copytree(output / 'msg', tmp_path / 'msg')
     weights, other = tmp_path / 'weights.pth', tmp_path / 'other.pth'
     shutil.copy(run, weights)
     shutil.copy(output / 'bare/seed0/ckpt_epoch_0.pth', other)
-    start = {**origin_of_file(PRETRAINED, str(weights)), 'weights': 'auto', 'teacher': {'name': 'mine', 'sha256': ''}}
-    copy = tmp_path / 'msg/seed0/ckpt_epoch_0.pth'
+    copy, config = tmp_path / 'msg/seed0/ckpt_epoch_0.pth', tmp_path / 'msg/seed0/config.yaml'
+    start = {**origin_of_file(PRETRAINED, str(weights)), 'weights': 'auto'}
     save_checkpoint(copy, {**load_checkpoint(copy), 'origin': start})
-    same = ('MODEL.PRETRAINED', weights, 'DISTILL.TEACHER', 'mine')
+    saved = yaml.safe_load(config.read_text())
+    saved['MODEL']['PRETRAINED'], saved['DISTILL']['TEACHER'] = str(weights), 'teacher.pth'
+    config.write_text(yaml.safe_dump(saved))
+    same = ('MODEL.PRETRAINED', weights, 'DISTILL.TEACHER', Path('teacher.pth').absolute())
     assert finished(tmp_path, *same)['epochs']
-    for more, message in (
-        (('MODEL.PRETRAINED', ''), 'it started from --pretrained .*weights.pth'),
+    saved['DISTILL']['TEACHER'] = 'timm:resnet18'
+    config.write_text(yaml.safe_dump(saved))
+    same = ('MODEL.PRETRAINED', weights, 'DISTILL.TEACHER', 'timm:resnet18')
+    assert finished(tmp_path, *same)['epochs']
+    assert finished(tmp_path, *same, 'MODEL.PRETRAINED', shutil.copy(weights, tmp_path / 'moved.pth'))['epochs']
+    before_training = [
+        (('MODEL.PRETRAINED', ''), "MODEL.PRETRAINED was '.*weights.pth' and is ''"),
+        (('DISTILL.TEACHER', ''), "DISTILL.TEACHER was 'timm:resnet18' and is ''"),
+        (('DISTILL.TEACHER_WEIGHTS', other), "DISTILL.TEACHER_WEIGHTS was '' and is '.*other.pth'"),
+    ]
+    after_training = [
         (('MODEL.PRETRAINED', other), 'it started from --pretrained .*weights.pth, not from .*other.pth'),
         (('MODEL.PRETRAINED_WEIGHTS', 'ema'), 'MODEL.PRETRAINED_WEIGHTS was auto and is ema'),
-        (('DISTILL.TEACHER', ''), 'its teacher was mine'),
-    ):
+    ]
+    for more, message in before_training + after_training:
         with pytest.raises(StudyError, match=message):
             finished(tmp_path, *same, *more)
-    shutil.copy(other, weights)
-    with pytest.raises(StudyError, match='weights.pth has changed since'):
-        finished(tmp_path, *same)
+    copy.unlink()
+    for more, message in before_training:
+        with pytest.raises(StudyError, match=message):
+            finished(tmp_path, *same, *more)
 
 
 @pytest.mark.slow
@@ -249,6 +267,9 @@ def test_a_run_that_fails_says_why_in_a_line(tmp_path, digits):
     code, _, errors = study(*flags, '--data-path', tmp_path / 'nowhere')
     assert code == 1
     assert re.fullmatch(r'error: data folder .*nowhere.*\n', errors)
+    code, _, errors = study(*flags, 'MODEL.PRETRAINED', 'none.pth', '--data-path', digits)
+    assert code == 1
+    assert re.fullmatch(r'error: (msg|bare), seed \d failed: .*none.pth.*\n', errors)
     code, _, errors = study(*flags, 'MODEL.MSG.EMBED_DIM', '7', '--data-path', digits)
     assert code == 1
     assert 'error: MODEL.MSG: ' in errors
@@ -493,8 +514,8 @@ def test_the_study_file_of_the_documents_can_run(tmp_path):
 def test_a_file_without_results_is_refused(tmp_path):
     path = tmp_path / 'study.json'
     for content, message in (
-        ('{}', 'no results: give a study.json'),
-        ('[]', 'no results: give a study.json'),
+        ('{}', 'holds no results that this version reads: give a study.json'),
+        ('[]', 'holds no results that this version reads: give a study.json'),
         ('{"runs": []}', 'no finished run'),
         ('{', 'is not JSON'),
     ):

@@ -17,17 +17,15 @@ import yaml
 from yacs.config import CfgNode
 
 from engine.checkpoint import peek_checkpoint
+from engine.config_tree import leaves
 from engine.experiment import (
     PRETRAINED,
-    SCRATCH,
     changed_options,
     changed_splits,
     describe_samples,
-    has_changed,
     is_same_origin,
     origin_name,
     recorded_origin,
-    recorded_teacher,
 )
 from engine.task import Task
 from tools.plot import read_run
@@ -157,14 +155,15 @@ def finished_run(
         return None
     config = study.config(variant, seed, opts)
     saved = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
-    _refuse_other_run(folder, list(map(str, study.task.tree.changed_keys(config, saved))))
+    changes = [*map(str, study.task.tree.changed_keys(config, saved)), *_changed_start(config, saved)]
+    _refuse_other_run(folder, changes)
     epochs = read_run(folder, variant).epochs if (folder / 'metrics.jsonl').exists() else []
     is_last = epochs and (epochs[-1].get('early_stop') or epochs[-1]['epoch'] == config.TRAIN.EPOCHS - 1)
     last = folder / f'ckpt_epoch_{epochs[-1]["epoch"]}.pth' if is_last else None
     if last is None or not last.exists():
         return None
     checkpoint = peek_checkpoint(last)
-    changes = _changed_origin(config, checkpoint) + changed_splits(checkpoint['data'], data or {})
+    changes = [*_changed_weights(config, checkpoint), *changed_splits(checkpoint['data'], data or {})]
     _refuse_other_run(folder, changes)
     images = checkpoint['data']['train']['images']
     speeds = [record['images_per_s'] for record in epochs if record.get('images_per_s')]
@@ -191,21 +190,28 @@ def _refuse_other_run(folder: Path, changes: Sequence[str]) -> None:
         raise StudyError(f'{folder} holds another run ({"; ".join(changes)}): write another --output')
 
 
-def _changed_origin(config: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
-    """Describe how the pretrained weights and the teacher of a config differ from those of a finished run."""
-    origin, path = recorded_origin(checkpoint) or {'kind': SCRATCH}, config.MODEL.PRETRAINED
-    if not path:
-        changes = [] if origin['kind'] == SCRATCH else [f'it started from {origin_name(origin)}']
-    elif not is_same_origin(PRETRAINED, path, origin):
-        changes = [f'it started from {origin_name(origin)}, not from {path}']
-    elif has_changed(path, origin):
-        changes = [f'{path} has changed since']
-    else:
-        changes = changed_options(config.MODEL, origin)
-    before, now = recorded_teacher(origin).get('name', ''), config.get('DISTILL', {}).get('TEACHER', '')
-    if before != now:
-        changes.append(f'its teacher was {before or "none"}')
+def _changed_start(config: CfgNode, saved: Mapping[str, Any]) -> list[str]:
+    """Describe how a config starts or distils otherwise than a run, finished or not, with the config `saved`.
+
+    Pretrained weights may be at another path: main.py, and `_changed_weights`, compare what is in the file.
+    """
+    ours, theirs, changes = dict(leaves(config)), dict(leaves(saved)), []
+    for name in ('MODEL.PRETRAINED', 'DISTILL.TEACHER', 'DISTILL.TEACHER_WEIGHTS'):
+        before, now = theirs.get(name, ''), ours.get(name, '')
+        is_other = os.path.realpath(before) != os.path.realpath(now)
+        if is_other and not (name == 'MODEL.PRETRAINED' and before and now):
+            changes.append(f'{name} was {before!r} and is {now!r}')
     return changes
+
+
+def _changed_weights(config: CfgNode, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Describe how the pretrained weights of a config differ from those of a finished run that had some."""
+    origin, path = recorded_origin(checkpoint), config.MODEL.PRETRAINED
+    if not path or origin is None:
+        return []
+    if not is_same_origin(PRETRAINED, path, origin):
+        return [f'it started from {origin_name(origin)}, not from {path}']
+    return changed_options(config.MODEL, origin)
 
 
 def collect(study: Study, output: Path, opts: Sequence[str] = ()) -> dict[str, Any]:
