@@ -327,6 +327,11 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def short_revision(revision: str) -> str:
+    """A `git_revision` with the first seven digits of the commit."""
+    return re.sub(r'^(\w{7})\w+', r'\1', revision)
+
+
 def processor_name() -> str:
     """The processor's name, as far as the system tells it."""
     with contextlib.suppress(OSError):

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from data.formats import open_samples
 from data.samples import Samples
@@ -43,7 +44,7 @@ from tools.output_files import prepare_output, read_records, write_records
 from tools.study.plan import Study, Variant
 from tools.study.runs import ROOT, StudyRuns, finished_run, stoppable
 from tools.study.statistics import Difference, mean_and_deviation, metric_curve, paired_difference
-from utils import UserError, exit_on_user_error, git_revision, home_path, positive_int, processor_name
+from utils import UserError, environment, exit_on_user_error, home_path, positive_int, short_revision
 
 PRETRAINING = ROOT / 'configs/msg_nano_p4_win7_112_plain.yaml'
 FINETUNING = ROOT / 'configs/finetune_msg_nano_p4_win7_112.yaml'
@@ -334,14 +335,14 @@ def compare(experiment: Experiment, counts: Sequence[int]) -> dict[str, Any]:
     if any(before[key] != value for key, value in head.items()):
         raise FewImagesError(f'{path} has results on other data or with other --epochs: write another --output')
     results = {**head, 'trials': [x for x in before['trials'] if x['count'] not in counts]}
-    here = {'processor': processor_name(), 'revision': git_revision(ROOT)}
+    here = {key: environment(torch.device('cpu'))[key] for key in ('processor', 'revision')}
     subsets = {(n, seed): experiment.subset(n, seed) for n in counts for seed in (TUNING_SEED, *SEEDS)}
     features: dict[tuple[int, int], list[Features]] = {}
     accuracies: dict[Trial, float] = {}
 
-    def add(trial: Trial, accuracy: float, environment: Mapping[str, str]) -> None:
+    def add(trial: Trial, accuracy: float, where: Mapping[str, str]) -> None:
         accuracies[trial] = accuracy
-        facts = {key: environment[key] for key in here}
+        facts = {key: where[key] for key in here}
         results['trials'].append({**trial._asdict(), 'top1': round(accuracy, 3), **facts})
         write_records(path, results, 'trials')
         print(f'{trial.method}, {trial.count} images, seed {trial.seed}, {trial.setting}: {accuracy:.1f} %', flush=True)
@@ -421,7 +422,7 @@ def tables(results: dict[str, Any]) -> str:
         lines.append(f'| {count} | {" | ".join(cells)} |')
     lines += ['', *head]
     lines += [f'| {count} | {" | ".join(setting(count, x) for x in METHODS)} |' for count in sorted(accuracies)]
-    processors, revisions = (sorted({x[key] for x in results['trials']}) for key in ('processor', 'revision'))
+    processors, revisions = ({x[key] for x in results['trials']} for key in ('processor', 'revision'))
     train, val = (results['data'][split]['images'] for split in SPLITS)
     facts = [
         f'{train:,} training and {val:,} validation images, half of the classes known',
@@ -430,8 +431,8 @@ def tables(results: dict[str, Any]) -> str:
         "second: differences with 95 % intervals by Student's t",
         'third: peak learning rate (trained networks), C (linear classifier) or neighbours; * marks the smallest or '
         'largest value tried',
-        f'processor {", ".join(processors)}',
-        f'revision {", ".join(revisions)}',
+        f'processor {" and ".join(sorted(processors))}',
+        f'revision {", ".join(sorted(map(short_revision, revisions)))}',
     ]
     return '\n'.join([*lines, '', f'{"; ".join(facts)}.'])
 

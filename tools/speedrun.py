@@ -37,7 +37,7 @@ from tools.rehearsal.launch import Launch
 from tools.study.plan import Study, read_study
 from tools.study.runs import ROOT, describe_data, finished_run, stoppable
 from tools.study.statistics import mean_and_deviation, metric_curve
-from utils import UserError, exit_on_user_error, home_path, non_negative_int
+from utils import UserError, exit_on_user_error, home_path, non_negative_int, short_revision
 
 STUDY = ROOT / 'configs/studies/speedrun.yaml'
 PROCESSES = 2
@@ -131,9 +131,9 @@ def table(results: dict[str, Any]) -> str:
             f'{len(runs[0]["epochs"])} | {by_seed} | {mean_and_deviation(accuracies)} | '
             f'**{mean(minutes):.1f}** ({min(minutes):.1f} to {max(minutes):.1f}) |'
         )
-    environments = [run['environment'] for run in results['runs']]
     for key in ('processor', 'cpu', 'torch', 'revision'):
-        lines += ['', f'{key}: {", ".join(sorted({environment[key] for environment in environments}))}']
+        values = {run['environment'][key] for run in results['runs']}
+        lines += ['', f'{key}: {", ".join(sorted(map(short_revision, values) if key == "revision" else values))}']
     return '\n'.join(lines)
 
 

@@ -92,7 +92,7 @@ def test_tables_have_means_and_differences_of_the_reported_seeds(tmp_path):
     assert lines[6] == '| 20 |  | +5.0 (+2.5 to +7.5) |  |'  # of 4, 5 and 6 points
     assert lines[10] == '| 20 |  | 0.01 | 0.01 * |  |'
     assert lines[-1].startswith('1,437 training and 360 validation images, ')
-    assert lines[-1].endswith('; processor AMD, Intel; revision abc (modified), def.')
+    assert lines[-1].endswith('; processor AMD and Intel; revision abc (modified), def.')
     path.write_text('[1]')
     line = error_line('-m', 'tools.few_images', '--results', path)
     assert line.endswith('holds no results that this version reads: give a few_images.json')

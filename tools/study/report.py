@@ -1,6 +1,5 @@
 """Results of a study: Markdown tables and files."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tools.study.statistics import (
     mean_and_deviation,
     summarise,
 )
+from utils import short_revision
 
 DPI = 200  # of charts in pixels
 
@@ -106,6 +106,6 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str, has_dunnett: bool = 
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
         values = {run['environment'][key] for run in runs}
         if key == 'revision':
-            values = {re.sub(r'^(\w{7})\w+', r'\1', revision) for revision in values}  # may end with (modified)
+            values = set(map(short_revision, values))
         facts.append(f'{name} {", ".join(sorted(values))}')
     return '; '.join(facts) + '.'
