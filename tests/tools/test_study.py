@@ -383,6 +383,7 @@ def test_tables_have_both_intervals_and_the_comparisons():
         mean = differences.mean()
         expected = f'{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({mean - margin:+.1f} to {mean + margin:+.1f}) |'
         assert line.endswith(expected), (line, expected)
+    assert lines[-1].endswith('; revision 0123456 (modified).')
     assert lines[8].startswith('| B, against C | +2.0, +3.5, +0.5 | ')
     assert lines[10:12] == ['| Dunnett\'s test | difference to "A" | difference to "C" |', '|---|---:|---:|']
     cells = {
@@ -529,3 +530,7 @@ def test_a_file_without_results_is_refused(tmp_path):
 def test_a_variant_without_common_seeds_has_no_difference():
     results = results_of({'a': {0: {'acc1': 10.0}}, 'c': {1: {'acc1': 20.0}}})
     assert [summary.difference for summary in summarise(results)] == [None, None]
+    about = {'train_seconds': 1.0, 'data': {'train': {'images': 2}, 'val': {'images': 1}}}
+    about |= {'environment': {'processor': 'P', 'device': 'D', 'torch': '2', 'revision': 'abc'}}
+    results['runs'] = [run | about for run in results['runs']]
+    assert table(results | {'comparisons': []}).splitlines()[3] == '| C | 1 | 0.0M | 20.0 | 20.0 |  |'
