@@ -15,7 +15,7 @@ Each recipe trains for a fixed number of epochs; training does not stop at 80 %.
    with two processes of one thread each. The table has the mean and the range over the seeds.
 4. A recipe may be tuned on the validation images, so the accuracy of every network is slightly optimistic.
 
-There is no official time yet: the recipes in configs/studies/speedrun.yaml have not been timed with all seeds.
+Results, and how the recipes were tuned: docs/speedrun.md.
 """
 
 if __name__ == '__main__':
