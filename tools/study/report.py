@@ -100,7 +100,7 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str, has_dunnett: bool = 
         f'epochs: {" or ".join(map(str, epochs))}, {metric} after the last',
         f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} run-hours of training',
     ]
-    if len({run['seed'] for run in runs}) > 1:
+    if len(runs) > len({run['variant'] for run in runs}):  # some have several seeds
         facts.append("differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)")
     if has_dunnett:
         facts.append("Dunnett's test: [simultaneous 95 % intervals for all differences to a reference]")
