@@ -99,9 +99,10 @@ def provenance(runs: Sequence[dict[str, Any]], metric: str, has_dunnett: bool = 
         f'{data["train"]["images"]:,} training and {data["val"]["images"]:,} validation images',
         f'epochs: {" or ".join(map(str, epochs))}, {metric} after the last',
         f'{sum(run["train_seconds"] for run in runs) / 3600:.1f} run-hours of training',
+        'differences are paired by seed',
     ]
     if len(runs) > len({run['variant'] for run in runs}):  # some have several seeds
-        facts.append("differences are paired by seed; 95 % intervals: [bootstrap over seeds] (Student's t)")
+        facts.append("95 % intervals: [bootstrap over seeds] (Student's t)")
     if has_dunnett:
         facts.append("Dunnett's test: [simultaneous 95 % intervals for all differences to a reference]")
     for key, name in (('processor', 'processor'), ('device', 'device'), ('torch', 'torch'), ('revision', 'revision')):
